@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all of the set-up on a fresh machine; they need Python 3.11 and a network.
+SHELL := /bin/bash
+LAUNCHER := .venv/bin/python
+TRAINER := .venv-trainer/bin/python
+DEMO := runs
+
+.PHONY: setup demo check test lock fields bench clean
+
+setup: .venv/.ready .venv-trainer/.ready  ## two environments: launcher with SkyPilot, trainer with torch
+
+.venv/.ready: requirements/launcher.txt pyproject.toml requirements/install.sh
+	requirements/install.sh .venv launcher
+
+.venv-trainer/.ready: requirements/trainer.txt requirements/torch.txt pyproject.toml requirements/install.sh
+	requirements/install.sh .venv-trainer trainer
+
+demo: setup  ## SFT, then DPO, of a tiny model here; each is killed once on the way and goes on exactly
+	rm -rf $(DEMO)/demo-sft $(DEMO)/demo-dpo
+	$(LAUNCHER) -m launcher submit zephyr-tiny/sft --name demo-sft --infra local --checkpoints $(DEMO) --preempt 1
+	$(LAUNCHER) -m launcher submit zephyr-tiny/dpo --name demo-dpo --infra local --checkpoints $(DEMO) --preempt 1 \
+	  model_name_or_path=$(DEMO)/demo-sft/final
+
+check: setup  ## lint, format, types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: setup  ## every test that this machine can run; what it lacks is skipped with the reason
+	$(LAUNCHER) -m pytest tests/unit tests/faults tests/e2e
+	$(TRAINER) -m pytest tests/unit -q
+	$(TRAINER) -m pytest tests/training -n 2
+
+lock: setup  ## compile the exact pins again
+	requirements/lock.sh
+
+fields: setup  ## the field list of the pinned TRL
+	$(TRAINER) -m trainer.make_fields
+
+bench: setup
+	$(LAUNCHER) bench/startup.py
+
+clean:
+	rm -rf .venv .venv-trainer .tools runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,71 @@
+"""Numbers and tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units: `512 B`, `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def change(ends: tuple[float, float] | None, form: str = ".4f") -> str:
+    """First value and last: `0.6931 → 0.4102`."""
+    return "–" if ends is None else f"{ends[0]:{form}} → {ends[1]:{form}}"  # noqa: RUF001 (a dash for nothing)
+
+
+def facts_table(rows: Iterable[tuple[str, str]], *, title: str) -> Table:
+    """Names on the left, values on the right."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # not markup: names and messages may hold brackets
+    return table
+
+
+def list_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A row a thing."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # not markup: names and messages may hold brackets
+    return table
+
+
+def to_json(value: Any) -> str:
+    """One line, strict JSON: what is not a finite number becomes null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,70 @@
+"""The site's facts: where checkpoints go, which Python trains. A TOML file, then the environment."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_config_path
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.errors import UserError
+
+VARIABLES = {"AEOLUS_CHECKPOINTS": "checkpoints", "AEOLUS_TRAINER_PYTHON": "trainer_python"}
+"""Environment variables that override the file, and the keys they stand for."""
+
+
+class SettingsError(UserError):
+    """A settings file that is missing or unreadable, an unknown key, or a wrong value."""
+
+
+class Settings(BaseModel):
+    """What holds for every submission from this machine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoints: str = Field(default="runs", min_length=1)
+    """Bucket (`gs://`, `s3://`) or folder that holds the runs; a relative folder is the caller's."""
+    trainer_python: Path | None = None
+    """Python of the trainer's environment; None lets the supervisor look for one."""
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Defaults, overridden by the settings file, overridden by the environment; raises SettingsError."""
+    path = settings_file(environ)
+    given = {key: environ[name] for name, key in VARIABLES.items() if environ.get(name)}
+    try:
+        return Settings.model_validate({**_read(path, must_exist="AEOLUS_CONFIG" in environ), **given})
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(dict(item))}" for item in error.errors())
+        raise SettingsError(f"settings are wrong ({path} and the environment):\n{lines}") from None
+
+
+def settings_file(environ: Mapping[str, str]) -> Path:
+    """`$AEOLUS_CONFIG`, else the user's `aeolus/config.toml`."""
+    named = environ.get("AEOLUS_CONFIG")
+    return Path(named).expanduser() if named else user_config_path("aeolus") / "config.toml"
+
+
+def _read(path: Path, *, must_exist: bool) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if must_exist:
+            hint = "make the file, or unset AEOLUS_CONFIG"
+            raise SettingsError(f"no settings file at {path}", hint=hint) from None
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"cannot read the settings in {path}: {error}") from None
+
+
+def _explain(item: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"{key}: {item['msg']}"
+    near = difflib.get_close_matches(key, Settings.model_fields, n=1)
+    known = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(Settings.model_fields)}"
+    return f"{key}: unknown key; {known}"

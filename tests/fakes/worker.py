@@ -1,0 +1,97 @@
+"""A training program that trains nothing: it keeps to the files of `trainer.job` and needs no torch.
+
+The supervisor runs it in place of `trainer.worker`; $FAKE_WORKER says what befalls it:
+
+    (nothing)      trains to the end, a checkpoint every 2 of 6 steps, then the final model
+    crash@N        raises at step N
+    killed@N       is killed by SIGKILL at step N
+    wrong          finds fault with the recipe
+    waits@N        waits at step N until it is told to stop, and saves then
+    deaf@N         waits at step N and hears nothing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from trainer.job import Job, Outcome, Staged, mark_staged, pending, write_atomically
+
+TOTAL_STEPS = 6
+SAVE_STEPS = 2
+
+
+class Program:
+    """One attempt's pretended training."""
+
+    def __init__(self, job: Job, fate: str) -> None:
+        self.job = job
+        self.fate, _, at = fate.partition("@")
+        self.at = int(at or 0)
+        self.stop = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def tell(self, kind: str, **fields: object) -> None:
+        with self.job.steps.open("a") as file:
+            file.write(json.dumps({"kind": kind, **fields}) + "\n")
+
+    def end(self, status: str, message: str) -> None:
+        write_atomically(
+            self.job.outcome, Outcome.model_validate({"status": status, "message": message}).model_dump_json()
+        )
+
+    def save(self, step: int, *, name: str, kind: str = "checkpoint") -> None:
+        while pending(self.job.staging):  # no faster than the uploads, or checkpoints would be dropped
+            time.sleep(0.01)
+        folder = self.job.staging / name
+        (folder / "nested").mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(step.to_bytes(2) * 50_000)
+        (folder / "nested" / "empty").touch()
+        (folder / "state.json").write_text(json.dumps({"step": step}))
+        mark_staged(self.job.staging, Staged.model_validate({"folder": name, "step": step, "kind": kind}))
+        self.tell("saved", step=step, stall_s=0.0)
+
+    def first_step(self) -> int:
+        if self.job.resume_from is None:
+            return 1
+        return int(json.loads((self.job.resume_from / "state.json").read_text())["step"]) + 1
+
+    def meet_fate(self, step: int) -> None:
+        if step != self.at:
+            return
+        match self.fate:
+            case "crash":
+                raise RuntimeError("the fake worker was told to crash")
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "waits":
+                self.stop.wait()
+            case "deaf":
+                threading.Event().wait()
+
+    def run(self) -> None:
+        if self.fate == "wrong":
+            self.end("user_error", "the data is not to be had")
+            sys.exit(1)
+        first = self.first_step()
+        self.tell("started", step=first - 1, total_steps=TOTAL_STEPS)
+        for step in range(first, TOTAL_STEPS + 1):
+            self.tell("step", step=step, total_steps=TOTAL_STEPS, loss=1.0 / step)
+            self.meet_fate(step)
+            if step % SAVE_STEPS == 0 or self.stop.is_set():
+                self.save(step, name=f"checkpoint-{step}")
+            if self.stop.is_set():
+                self.end("preempted", f"at step {step}")
+                return
+        self.save(TOTAL_STEPS, name="final", kind="final")
+        self.end("done", "")
+
+
+if __name__ == "__main__":
+    Program(Job.model_validate_json(Path(sys.argv[1]).read_text()), os.environ.get("FAKE_WORKER", "")).run()

@@ -1,0 +1,189 @@
+"""Whatever befalls the workers, what they staged is committed, and the exit code says what to do next."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import RunView, wait_until
+from trainer import attempt as attempts
+from trainer.errors import ExitCode, ModelError, RecipeError, Superseded
+from trainer.manifest import committed
+from trainer.preemption import Notice
+from trainer.recipe import Recipe
+from trainer.supervisor import Request, run
+
+RECIPE = Recipe.model_validate(
+    {
+        "name": "fake",
+        "method": "sft",
+        "init": "tiny",
+        "dataset_mixture": {"datasets": [{"id": "generated:instructions"}]},
+        "global_batch_size": 4,
+    }
+)
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> Request:
+    return Request(
+        recipe=RECIPE,
+        checkpoints=str(tmp_path / "runs"),
+        run_id="r",
+        program="tests.fakes.worker",
+        work=tmp_path / "work",
+    )
+
+
+@pytest.fixture
+def view(request_: Request) -> RunView:
+    return RunView(request_.checkpoints, request_.run_id)
+
+
+@pytest.fixture
+def fate(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Sets what befalls the next attempt's worker; its Python needs no torch."""
+    import sys
+
+    monkeypatch.setenv("AEOLUS_TRAINER_PYTHON", sys.executable)
+    yield monkeypatch
+
+
+def attempt(request: Request, fate: pytest.MonkeyPatch, what: str = "") -> ExitCode:
+    fate.setenv("FAKE_WORKER", what)
+    return run(request, Notice())
+
+
+def test_an_undisturbed_run_ends_done_with_its_model_committed(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
+    """The final model is committed like a checkpoint, and the two newest checkpoints stay."""
+    assert attempt(request_, fate) == ExitCode.DONE
+    assert view.final().step == 6
+    assert view.committed_steps() == [6, 4]
+    assert [event["step"] for event in view.events("committed")][-1] == 6
+    assert view.events()[-1]["kind"] == "done"
+    assert not list((request_.work).glob("*"))
+
+
+def test_a_done_run_says_so_and_does_nothing_again(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+    """The same command twice costs nothing and changes nothing."""
+    attempt(request_, fate)
+    before = {item.key: view.bucket.get(item.key) for item in view.bucket.list("")}
+    assert attempt(request_, fate) == ExitCode.DONE
+    assert {item.key: view.bucket.get(item.key) for item in view.bucket.list("")} == before
+
+
+def test_a_crash_of_training_keeps_what_was_staged(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+    """A bug is not retried, but the checkpoint before it is safe, and a mended program goes on from it."""
+    assert attempt(request_, fate, "crash@5") == ExitCode.BUG
+    assert view.committed_steps()[0] == 4
+    assert attempt(request_, fate) == ExitCode.DONE
+    assert [event["step"] for event in view.events("restored")] == [0, 4]
+    assert [event["step"] for event in view.events("step")] == [1, 2, 3, 4, 5, 5, 6]
+
+
+def test_a_killed_worker_is_worth_a_recovery(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+    """The kernel or the cloud killed it: another machine can do better."""
+    assert attempt(request_, fate, "killed@3") == ExitCode.RECOVER
+    assert view.committed_steps() == [2]
+    assert "SIGKILL" in view.events("failed")[0]["message"]
+
+
+def test_a_worker_killed_again_and_again_without_a_commit_is_not_recovered_for_ever(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
+    """A host that runs out of memory at the first step would cost money all night."""
+    codes = [attempt(request_, fate, "killed@1") for _ in range(3)]
+    assert codes == [ExitCode.RECOVER, ExitCode.RECOVER, ExitCode.BUG]
+    assert "2 attempts in a row" in view.events("failed")[-1]["message"]
+
+
+def test_a_notice_saves_at_the_step_uploads_and_asks_for_recovery(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
+    """Nothing is lost: the next attempt goes on at the very next step."""
+    fate.setenv("FAKE_WORKER", "waits@3")
+    notice = Notice()
+
+    def give() -> None:
+        wait_until(lambda: view.bucket.get_or_none("events/0001.jsonl") and 3 in view.steps(), "step 3")
+        notice.give("SIGTERM")
+
+    giver = threading.Thread(target=give)
+    giver.start()
+    assert run(request_, notice) == ExitCode.RECOVER
+    giver.join()
+    assert view.committed_steps() == [3, 2]
+    assert view.events("preempted")[0]["message"] == "at step 3"
+    assert attempt(request_, fate) == ExitCode.DONE
+    assert [event["step"] for event in view.events("step")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_notice_before_the_start_rents_no_second_look(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+    """A machine that is already going starts nothing."""
+    fate.setenv("FAKE_WORKER", "")
+    notice = Notice()
+    notice.give("SIGTERM")
+    assert run(request_, notice) == ExitCode.RECOVER
+    assert view.events() == []
+
+
+def test_a_recipe_that_the_worker_refuses_is_not_retried(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+    """The worker's message reaches the user, with the exit code that ends recovery."""
+    with pytest.raises(RecipeError, match="the data is not to be had") as caught:
+        attempt(request_, fate, "wrong")
+    assert caught.value.exit_code == ExitCode.CONFIG
+    assert view.events("failed")[0]["exit_code"] == 78
+
+
+def test_another_recipe_under_the_same_run_id_is_refused(request_: Request, fate: pytest.MonkeyPatch) -> None:
+    """Two recipes in one run would be a model that nobody asked for."""
+    attempt(request_, fate, "killed@3")
+    other = request_.model_copy(update={"recipe": RECIPE.model_copy(update={"global_batch_size": 8})})
+    with pytest.raises(RecipeError, match="global_batch_size"):
+        attempt(other, fate)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_not_believed(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+    """The one before is taken, and the reason is told."""
+    attempt(request_, fate, "crash@5")
+    newest = committed(view.bucket)[0]
+    assert newest.step == 4
+    key = f"{newest.prefix}model.safetensors"
+    data = bytearray(view.bucket.get(key))
+    data[1000] ^= 1
+    view.bucket.put(key, bytes(data))
+    assert attempt(request_, fate) == ExitCode.DONE
+    assert [event["step"] for event in view.events("restored")] == [0, 2]
+    assert "model.safetensors" in view.events("rejected")[0]["reason"]
+
+
+def test_a_superseded_attempt_stops_and_commits_nothing(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+    """Two controllers on one run: the older one ends with its own exit code and leaves the bucket alone."""
+    fate.setenv("FAKE_WORKER", "waits@3")
+    notice = Notice()
+
+    def take_over() -> None:
+        wait_until(lambda: view.committed_steps() == [2], "step 2")
+        attempts.claim(view.bucket, {"node": "another"})
+        notice.give("SIGTERM")
+
+    taker = threading.Thread(target=take_over)
+    taker.start()
+    with pytest.raises(Superseded) as caught:
+        run(request_, notice)
+    taker.join()
+    assert caught.value.exit_code == ExitCode.SUPERSEDED
+    assert view.committed_steps() == [2]
+    assert view.events("superseded")
+
+
+def test_a_model_in_a_bucket_that_is_not_there_yet_is_named(request_: Request, tmp_path: Path, fate: pytest.MonkeyPatch) -> None:
+    """DPO asked for before its SFT is done."""
+    recipe = RECIPE.model_copy(update={"init": None, "model_name_or_path": f"file://{tmp_path}/runs/sft/final"})
+    with pytest.raises(ModelError, match="run sft .* has no final model yet"):
+        attempt(request_.model_copy(update={"recipe": recipe}), fate)

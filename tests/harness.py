@@ -1,0 +1,109 @@
+"""A real `python -m trainer run` under a test's control: start it, watch its bucket, take its machine away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from trainer.bucket import Bucket, open_run
+from trainer.events import Event, of_kind, parse
+from trainer.manifest import Manifest, committed, final
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def wait_until(condition: Callable[[], Any], what: str, *, timeout_s: float = 240.0, poll_s: float = 0.02) -> Any:
+    """The first true value of `condition`; fails the test, with `what`, when there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain: {what}"
+        time.sleep(poll_s)
+    return value
+
+
+class TrainerRun:
+    """One attempt as a process group of its own, so that a kill takes all of it, as a lost machine does."""
+
+    def __init__(
+        self, recipe: Path, checkpoints: str, run_id: str, work: Path, *, environ: Mapping[str, str] | None = None
+    ) -> None:
+        self._log = work.with_suffix(".log")
+        work.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "trainer", "run", str(recipe)]
+        command += ["--checkpoints", checkpoints, "--run-id", run_id, "--work", str(work)]
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **(environ or {})}, stdout=log, stderr=log, start_new_session=True
+            )
+        self._work = work
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.lose_machine()
+
+    def lose_machine(self) -> int:
+        """SIGKILL to every process of the attempt, without warning; the supervisor's exit code."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
+
+    def terminate(self) -> None:
+        """The notice that a cloud gives: SIGTERM to the supervisor."""
+        self.process.terminate()
+
+    def wait(self, timeout_s: float = 400.0) -> int:
+        return self.process.wait(timeout_s)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def staging(self) -> Path | None:
+        """The staging folder, once the attempt has made it."""
+        return next(self._work.glob("*/attempt-*/staging"), None)
+
+
+class RunView:
+    """What the bucket knows of a run."""
+
+    def __init__(self, checkpoints: str, run_id: str) -> None:
+        self.bucket: Bucket = open_run(checkpoints, run_id)
+
+    def events(self, *kinds: Any) -> list[Event]:
+        keys = sorted(item.key for item in self.bucket.list("events/"))
+        events = [event for key in keys for event in parse(self.bucket.get(key))]
+        return of_kind(events, *kinds) if kinds else events
+
+    def committed_steps(self) -> list[int]:
+        return [manifest.step for manifest in committed(self.bucket)]
+
+    def final(self) -> Manifest | None:
+        return final(self.bucket)
+
+    def steps(self) -> dict[int, list[Event]]:
+        """Each step as every attempt that did it told it, without what names the attempt."""
+        told: dict[int, list[Event]] = {}
+        for event in self.events("step", "eval"):
+            told.setdefault(event["step"], []).append(
+                {key: event[key] for key in sorted(event.keys() - {"time", "attempt"} - TIMES)}
+            )
+        return told
+
+
+TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+"""What no two runs share."""

@@ -1,0 +1,37 @@
+"""Trainings that several tests look at are done once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+pytest.importorskip("torch", reason="the trainer's environment is not here: make setup")
+
+if TYPE_CHECKING:
+    from tests.training.jobs import Trained
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The stack warns of itself; our own rule that warnings are errors is for our own code."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """Trains a shipped recipe on the smallest model; the same words give the same training once only."""
+    from tests.training.jobs import SMALL, make_job, train
+
+    done: dict[tuple[str, ...], Trained] = {}
+
+    def trained(name: str, *overrides: str) -> Trained:
+        if (name, *overrides) not in done:
+            work = tmp_path_factory.mktemp("job") / "work"
+            done[name, *overrides] = train(make_job(work, name, *SMALL, *overrides))
+        return done[name, *overrides]
+
+    return trained

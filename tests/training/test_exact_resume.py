@@ -1,0 +1,130 @@
+"""Killed in mid-step, in mid-save and in mid-upload, a run ends with the bits of one that nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.harness import RunView, TrainerRun, wait_until
+from tests.servers.s3 import FaultyS3
+
+pytest.importorskip("torch", reason="the trainer's environment is not here: make setup")
+
+RECIPE = """
+method: {method}
+init: tiny
+tiny: {{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, vocab_size: 600}}
+dataset_mixture:
+  datasets: [{{id: "generated:instructions", split: train}}]
+  test_datasets: [{{id: "generated:instructions", split: test}}]
+max_train_samples: 60
+max_test_samples: 8
+global_batch_size: 8
+micro_batch_size: 4
+max_length: 96
+learning_rate: 2.0e-3
+lr_scheduler_type: cosine
+warmup_steps: 0.1
+max_steps: 12
+save_steps: 4
+eval_strategy: steps
+eval_steps: 6
+logging_steps: 1
+bf16: false
+seed: 7
+"""
+LORA = """
+use_peft: true
+lora_r: 8
+lora_alpha: 16
+lora_dropout: 0.1
+lora_target_modules: [q_proj, v_proj]
+"""
+KEEP_DROPOUT = "disable_dropout: false\n"
+LAST_STEP = 12
+
+
+@pytest.fixture(params=["sft-full", "sft-lora", "dpo-full", "dpo-lora"])
+def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """SFT and DPO, with full weights and with LoRA under dropout."""
+    method, weights = request.param.split("-")
+    text = RECIPE.format(method=method)
+    if weights == "lora":
+        text += LORA + (KEEP_DROPOUT if method == "dpo" else "")
+    path = tmp_path / f"{request.param}.yaml"
+    path.write_text(text)
+    return path
+
+
+def whole_run(recipe: Path, tmp_path: Path) -> RunView:
+    """The undisturbed run, in a folder."""
+    checkpoints = str(tmp_path / "runs")
+    with TrainerRun(recipe, checkpoints, "whole", tmp_path / "work" / "whole") as run:
+        assert run.wait() == 0, run.log
+    return RunView(checkpoints, "whole")
+
+
+def kill_in_mid_step(run: TrainerRun, view: RunView) -> None:
+    """Step 6 is told, step 7 is under way, step 4 is the newest commit."""
+    wait_until(lambda: 4 in view.committed_steps(), "step 4 to be committed")
+    wait_until(lambda: any(event["step"] >= 6 for event in view.events("step")), "step 6")
+    assert run.alive, run.log
+    assert run.lose_machine() == -signal.SIGKILL
+    assert max(event["step"] for event in view.events("step")) < LAST_STEP
+
+
+def kill_in_mid_save(run: TrainerRun, view: RunView) -> None:
+    """The optimizer's file of step 8 is a pipe that nobody reads, so that save cannot end."""
+    staging = wait_until(run.staging, "the staging folder")
+    checkpoint = staging / "checkpoint-8"
+    checkpoint.mkdir()
+    os.mkfifo(checkpoint / "optimizer.pt")
+    wait_until(lambda: list(checkpoint.glob("*.safetensors")), "the weights of step 8 to be saved")
+    assert run.alive, run.log
+    assert run.lose_machine() == -signal.SIGKILL
+    assert not (checkpoint / "trainer_state.json").exists()
+    assert not checkpoint.with_name("checkpoint-8.staged").exists()
+    assert 8 not in view.committed_steps()
+
+
+def kill_in_mid_upload(run: TrainerRun, view: RunView, store: FaultyS3) -> None:
+    """Part of step 8 has arrived, its optimizer has not."""
+    store.hold("PUT|POST", r"checkpoints/step-0*8/.*optimizer\.pt")
+    assert store.wait_for_held(240), run.log
+    assert run.alive, run.log
+    assert run.lose_machine() == -signal.SIGKILL
+    store.clear()
+    assert any("step-00000008" in item.key for item in view.bucket.list("checkpoints/"))
+    assert 8 not in view.committed_steps()
+
+
+def test_three_kills_change_no_bit(recipe: Path, tmp_path: Path, s3: str, faulty_s3: FaultyS3) -> None:
+    """Every loss, learning rate, sample and the final weights are those of the undisturbed run."""
+    whole = whole_run(recipe, tmp_path)
+    view = RunView(s3, "killed")
+
+    def attempt(number: int) -> TrainerRun:
+        return TrainerRun(recipe, s3, "killed", tmp_path / "work" / f"killed-{number}")
+
+    with attempt(1) as run:
+        kill_in_mid_step(run, view)
+    with attempt(2) as run:
+        kill_in_mid_save(run, view)
+    with attempt(3) as run:
+        kill_in_mid_upload(run, view, faulty_s3)
+    with attempt(4) as run:
+        assert run.wait() == 0, run.log
+
+    assert [event["step"] for event in view.events("restored")] == [0, 4, 4, 4]
+    assert [event["attempt"] for event in view.events("done")] == [4]
+    told = whole.steps()
+    assert sorted(told) == list(range(1, LAST_STEP + 1))
+    assert {"loss", "learning_rate", "grad_norm", "samples"} <= told[1][0].keys()
+    for step, tellings in view.steps().items():
+        kinds = {event["kind"]: event for event in told[step]}
+        assert all(event == kinds[event["kind"]] for event in tellings), f"step {step} diverged"
+    assert sorted(view.steps()) == sorted(told)
+    assert view.final().weights_digest == whole.final().weights_digest

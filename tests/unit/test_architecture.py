@@ -1,0 +1,97 @@
+"""The rules of the layout, as tests: who may import whom, and what a laptop command may load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = {"worker", "sft", "dpo", "data", "chat", "model", "engine", "callback", "export", "make_fields"}
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "bitsandbytes"}
+PURE = {"fit", "memory", "estimate", "plan", "task", "spot"}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).glob("*.py"))
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """Dotted names that a file imports, anywhere in it or at its top level."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", modules("trainer"), ids=lambda path: path.stem)
+def test_the_trainer_knows_neither_the_launcher_nor_skypilot(path: Path) -> None:
+    """The container has neither, and a run must not depend on where it was asked for."""
+    assert not roots(imports(path)) & {"launcher", "sky"}
+
+
+@pytest.mark.parametrize("path", modules("trainer"), ids=lambda path: path.stem)
+def test_only_the_worker_needs_torch(path: Path) -> None:
+    """The supervisor outlives a crash of torch, and the laptop has none."""
+    if path.stem not in WORKER:
+        assert not roots(imports(path)) & HEAVY
+
+
+@pytest.mark.parametrize("path", modules("launcher"), ids=lambda path: path.stem)
+def test_the_launcher_takes_only_the_contract_from_the_trainer(path: Path) -> None:
+    """What the laptop shares with the node is the contract, never the supervisor or the worker."""
+    contract = {"errors", "recipe", "hardware", "memory", "fit", "estimate", "bucket", "manifest", "events", "attempt"}
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("trainer.")}
+    assert used <= contract
+
+
+@pytest.mark.parametrize("path", modules("launcher"), ids=lambda path: path.stem)
+def test_the_launcher_never_imports_torch_and_sky_in_one_file_only(path: Path) -> None:
+    """`import sky` costs seconds, and its surprises stay in its adapter."""
+    assert not roots(imports(path)) & HEAVY
+    assert "sky" not in roots(imports(path, top_level=True))
+    assert path.stem == "skypilot" or "sky" not in roots(imports(path))
+
+
+@pytest.mark.parametrize("path", [p for p in modules("trainer") + modules("launcher") if p.stem in PURE], ids=lambda p: p.stem)
+def test_what_decides_does_no_io(path: Path) -> None:
+    """A decision is a function of its arguments, so the laptop and the node decide alike."""
+    assert not roots(imports(path)) & {"os", "io", "subprocess", "socket", "pathlib", "obstore", "psutil", "requests"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["launcher", "--help"], ["launcher", "submit", "--help"], ["trainer", "--help"], ["trainer", "run", "--help"]],
+    ids=" ".join,
+)
+def test_help_loads_neither_torch_nor_sky_nor_matplotlib(arguments: list[str]) -> None:
+    """A command's help is answered before anything heavy is imported."""
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = {arguments!r}\n"
+        "try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print('LOADED', *sorted(sys.modules))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = result.stdout.rpartition("LOADED")[2].split()
+    assert "click" in loaded
+    assert not set(loaded) & {*HEAVY, "sky", "matplotlib", "obstore"}
+
+
+@pytest.mark.parametrize("path", modules("trainer") + modules("launcher"), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_files_stay_small(path: Path) -> None:
+    """A file that outgrows its reader is split."""
+    assert len(path.read_text().splitlines()) <= 400

@@ -1,0 +1,75 @@
+"""A run has one owner: the attempt that claimed it last."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.servers.s3 import FaultyS3
+from tests.servers.stores import MemoryBucket
+from trainer.attempt import Attempt, claim
+from trainer.bucket import open_run
+from trainer.errors import Superseded
+
+
+def test_attempts_are_numbered_from_one_and_say_who_they_are(uri: str) -> None:
+    """People can see in the bucket who had the run, and where."""
+    bucket = open_run(uri, "run")
+    assert [claim(bucket, {"node": name}).number for name in ("a", "b")] == [1, 2]
+    card = json.loads(bucket.get("attempts/0002.json"))
+    assert (card["attempt"], card["node"]) == (2, "b")
+    assert "claimed" in card
+
+
+def test_an_attempt_learns_that_it_was_superseded(uri: str) -> None:
+    """The older one stops, and is told by whom; the newer one goes on."""
+    bucket = open_run(uri, "run")
+    older = claim(bucket, {})
+    older.check()
+    newer = claim(bucket, {})
+    with pytest.raises(Superseded, match="attempt 1 of run run is superseded by attempt 2"):
+        older.check()
+    newer.check()
+
+
+def test_claims_at_the_same_time_get_different_numbers(uri: str) -> None:
+    """Whoever starts when, one of them is the newest."""
+    bucket = open_run(uri, "run")
+    with ThreadPoolExecutor(6) as pool:
+        attempts = list(pool.map(lambda _: claim(bucket, {}), range(6)))
+    assert sorted(attempt.number for attempt in attempts) == [1, 2, 3, 4, 5, 6]
+
+
+class RacedBucket(MemoryBucket):
+    """A bucket in which another machine claims the run between our look and our claim."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        super().create("attempts/0001.json", b"{}")
+        return super().create(key, data)
+
+
+def test_a_lost_race_is_followed_by_another_try() -> None:
+    """The number that somebody else took is not shared with them."""
+    assert claim(RacedBucket(), {}).number == 2
+
+
+def test_a_claim_whose_answer_was_lost_owns_the_run(s3: str, faulty_s3: FaultyS3) -> None:
+    """A number is used up by the try that seemed to fail; the attempt is still the newest."""
+    bucket = open_run(s3, "run")
+    rule = faulty_s3.cut("PUT", "attempts/", times=1)
+    attempt = claim(bucket, {})
+    attempt.check()
+    assert rule.hits == 1
+    assert bucket.get_or_none(f"attempts/{attempt.number:04d}.json")
+
+
+def test_other_objects_are_no_attempts() -> None:
+    """What people leave in the folder does not take the run from anybody."""
+    bucket = MemoryBucket()
+    attempt = Attempt(bucket, 3)
+    for key in ("attempts/readme.txt", "attempts/0009.json.bak", "attempts/9/9.json"):
+        bucket.put(key, b"")
+    attempt.check()
+    assert claim(bucket, {}).number == 1

@@ -1,0 +1,210 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launcher import process
+from launcher.cli import main
+from launcher.local import supervisor_environment
+from launcher.process import Home
+from launcher.runs import Reader
+from tests.fakes import trainer_program
+from tests.fakes.runs import attempt_events, write_commit, write_events
+from trainer.bucket import open_run
+from trainer.recipe import default_run_id, load
+
+RECIPE = "zephyr-tiny/dpo"
+HEAVY = ("matplotlib", "numpy", "obstore", "psutil", "pydantic", "rich", "sky", "torch", "yaml")
+
+
+@dataclass
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+Type = Callable[..., Answer]
+
+
+@pytest.fixture(autouse=True)
+def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user with empty folders who stands in one of them."""
+    for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for name in ("AEOLUS_CONFIG", "AEOLUS_CHECKPOINTS", "AEOLUS_TRAINER_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def launcher(capsys: pytest.CaptureFixture[str]) -> Type:
+    def run(*words: str) -> Answer:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        captured = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Answer(int(ended.value.code), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def at_work(tmp_path: Path) -> Iterator[Home]:
+    """A run `a-run` whose supervisor waits at step 7."""
+    runs = str(tmp_path / "runs")
+    home = Home.of(tmp_path / "XDG_STATE_HOME" / "aeolus", "a-run", runs)
+    words = ["run", "--checkpoints", runs, "--run-id", "a-run", "--", "fake", "stall=7"]
+    process.start(
+        home,
+        [sys.executable, trainer_program.__file__, *words],
+        supervisor_environment(os.environ),
+        run_id="a-run",
+        recipe="fake",
+        checkpoints=runs,
+    ).leave()
+    reader = Reader(open_run(runs, "a-run"), "a-run")
+    while reader.read().step < 7:
+        pass
+    yield home
+    if left := process.attach(home):
+        left.lose()
+
+
+@pytest.fixture
+def done_run(tmp_path: Path) -> Path:
+    """The folder of a run of `RECIPE` that is done, once preempted."""
+    folder = tmp_path / "runs" / default_run_id(load(RECIPE).recipe)
+    end = {"kind": "exported", "step": 40, "bytes": 2048, "weights_digest": "abcd"}
+    first = attempt_events(1, start=0, last=14, total_steps=40)
+    write_events(folder, first, attempt_events(2, start=10, last=40, total_steps=40, end=end))
+    write_commit(folder, "final", created="2026-01-01T00:05:00Z")
+    return folder
+
+
+def test_the_command_line_is_light() -> None:
+    """Help comes at once: nothing heavy is imported before a command needs it."""
+    code = "import sys, launcher.cli; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert not {name.partition(".")[0] for name in ran.stdout.split()} & set(HEAVY)
+
+
+def test_a_done_run_is_told_and_left(launcher: Type, done_run: Path) -> None:
+    """The same submission of a done run says when it was done and where the model lies, with its report."""
+    answer = launcher("submit", RECIPE, "--infra", "local")
+    assert answer.code == 0
+    assert f"is done since 2026-01-01T00:05:00Z: {done_run}/final" in answer.err
+    assert "40 of 40, 4 redone" in answer.out
+    assert (done_run / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_is_one_object_on_stdout(launcher: Type, done_run: Path) -> None:
+    """Programs get the same facts; all else goes to stderr."""
+    answer = launcher("submit", RECIPE, "--infra", "local", "--json", "--checkpoints", str(done_run.parent))
+    told = json.loads(answer.out)
+    assert (told["run"], told["ending"], told["lost_steps"]) == (done_run.name, "done", 4)
+    assert told["report"] == str(done_run / "report.png")
+
+
+def test_an_override_makes_another_run(launcher: Type, done_run: Path) -> None:
+    """The run's name follows the recipe's digest, so another recipe never continues this run."""
+    changed = default_run_id(load(RECIPE, ["beta=0.7"]).recipe)
+    assert changed != done_run.name
+    assert changed.rpartition("-")[0] == done_run.name.rpartition("-")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["submit", "no/such", "--infra", "local"], "no/such"),
+        (["submit", RECIPE, "--infra", "gcp"], "'gcp' is not 'local'"),
+        (["submit", RECIPE], "--infra"),
+        (["submit", RECIPE, "--infra", "local", "--preempt", "2", "--detach"], "leave --detach out"),
+        (["submit", RECIPE, "--infra", "local", "--preempt", "-1"], "--preempt"),
+        (["submit", RECIPE, "--infra", "local", "--name", "a/b"], "cannot name a run"),
+        (["submit", RECIPE, "--infra", "local", "bta=0.1"], "bta"),
+        (["logs", "nobody"], "no run nobody was started on this machine"),
+        (["cancel", "nobody"], "known runs: none yet"),
+    ],
+)
+def test_what_the_user_must_mend_is_exit_code_2(launcher: Type, words: list[str], said: str) -> None:
+    """A wrong command or recipe is text on stderr, nothing on stdout, and starts nothing."""
+    answer = launcher(*words)
+    assert (answer.code, answer.out) == (2, "")
+    assert said in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_wrong_settings_are_exit_code_2(
+    launcher: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings are the user's to mend, too."""
+    (tmp_path / "config.toml").write_text("bucket = 'gs://b'\n")
+    monkeypatch.setenv("AEOLUS_CONFIG", str(tmp_path / "config.toml"))
+    answer = launcher("submit", RECIPE, "--infra", "local")
+    assert answer.code == 2
+    assert "bucket: unknown key" in answer.err
+
+
+def test_status_tells_of_runs_at_work(launcher: Type, at_work: Home) -> None:
+    """A detached run is found again, with its process and how far it is."""
+    (row,) = json.loads(launcher("status", "--json").out)
+    record = at_work.record()
+    assert record
+    assert (row["run"], row["state"], row["pid"], row["step"]) == ("a-run", "running", record.pid, 7)
+    assert "a-run" in launcher("status").out
+
+
+def test_status_tells_of_lost_supervisors(launcher: Type, at_work: Home) -> None:
+    """A supervisor that vanished is not called running, whatever its last event was."""
+    supervisor = process.attach(at_work)
+    assert supervisor
+    assert supervisor.lose()
+    (row,) = json.loads(launcher("status", "--json").out)
+    assert (row["state"], row["pid"]) == ("preempted", None)
+
+
+def test_status_of_nothing(launcher: Type) -> None:
+    """Nobody has started anything yet."""
+    assert "no run was started" in launcher("status").out
+    assert json.loads(launcher("status", "--json").out) == []
+
+
+def test_cancel_waits_until_it_is_saved(launcher: Type, at_work: Home, tmp_path: Path) -> None:
+    """When cancel comes back, the run is committed and nothing is at work; once more is no error."""
+    answer = launcher("cancel", "a-run")
+    assert answer.code == 0
+    assert process.attach(at_work) is None
+    assert (tmp_path / "runs" / "a-run" / "commits" / "step-00000007.json").exists()
+    assert "not at work" in launcher("cancel", "a-run").out
+
+
+def test_logs_prints_what_the_supervisor_said(launcher: Type, at_work: Home) -> None:
+    """The whole log, also of a run at work."""
+    assert at_work.log.exists()
+    assert launcher("logs", "a-run").out.splitlines()[:2] == ["step 1/20", "step 2/20"]
+
+
+def test_runs_of_one_name_are_told_apart(launcher: Type, at_work: Home, tmp_path: Path) -> None:
+    """A name that means two runs is refused until the bucket is named."""
+    record = at_work.record()
+    assert record
+    other = Home.of(tmp_path / "XDG_STATE_HOME" / "aeolus", "a-run", "/elsewhere")
+    with other.locked():
+        other.remember(record.model_copy(update={"checkpoints": "/elsewhere"}))
+    answer = launcher("logs", "a-run")
+    assert (answer.code, "choose one with --checkpoints" in answer.err) == (2, True)
+    assert launcher("logs", "a-run", "--checkpoints", record.checkpoints).code == 0

@@ -1,0 +1,394 @@
+"""Runs on this machine, with a supervisor that trains nothing in no time."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from launcher import process
+from launcher.follow import MAX_FRUITLESS, Answer, Ending, Follower, Submission, Wishes, cancel, judge
+from launcher.local import checked_run_id, print_log, submit, supervisor_command, supervisor_environment
+from launcher.preempt import Preemptions, plan
+from launcher.process import Home, LogTail, Record
+from launcher.progress import PlainView, facts
+from launcher.runs import Reader, Run
+from launcher.signals import Signals
+from tests.fakes import trainer_program
+from trainer.bucket import open_run
+from trainer.errors import UserError
+
+POLL_S = 0.02
+
+
+class Site:
+    """A state folder, a folder of runs, and what the launcher said."""
+
+    def __init__(self, root: Path) -> None:
+        self.state = root / "state"
+        self.runs = root / "runs"
+        self.said = io.StringIO()
+        self.home = Home.of(self.state, "a-run", str(self.runs))
+
+    def job(self, **options: object) -> Submission:
+        words = [f"{key}={value}" for key, value in options.items()]
+        _, _, _, *rest = supervisor_command("fake", words, checkpoints=str(self.runs), run_id="a-run")
+        command = (sys.executable, trainer_program.__file__, *rest)
+        environment = supervisor_environment(os.environ)
+        return Submission("a-run", "fake", str(self.runs), command, environment)
+
+    def submit(self, job: Submission, **wishes: object) -> tuple[Ending, Run]:
+        asked = Wishes(poll_s=POLL_S, **wishes)  # type: ignore[arg-type]
+        return submit(job, asked, state=self.state, console=Console(file=self.said, width=400))
+
+    def follow(self, job: Submission, view: PlainView, **wishes: object) -> Ending:
+        reader = Reader(open_run(job.checkpoints, job.run_id), job.run_id)
+        with Signals() as signals:
+            asked = Wishes(poll_s=POLL_S, **wishes)  # type: ignore[arg-type]
+            follower = Follower(job, self.home, reader, view, signals, asked)
+            return follower.follow(follower.begin())
+
+    def read(self) -> Run:
+        return Reader(open_run(str(self.runs), "a-run"), "a-run").read()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path)
+    yield site
+    if left := process.attach(site.home):
+        left.lose()
+
+
+class Interrupts(PlainView):
+    """Sends a signal to the launcher as soon as the run has come to a step."""
+
+    def __init__(self, site: Site, at_step: int, numbers: list[signal.Signals]) -> None:
+        super().__init__(Console(file=site.said, width=400))
+        self.at_step = at_step
+        self.numbers = numbers
+
+    def show(self, run: Run) -> None:
+        if self.numbers and run.step >= self.at_step:
+            os.kill(os.getpid(), self.numbers.pop(0))
+
+
+class Kills(PlainView):
+    """Kills each attempt's supervisor as soon as the attempt has come to its step; not the launcher's doing."""
+
+    def __init__(self, site: Site, steps: list[int]) -> None:
+        super().__init__(Console(file=site.said, width=400))
+        self.site = site
+        self.steps = steps
+        self.killed = 0
+
+    def show(self, run: Run) -> None:
+        record = self.site.home.record()
+        turn = self.killed
+        if (
+            record
+            and turn < len(self.steps)
+            and (len(run.attempts), run.step) == (turn + 1, self.steps[turn])
+        ):
+            self.killed += 1
+            os.kill(record.pid, signal.SIGKILL)
+
+
+def test_a_run_is_brought_to_its_end(site: Site) -> None:
+    """Submitting trains, shows the log, and says that it is done."""
+    ending, run = site.submit(site.job())
+    assert (ending.how, ending.exit_code) == ("done", 0)
+    assert (run.state, run.step, run.commits) == ("done", 20, (5, 10, 15, 20))
+    assert "step 20/20" in site.said.getvalue()
+
+
+def test_a_done_run_is_left_as_it_is(site: Site) -> None:
+    """The same submission again starts nothing and says where the result is."""
+    site.submit(site.job())
+    ending, run = site.submit(site.job())
+    assert (ending.how, len(run.attempts)) == ("done", 1)
+    assert "is done since" in ending.message
+    assert f"{run.uri}/final" in ending.message
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_preemptions_happen_and_are_counted(site: Site, times: int) -> None:
+    """N preemptions are N attempts that were killed, and one more that comes to the end."""
+    spots = plan(after=0, total_steps=20, times=times, seed=7)
+    stalls = ",".join(str(spot.step) for spot in spots)
+    ending, run = site.submit(site.job(stall=stalls), preemptions=Preemptions(times=times, seed=7))
+    assert (ending.how, ending.preempted) == ("done", times)
+    assert (run.preemptions, len(run.attempts)) == (times, times + 1)
+    assert [attempt.step for attempt in run.attempts[:-1]] == [spot.step for spot in spots]
+    assert [attempt.end for attempt in run.attempts[:-1]] == [None] * times
+
+
+def test_a_preemption_that_comes_too_late_is_not_counted(site: Site) -> None:
+    """There is no step to preempt in a training of one step."""
+    preemptions = Preemptions(times=2)
+    ending, run = site.submit(site.job(steps=1), preemptions=preemptions)
+    assert (ending.how, ending.preempted, preemptions.missed, len(run.attempts)) == ("done", 0, 2, 1)
+
+
+def test_a_preemption_takes_the_whole_process_group(site: Site) -> None:
+    """Losing the machine kills the supervisor and what it started, and reports that it ran until then."""
+    script = "import subprocess, sys; subprocess.run(['sleep', '600'], start_new_session=True)"
+    command = [sys.executable, "-c", script]
+    supervisor = process.start(
+        site.home, command, os.environ, run_id="a-run", recipe="fake", checkpoints=str(site.runs)
+    )
+    while not (children := psutil.Process(supervisor.pid).children()):
+        pass
+    assert supervisor.lose()
+    psutil.wait_procs(children, timeout=10)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert not supervisor.lose()
+
+
+def test_a_lost_supervisor_is_recovered(site: Site) -> None:
+    """Death by a signal that was not ours is a reason to start again, from the newest commit."""
+    ending = site.follow(site.job(stall="12"), Kills(site, [12]))
+    assert (ending.how, ending.preempted) == ("done", 0)
+    assert [(attempt.start, attempt.step) for attempt in site.read().attempts] == [(0, 12), (10, 20)]
+    assert "killed by SIGKILL" in site.said.getvalue()
+
+
+def test_recoveries_without_a_new_commit_end(site: Site) -> None:
+    """After three fruitless recoveries in a row it is no accident."""
+    ending, run = site.submit(site.job(die_at=3))
+    assert (ending.how, ending.exit_code) == ("gave up", 1)
+    assert len(run.attempts) == 1 + MAX_FRUITLESS
+
+
+def test_recoveries_with_new_commits_go_on(site: Site) -> None:
+    """A machine that dies often, but later each time, is no reason to give up."""
+    stalls = [6, 6, 6, 11, 11, 11, 16]
+    killer = Kills(site, stalls)
+    ending = site.follow(site.job(stall=",".join(map(str, stalls)), steps=18), killer)
+    assert (ending.how, killer.killed) == ("done", len(stalls))
+
+
+@pytest.mark.parametrize("code", [2, 78])
+def test_what_the_user_must_mend_is_not_recovered(site: Site, code: int) -> None:
+    """A recipe that is refused ends the submission with its message and exit code 2."""
+    ending, run = site.submit(site.job(exit=code))
+    assert (ending.how, ending.exit_code, len(run.attempts)) == ("refused", 2, 1)
+    assert "the fake was told to fail" in ending.message
+
+
+def test_a_newer_attempt_is_left_alone(site: Site) -> None:
+    """A superseded supervisor is not started again."""
+    ending, run = site.submit(site.job(exit=77))
+    assert (ending.how, len(run.attempts)) == ("superseded", 1)
+    assert "a newer attempt" in ending.message
+
+
+def test_a_bug_is_told_with_exit_code_1(site: Site) -> None:
+    """An exit code that nobody planned is a failure, told with its reason."""
+    ending, run = site.submit(site.job(exit=1))
+    assert (ending.how, ending.exit_code, len(run.attempts)) == ("failed", 1, 1)
+    assert "the fake was told to fail" in ending.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_without_a_terminal_a_signal_cancels(site: Site, number: signal.Signals) -> None:
+    """The supervisor is told with SIGTERM, so it commits before it ends; nothing starts it again."""
+    ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [number]))
+    run = site.read()
+    assert (ending.how, ending.exit_code) == ("cancelled", 75)
+    assert (run.state, run.commits, len(run.attempts)) == ("preempted", (5, 7), 1)
+    assert "goes on from step 7" in ending.message
+    assert process.attach(site.home) is None
+
+
+def test_a_cancelled_run_goes_on_when_submitted_again(site: Site) -> None:
+    """The same command goes on from what the cancelling saved."""
+    site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGTERM]))
+    ending, run = site.submit(site.job(stall="7"))
+    assert (ending.how, run.attempts[-1].start, run.lost_steps) == ("done", 7, 0)
+
+
+def detach() -> Answer:
+    return "detach"
+
+
+def second_interrupt() -> Answer:
+    raise KeyboardInterrupt
+
+
+def test_a_user_who_detaches_leaves_it_running(site: Site) -> None:
+    """The answer to Ctrl-C may be that training goes on by itself."""
+    ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGINT]), ask=detach)
+    left = process.attach(site.home)
+    assert left
+    assert (ending.how, ending.exit_code) == ("detached", 0)
+    assert str(left.pid) in ending.message
+    assert str(site.home.log) in ending.message
+
+
+def test_ctrl_c_while_asking_cancels(site: Site) -> None:
+    """Somebody who presses Ctrl-C twice means it."""
+    ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGINT]), ask=second_interrupt)
+    assert ending.how == "cancelled"
+
+
+def test_a_user_who_continues_loses_nothing(site: Site) -> None:
+    """Asking does not disturb the run; a later wish is heard."""
+    answers: list[Answer] = ["continue", "cancel"]
+    view = Interrupts(site, 7, [signal.SIGINT, signal.SIGINT])
+    ending = site.follow(site.job(stall="7"), view, ask=lambda: answers.pop(0))
+    assert (ending.how, answers) == ("cancelled", [])
+
+
+def test_detach_comes_back_at_once_and_leaves_it_running(site: Site) -> None:
+    """A detached run goes on; the same submission follows it again and starts nothing."""
+    site.submit(site.job(stall="7"), detach=True)
+    first = process.attach(site.home)
+    ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGTERM]))
+    assert first
+    assert f"at work here already (pid {first.pid})" in site.said.getvalue()
+    assert (ending.how, len(site.read().attempts)) == ("cancelled", 1)
+
+
+def test_a_run_followed_again_can_be_preempted_and_recovered(site: Site) -> None:
+    """A supervisor that is not our child is treated like one that is."""
+    (spot,) = plan(after=0, total_steps=20, times=1, seed=3)
+    job = site.job(stall=spot.step)
+    site.submit(job, detach=True)
+    ending, run = site.submit(job, preemptions=Preemptions(times=1, seed=3))
+    assert (ending.how, ending.preempted, len(run.attempts)) == ("done", 1, 2)
+
+
+def test_cancelled_from_elsewhere_is_not_recovered(site: Site) -> None:
+    """Who follows a run that another terminal cancels stops too."""
+
+    class CancelsElsewhere(PlainView):
+        def show(self, run: Run) -> None:
+            found = process.attach(site.home)
+            if run.step >= 7 and found and not site.home.cancelled:
+                cancel(Home(site.home.path), found)
+
+    ending = site.follow(site.job(stall="7"), CancelsElsewhere(Console(file=site.said, width=400)))
+    assert (ending.how, len(site.read().attempts)) == ("cancelled", 1)
+
+
+def test_a_recycled_pid_is_not_believed(site: Site) -> None:
+    """A live process that was not started when the record says is somebody else's."""
+    me = psutil.Process()
+    record = Record(
+        run_id="a-run", recipe="fake", checkpoints="", pid=me.pid, created=me.create_time() - 3600
+    )
+    assert record.process() is None
+    assert record.model_copy(update={"created": me.create_time()}).process() == me
+
+
+def test_the_pid_file_holds_no_secret(site: Site) -> None:
+    """Overrides and environment may hold tokens, so neither is written down."""
+    job = site.job(hub_token="hf_secret")
+    site.submit(
+        Submission(
+            job.run_id, job.recipe, job.checkpoints, job.command, {**job.environment, "T": "hf_secret"}
+        )
+    )
+    files = [path for path in site.home.path.iterdir() if path.is_file()]
+    assert files
+    assert not any("hf_secret" in path.read_text() for path in files)
+    assert "hf_secret" not in repr(job)
+
+
+def test_the_same_run_in_two_buckets_is_two_runs(tmp_path: Path) -> None:
+    """What this machine keeps of a run depends on the bucket too."""
+    assert Home.of(tmp_path, "a-run", "/a").path != Home.of(tmp_path, "a-run", "/b").path
+
+
+def test_the_supervisors_command_line() -> None:
+    """The whole of it: the options first, so that an override can never be taken for one."""
+    command = supervisor_command("zephyr-tiny/dpo", ["beta=0.1"], checkpoints="gs://b/runs", run_id="a-run")
+    assert command == (
+        sys.executable, "-m", "trainer", "run", "--checkpoints", "gs://b/runs", "--run-id", "a-run",
+        "--", "zephyr-tiny/dpo", "beta=0.1",
+    )  # fmt: skip
+
+
+def test_the_supervisor_finds_this_package_and_the_chosen_python() -> None:
+    """Our package comes first, the caller's path stays, and the site's Python is passed on."""
+    environment = supervisor_environment(
+        {"PYTHONPATH": "/theirs", "A": "b"}, trainer_python=Path("/opt/python")
+    )
+    assert environment["PYTHONPATH"].split(os.pathsep) == [str(Path(process.__file__).parents[1]), "/theirs"]
+    assert (environment["A"], environment["AEOLUS_TRAINER_PYTHON"]) == ("b", "/opt/python")
+    assert "AEOLUS_TRAINER_PYTHON" not in supervisor_environment({})
+
+
+@pytest.mark.parametrize(("after", "total_steps"), [(0, 100), (37, 60), (0, 6)])
+def test_preemptions_are_planned_in_order_and_inside_the_training(after: int, total_steps: int) -> None:
+    """No two at one step, none before the start or at the last step, the same for the same seed."""
+    for seed in range(50):
+        spots = plan(after=after, total_steps=total_steps, times=5, seed=seed)
+        steps = [spot.step for spot in spots]
+        assert steps == sorted(set(steps))
+        assert after < steps[0] <= steps[-1] < total_steps
+        assert spots == plan(after=after, total_steps=total_steps, times=5, seed=seed)
+    assert plan(after=0, total_steps=100, times=5, seed=1) != plan(after=0, total_steps=100, times=5, seed=2)
+    assert len(plan(after=0, total_steps=100, times=5, seed=1)) == 5
+
+
+@pytest.mark.parametrize(
+    ("code", "cancelled", "how"),
+    [
+        (0, False, "done"),
+        (75, False, "recover"),
+        (75, True, "cancelled"),
+        (-9, False, "recover"),
+        (-15, True, "cancelled"),
+        (77, False, "superseded"),
+        (78, False, "refused"),
+        (2, True, "refused"),
+        (1, False, "failed"),
+    ],
+)
+def test_what_an_exit_code_means(code: int, cancelled: bool, how: str) -> None:
+    """Every exit code of the supervisor has one meaning."""
+    assert judge(code, Run("a-run", "/runs/a-run", (), ()), cancelled=cancelled) == how
+
+
+def test_a_log_is_followed_by_lines(tmp_path: Path) -> None:
+    """Half a line waits for its end; of a bar that is drawn over, the last state is a line."""
+    path = tmp_path / "log"
+    log = LogTail(path)
+    assert log.new_lines() == []
+    path.write_bytes(b"one\ntw")
+    assert log.new_lines() == ["one"]
+    path.write_bytes(b"one\ntwo\n10%\r50%\r100%\n")
+    assert log.new_lines() == ["two", "100%"]
+    assert LogTail(path, last_lines=2).new_lines() == ["two", "100%"]
+
+
+def test_the_log_of_an_ended_run_is_printed_whole(site: Site) -> None:
+    """Following the log of a run that has ended comes back."""
+    site.submit(site.job(steps=3))
+    lines: list[str] = []
+    print_log(site.home, lines.append, follow=True)
+    assert lines == ["step 1/3", "step 2/3", "step 3/3"]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "-x", "a b", "x" * 101])
+def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
+    """A run's name is part of paths and of addresses."""
+    with pytest.raises(UserError, match="cannot name a run"):
+        checked_run_id(name)
+
+
+def test_the_live_line_tells_how_far_the_run_is(site: Site) -> None:
+    """Loss, accuracy, the newest commit and the preemptions stand behind the bar."""
+    ask: Callable[[], Answer] = detach
+    _, run = site.submit(site.job(), ask=ask)
+    assert facts(run).endswith("loss 0.0500  accuracy 0.50  committed 20")
+    assert facts(Run("a-run", "/runs/a-run", (), ())) == "starting"

@@ -1,0 +1,108 @@
+"""What a run came to: facts and picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.render import change, duration, facts_table, size, to_json
+from launcher.report import draw, picture_path, summary
+from launcher.runs import Attempt, Run
+from tests.fakes.runs import BEGIN, attempt_events
+from trainer.events import Event
+
+
+def a_run(*spans: tuple[int, int], method: str = "dpo", finished: str | None = BEGIN.isoformat()) -> Run:
+    """Attempts over these spans of 40 steps."""
+    end: Event = {"kind": "exported", "step": 40, "bytes": 2048, "weights_digest": "abcd"}
+    attempts = [
+        Attempt(
+            number,
+            tuple(
+                attempt_events(
+                    number,
+                    start=start,
+                    last=last,
+                    total_steps=40,
+                    method=method,
+                    end=end if last == 40 else None,
+                )
+            ),
+        )
+        for number, (start, last) in enumerate(spans, 1)
+    ]
+    return Run("a-run", "/runs/a-run", tuple(attempts), (10, 20, 30, 40), finished)
+
+
+def test_the_facts_of_a_preempted_run() -> None:
+    """Attempts, lost work and first and last metrics are those of the events."""
+    facts = summary(a_run((0, 14), (10, 27), (20, 40)))
+    assert (facts.state, facts.attempts, facts.preemptions, facts.restores) == ("done", 3, 2, 2)
+    assert (facts.step, facts.total_steps, facts.lost_steps, facts.commits) == (40, 40, 4 + 7, 4)
+    assert facts.train_loss == (1 / 1 + 1, 1 / 40 + 3)
+    assert facts.test == (0.1, 0.4)
+    assert (facts.final, facts.final_bytes, facts.weights_digest) == ("/runs/a-run/final", 2048, "abcd")
+
+
+def test_an_sft_run_is_judged_by_its_test_loss() -> None:
+    """There are no rewards in SFT."""
+    facts = summary(a_run((0, 40), method="sft"))
+    assert (facts.test_metric, facts.test) == ("eval_loss", (1 / 10, 1 / 40))
+
+
+def test_an_unfinished_run_has_no_final_model() -> None:
+    """Nothing points at a model that is not there."""
+    facts = summary(a_run((0, 14), finished=None))
+    assert facts.final is None
+    assert dict(facts.rows())["final model"] == "not yet"
+
+
+def test_a_run_without_steps_has_facts_too() -> None:
+    """A run that died before its first step can be told of."""
+    facts = summary(Run("a-run", "/runs/a-run", (), ()))
+    assert (facts.train_loss, facts.test, facts.state) == (None, None, "new")
+    assert facts_table(facts.rows(), title="a-run").row_count == len(facts.rows())
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_the_picture_is_a_png(tmp_path: Path, method: str) -> None:
+    """Any run with steps can be drawn, into a folder that may not be there yet."""
+    path = tmp_path / "new" / "report.png"
+    draw(a_run((0, 14), (10, 27), (20, 40), method=method), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_preemptions_are_seen_in_the_picture(tmp_path: Path) -> None:
+    """Two runs with the same curves and other attempts look different."""
+    draw(a_run((0, 40)), tmp_path / "whole.png")
+    draw(a_run((0, 14), (10, 40)), tmp_path / "preempted.png")
+    assert (tmp_path / "whole.png").read_bytes() != (tmp_path / "preempted.png").read_bytes()
+
+
+def test_the_picture_lies_beside_the_run_where_that_is_a_folder() -> None:
+    """Bucket or folder decide where the picture goes."""
+    assert picture_path("/runs", "a-run") == Path("/runs/a-run/report.png")
+    assert picture_path("gs://bucket/runs", "a-run") == Path("a-run-report.png")
+
+
+def test_numbers_for_people() -> None:
+    """Units are chosen by size, and nothing is rounded to sixty."""
+    assert [duration(s) for s in (0.24, 59.6, 60, 185, 3599.7, 7810)] == [
+        "0.2 s", "1 min 00 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "2 h 10 min",
+    ]  # fmt: skip
+    assert [size(count) for count in (512, 1536, 5 << 20, 3 << 30)] == [
+        "512 B",
+        "1.5 KiB",
+        "5.0 MiB",
+        "3.0 GiB",
+    ]
+    assert change((0.69314, 0.41)) == "0.6931 → 0.4100"
+
+
+def test_json_is_strict() -> None:
+    """A loss that is not a number is null: every JSON reader takes it."""
+    assert (
+        to_json({"loss": [float("nan"), 1.5], "of": {"inf": float("inf")}})
+        == '{"loss": [null, 1.5], "of": {"inf": null}}'
+    )

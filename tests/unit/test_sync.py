@@ -1,0 +1,360 @@
+"""Checkpoints go to the bucket, come back verified, and go away when they are old."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from tests.servers.s3 import FaultyS3
+from tests.servers.stores import MemoryBucket
+from trainer.attempt import Attempt, claim
+from trainer.bucket import Bucket, open_run
+from trainer.commit import commit, prune
+from trainer.errors import Superseded, Unavailable
+from trainer.job import Staged
+from trainer.manifest import Manifest, checkpoint_key, commit_key, committed, final
+from trainer.restore import CorruptCheckpoint, fetch, restore
+from trainer.stores import Patience
+
+SHORT = Patience(open_s=0.5, transfer_s=0.3, request_s=2.0)
+FILES = {"model.safetensors": b"weights", "empty": b"", "global_step/rank_0.pt": b"optimizer"}
+
+
+def stage(
+    staging: Path, step: int, *, kind: Literal["checkpoint", "final"] = "checkpoint", mark: str = ""
+) -> Staged:
+    """A folder as a worker leaves it; its bytes tell the step, and `mark` who wrote it."""
+    name = "final" if kind == "final" else f"checkpoint-{step}"
+    for path, data in FILES.items():
+        file = staging / name / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data and data + f" of step {step} {mark}".encode())
+    return Staged(folder=name, step=step, kind=kind, details={"world_size": 1})
+
+
+def save(bucket: Bucket, attempt: Attempt, staging: Path, *steps: int, mark: str = "") -> list[Manifest]:
+    return [commit(bucket, attempt, staging, stage(staging, step, mark=mark), "digest") for step in steps]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def no_rejects(step: int, reason: str) -> None:
+    pytest.fail(f"step {step} was rejected: {reason}")
+
+
+@pytest.fixture
+def bucket(uri: str) -> Bucket:
+    return open_run(uri, "run")
+
+
+def test_a_commit_comes_back_whole(bucket: Bucket, tmp_path: Path) -> None:
+    """What was staged, nested and empty files too, is what a recovery gets."""
+    save(bucket, claim(bucket, {}), tmp_path / "staging", 50, 100)
+    restored = restore(bucket, tmp_path / "work" / "restored", no_rejects)
+    assert restored is not None
+    assert restored.path == tmp_path / "work" / "restored" / "checkpoint-100"
+    assert contents(restored.path) == contents(tmp_path / "staging" / "checkpoint-100")
+    assert restored.bytes == restored.manifest.size == sum(map(len, contents(restored.path).values()))
+    assert (restored.manifest.step, restored.manifest.attempt, restored.manifest.recipe) == (100, 1, "digest")
+    assert [path.name for path in restored.path.parent.iterdir()] == ["checkpoint-100"]
+
+
+def test_what_a_reader_of_a_commit_needs_is_written_before_it(bucket: Bucket, tmp_path: Path) -> None:
+    """The events up to a step are in the bucket when the step becomes the newest, whatever dies then."""
+    attempt = claim(bucket, {})
+    seen: list[list[str]] = []
+
+    def ready() -> None:
+        seen.append([item.key.rpartition("/")[2] for item in bucket.list()])
+
+    staged = stage(tmp_path, 10)
+    commit(bucket, attempt, tmp_path, staged, "recipe", ready=ready)
+    assert len(seen) == 1
+    assert "step-00000010.json" not in seen[0]
+    assert len(seen[0]) > 1
+
+
+def test_a_run_without_checkpoints_starts_at_the_beginning(bucket: Bucket, tmp_path: Path) -> None:
+    """No commit is no error."""
+    assert restore(bucket, tmp_path / "restored", no_rejects) is None
+
+
+def test_the_final_model_is_committed_at_its_own_address(bucket: Bucket, tmp_path: Path) -> None:
+    """People find the model under `final/`, and it is no checkpoint to resume from."""
+    attempt = claim(bucket, {})
+    manifest = commit(bucket, attempt, tmp_path, stage(tmp_path, 100, kind="final"), "digest")
+    assert final(bucket) == manifest
+    assert bucket.get("final/model.safetensors") == b"weights of step 100 "
+    assert committed(bucket) == []
+    fetch(bucket, manifest, tmp_path / "model")
+    assert contents(tmp_path / "model") == contents(tmp_path / "final")
+
+
+def test_an_uncommitted_checkpoint_is_never_restored(bucket: Bucket, tmp_path: Path) -> None:
+    """Files without a manifest are no checkpoint, however many there are."""
+    save(bucket, claim(bucket, {}), tmp_path, 50, 100)
+    bucket.delete([commit_key(100)])
+    restored = restore(bucket, tmp_path / "restored", no_rejects)
+    assert restored is not None
+    assert restored.manifest.step == 50
+
+
+@pytest.mark.parametrize("damage", ["lost file", "short file", "changed file", "cut manifest", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(bucket: Bucket, tmp_path: Path, damage: str) -> None:
+    """The one before is taken, and the reason names what is wrong with the newest."""
+    manifest = save(bucket, claim(bucket, {}), tmp_path, 50, 100)[1]
+    key = manifest.prefix + "model.safetensors"
+    whole = bucket.get(key)
+    match damage:
+        case "lost file":
+            bucket.delete([key])
+            reasons = [key, "is missing", f"expected {len(whole)} bytes"]
+        case "short file":
+            bucket.put(key, whole[:-1])
+            reasons = [key, f"has {len(whole) - 1} bytes", f"expected {len(whole)}"]
+        case "changed file":
+            bucket.put(key, b"W" + whole[1:])
+            reasons = [key, f"expected {len(whole)} bytes with xxh3 {manifest.files[2].xxh3}", "got"]
+        case "cut manifest":
+            bucket.put(manifest.key, bucket.get(manifest.key)[:-20])
+            reasons = [manifest.key, "is no manifest", "EOF"]
+        case _:
+            bucket.put(manifest.key, b"<html>")
+            reasons = [manifest.key, "is no manifest", "Invalid JSON"]
+    rejected: list[tuple[int, str]] = []
+    restored = restore(bucket, tmp_path / "restored", lambda step, reason: rejected.append((step, reason)))
+    assert restored is not None
+    assert restored.manifest.step == 50
+    assert [step for step, _ in rejected] == [100]
+    assert all(reason in rejected[0][1] for reason in reasons), rejected
+    assert [path.name for path in (tmp_path / "restored").iterdir()] == ["checkpoint-50"]
+
+
+def test_a_bit_flipped_on_the_way_is_found(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
+    """A checkpoint is checked as it arrives here, not as it lies there."""
+    bucket = open_run(s3, "run")
+    save(bucket, claim(bucket, {}), tmp_path, 50, 100)
+    rule = faulty_s3.flip_bit("step-00000100/.*/model.safetensors")
+    rejected: list[int] = []
+    restored = restore(bucket, tmp_path / "restored", lambda step, _: rejected.append(step))
+    assert rule.hits == 1
+    assert rejected == [100]
+    assert restored is not None
+    assert restored.manifest.step == 50
+
+
+def test_an_outage_is_no_verdict_on_a_checkpoint(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
+    """A store that is down must not make a run start from an older step; nothing half is left here."""
+    bucket = open_run(s3, "run", patience=SHORT)
+    save(bucket, claim(bucket, {}), tmp_path, 50, 100)
+    faulty_s3.answer(503, "SlowDown", "GET", "step-00000100/.*/model.safetensors")
+    with pytest.raises(Unavailable, match="503 SlowDown"):
+        restore(bucket, tmp_path / "restored", no_rejects)
+    assert list((tmp_path / "restored").iterdir()) == []
+
+
+def test_when_nothing_verifies_nothing_is_restored(bucket: Bucket, tmp_path: Path) -> None:
+    """Each is rejected, newest first, and the run starts at the beginning."""
+    for manifest in save(bucket, claim(bucket, {}), tmp_path, 50, 100):
+        bucket.put(manifest.prefix + "empty", b"no longer")
+    rejected: list[int] = []
+    assert restore(bucket, tmp_path / "restored", lambda step, _: rejected.append(step)) is None
+    assert rejected == [100, 50]
+
+
+def test_fetching_never_mixes_with_what_is_there(tmp_path: Path) -> None:
+    """A folder holds a manifest's files and nothing else."""
+    bucket = MemoryBucket()
+    (manifest,) = save(bucket, claim(bucket, {}), tmp_path, 50)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").touch()
+    with pytest.raises(FileExistsError):
+        fetch(bucket, manifest, tmp_path / "model")
+
+
+def test_fetching_what_is_gone_is_a_corrupt_checkpoint(tmp_path: Path) -> None:
+    """A file deleted between the look and the download has a name and a size."""
+    bucket = MemoryBucket()
+    (manifest,) = save(bucket, claim(bucket, {}), tmp_path, 50)
+    bucket.delete([manifest.prefix + "empty"])
+    with pytest.raises(CorruptCheckpoint, match="empty is missing, expected 0 bytes"):
+        fetch(bucket, manifest, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_superseded_attempt_does_not_commit(bucket: Bucket, tmp_path: Path) -> None:
+    """It notices before the manifest, and its successor's checkpoints are untouched."""
+    older = claim(bucket, {})
+    newer = claim(bucket, {})
+    save(bucket, newer, tmp_path / "newer", 100, mark="newer")
+    with pytest.raises(Superseded):
+        save(bucket, older, tmp_path / "older", 100, mark="older")
+    with pytest.raises(Superseded):
+        commit(bucket, older, tmp_path / "older", stage(tmp_path / "older", 100, kind="final"), "digest")
+    assert [manifest.attempt for manifest in committed(bucket)] == [2]
+    restored = restore(bucket, tmp_path / "restored", no_rejects)
+    assert restored is not None
+    assert contents(restored.path) == contents(tmp_path / "newer" / "checkpoint-100")
+    assert bucket.list("final/") == []
+
+
+class FrozenAttempt(Attempt):
+    """An attempt whose machine was frozen after it had seen that the run was its own."""
+
+    def check(self) -> None:
+        """See what was true then."""
+
+
+def test_a_frozen_attempt_cannot_replace_its_successors_commit(bucket: Bucket, tmp_path: Path) -> None:
+    """Even past its last look, an older attempt meets the newer one's manifest and stops."""
+    frozen = FrozenAttempt(bucket, claim(bucket, {}).number)
+    save(bucket, claim(bucket, {}), tmp_path / "newer", 100, mark="newer")
+    with pytest.raises(Superseded, match=r"attempt 2 has committed commits/step-00000100\.json"):
+        save(bucket, frozen, tmp_path / "older", 100, mark="older")
+    restored = restore(bucket, tmp_path / "restored", no_rejects)
+    assert restored is not None
+    assert contents(restored.path) == contents(tmp_path / "newer" / "checkpoint-100")
+
+
+def test_a_second_commit_of_a_step_uploads_nothing(
+    s3: str, faulty_s3: FaultyS3, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files under a manifest are never written to, and it is said why nothing is."""
+    bucket = open_run(s3, "run")
+    attempt = claim(bucket, {})
+    first = save(bucket, attempt, tmp_path, 100)
+    before = len(faulty_s3.requests)
+    with caplog.at_level(logging.INFO):
+        assert save(bucket, attempt, tmp_path, 100, mark="again") == first
+    assert {seen.method for seen in faulty_s3.requests[before:]} == {"GET"}
+    assert "was committed by attempt 1 already: nothing is uploaded" in caplog.text
+
+
+def test_an_own_commit_that_is_not_whole_is_uploaded_anew(bucket: Bucket, tmp_path: Path) -> None:
+    """Its manifest goes first, so at no time does one name files that are being written."""
+    attempt = claim(bucket, {})
+    (first,) = save(bucket, attempt, tmp_path, 100)
+    bucket.delete([first.prefix + "model.safetensors"])
+    save(bucket, attempt, tmp_path, 100)
+    assert restore(bucket, tmp_path / "restored", no_rejects) is not None
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_the_same_step_of_an_earlier_attempt_is_replaced(
+    bucket: Bucket, tmp_path: Path, damaged: bool
+) -> None:
+    """An attempt that went on from below a commit did not believe it; its own takes the place."""
+    (old,) = save(bucket, claim(bucket, {}), tmp_path / "old", 100, mark="old")
+    if damaged:
+        bucket.put(old.prefix + "model.safetensors", bucket.get(old.prefix + "model.safetensors").upper())
+    (new,) = save(bucket, claim(bucket, {}), tmp_path / "new", 100, mark="new")
+    assert committed(bucket) == [new]
+    restored = restore(bucket, tmp_path / "restored", no_rejects)
+    assert restored is not None
+    assert contents(restored.path) == contents(tmp_path / "new" / "checkpoint-100")
+
+
+def test_a_final_model_is_uploaded_once(bucket: Bucket, tmp_path: Path) -> None:
+    """All attempts export the same model; only one that is not whole is uploaded again."""
+    staged = stage(tmp_path, 100, kind="final")
+    first = commit(bucket, claim(bucket, {}), tmp_path, staged, "digest")
+    second = claim(bucket, {})
+    assert commit(bucket, second, tmp_path, staged, "digest") == first
+    bucket.delete(["final/model.safetensors"])
+    assert commit(bucket, second, tmp_path, staged, "digest").attempt == 2
+    assert final(bucket) is not None
+
+
+def test_a_commit_whose_answer_was_lost_is_a_commit(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
+    """The retry of a conditional write finds our own manifest there, which is success."""
+    bucket = open_run(s3, "run")
+    rule = faulty_s3.cut("PUT", "commits/", times=1)
+    (manifest,) = save(bucket, claim(bucket, {}), tmp_path, 100)
+    assert rule.hits == 1
+    assert committed(bucket) == [manifest]
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    """A manifest that names nothing would always verify."""
+    bucket = MemoryBucket()
+    (tmp_path / "checkpoint-1" / "nested").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no files"):
+        commit(bucket, claim(bucket, {}), tmp_path, Staged(folder="checkpoint-1", step=1), "digest")
+    assert committed(bucket) == []
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"), [(0, [40, 50]), (2, [40, 50]), (3, [30, 40, 50]), (9, [10, 20, 30, 40, 50])]
+)
+def test_old_checkpoints_go_with_their_files(
+    bucket: Bucket, tmp_path: Path, keep: int, left: list[int]
+) -> None:
+    """The newest stay, never fewer than two, and of the rest nothing stays."""
+    attempt = claim(bucket, {})
+    save(bucket, attempt, tmp_path, 10, 20, 30, 40, 50)
+    assert prune(bucket, attempt, keep) == sorted({10, 20, 30, 40, 50} - set(left))
+    assert sorted(manifest.step for manifest in committed(bucket)) == left
+    prefixes = {key.rpartition("step-")[2][:8] for key, _ in bucket.list("checkpoints/")}
+    assert prefixes == {f"{step:08d}" for step in left}
+    assert restore(bucket, tmp_path / "restored", no_rejects) is not None
+
+
+def test_a_broken_checkpoint_does_not_count_as_kept(bucket: Bucket, tmp_path: Path) -> None:
+    """Two that can be restored stay, whatever lies between them."""
+    attempt = claim(bucket, {})
+    manifests = save(bucket, attempt, tmp_path, 10, 20, 30, 40)
+    bucket.delete([manifests[2].prefix + "empty"])
+    bucket.put(commit_key(20), b"{")
+    bucket.put(commit_key(99), b"{")
+    assert prune(bucket, attempt, 2) == [20, 30]
+    assert [manifest.step for manifest in committed(bucket)] == [40, 10]
+    assert bucket.get_or_none(commit_key(99)) == b"{"
+
+
+def test_what_was_never_committed_goes_when_nobody_can_be_writing_it(tmp_path: Path) -> None:
+    """Left-overs of earlier attempts below the newest commit go; all others stay."""
+    bucket = MemoryBucket()
+    first, second = claim(bucket, {}), claim(bucket, {})
+    save(bucket, Attempt(bucket, second.number), tmp_path, 20, 40)
+    garbage = ["step-00000010/0001/a", "step-00000020/0001/a", "step-00000030/0002/a"]
+    kept = [
+        "step-00000040/0001/a",
+        "step-00000050/0001/a",
+        "step-00000030/0003/a",
+        "step-00000060/0002/a",
+        "note",
+    ]
+    for key in garbage + kept:
+        bucket.put(f"checkpoints/{key}", b"x")
+    assert first.number < second.number
+    assert prune(bucket, second, 2) == []
+    left = {key.removeprefix("checkpoints/") for key, size in bucket.list("checkpoints/") if size == 1}
+    assert left == set(kept)
+
+
+def test_the_replaced_files_of_a_kept_step_go_in_the_end(tmp_path: Path) -> None:
+    """A step that was committed twice is stored once."""
+    bucket = MemoryBucket()
+    save(bucket, claim(bucket, {}), tmp_path, 10, 20)
+    newer = claim(bucket, {})
+    save(bucket, newer, tmp_path, 20, 30)
+    assert prune(bucket, newer, 3) == []
+    assert {key.split("/")[2] for key, _ in bucket.list(checkpoint_key(20))} == {"0002"}
+
+
+def test_a_superseded_attempt_deletes_nothing(bucket: Bucket, tmp_path: Path) -> None:
+    """What its successor may restore from stays."""
+    older = claim(bucket, {})
+    save(bucket, older, tmp_path, 10, 20, 30)
+    claim(bucket, {})
+    before = bucket.list()
+    with pytest.raises(Superseded):
+        prune(bucket, older, 2)
+    assert bucket.list() == before

@@ -1,0 +1,86 @@
+"""`python -m trainer run RECIPE`: one attempt at a run on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from trainer.errors import ExitCode, UserError
+from trainer.preemption import Notice
+
+TASK_ID_VARIABLE = "SKYPILOT_TASK_ID"
+"""The same across the recoveries of a managed job, so it names the run (SkyPilot 0.14.1)."""
+
+
+@click.group()
+def main() -> None:
+    """Trains a recipe, checkpointed to a bucket, so that another machine can go on."""
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--checkpoints", required=True, help="Where runs live: gs://…, s3://… or a folder.")
+@click.option("--run-id", help="The run's name in there.  [default: the managed job's, or recipe and digest]")
+@click.option("--work", type=click.Path(path_type=Path), help="Scratch folder on this machine.")
+def run(recipe: str, overrides: tuple[str, ...], checkpoints: str, run_id: str | None, work: Path | None) -> None:
+    """Start RECIPE (a file, or a name such as zephyr-tiny/dpo), or go on with its run.
+
+    Exit codes: 0 done; 75 preempted or the infrastructure failed, start it again; 77 a newer attempt
+    owns the run; 78 the recipe, data or bucket is wrong; else a bug.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    notice = Notice()
+    notice.listen()
+    try:
+        code = _run(recipe, overrides, checkpoints, run_id, work, notice)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    sys.exit(code)
+
+
+def _run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    checkpoints: str,
+    run_id: str | None,
+    work: Path | None,
+    notice: Notice,
+) -> ExitCode:
+    # Imported here so that `--help` and a signal in the first moments are answered at once.
+    from trainer.recipe import default_run_id, load
+    from trainer.supervisor import Request, run
+
+    loaded = load(recipe, overrides)
+    for note in loaded.notes:
+        logging.getLogger("trainer").info("%s", note)
+    run_id = run_id or _task_id() or default_run_id(loaded.recipe)
+    request = Request(
+        recipe=loaded.recipe,
+        notes=loaded.notes,
+        checkpoints=checkpoints,
+        run_id=run_id,
+        work=(work or _scratch()) / f"{run_id}-{hashlib.sha256(checkpoints.encode()).hexdigest()[:8]}",
+    )
+    return run(request, notice)
+
+
+def _task_id() -> str | None:
+    task_id = os.environ.get(TASK_ID_VARIABLE)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", task_id) if task_id else None
+
+
+def _scratch() -> Path:
+    return Path(tempfile.gettempdir()) / f"aeolus-{os.getuid()}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The recipe's settings as TRL takes them, and those that are the run's to decide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.errors import RecipeError
+from trainer.fit import Fit
+from trainer.job import Job
+
+REFUSED = {
+    "load_best_model_at_end": "checkpoints leave the machine as soon as they are committed",
+    "save_only_model": "a checkpoint without the optimizer cannot be resumed exactly",
+    "auto_find_batch_size": "the micro batch is decided before the start, with the accumulation",
+    "chat_template_path": "write the template itself, as `chat_template`",
+    "eos_token": "data are tokenised before TRL could change it; set it in the model's tokenizer",
+    "sync_ref_model": "the moving reference is in no checkpoint, so a recovery would not be exact",
+}
+"""Settings of TRL that cannot be kept here, and why."""
+
+
+def training_arguments(config_class: Any, job: Job) -> Any:
+    """An `SFTConfig` or `DPOConfig`.
+
+    Raises:
+        RecipeError: TRL does not take the recipe's settings, or a recovery could not keep them.
+    """
+    settings = dict(job.recipe.trainer_args)
+    for key, reason in REFUSED.items():
+        if settings.get(key):
+            raise RecipeError(f"`{key}` cannot be used: {reason}", hint=f"take `{key}` out of the recipe")
+    settings = {**_defaults(settings, job.fit), **settings, **_owned(job)}
+    try:
+        return config_class(**settings)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"TRL refuses the recipe's settings: {error}") from error
+
+
+def _defaults(settings: dict[str, Any], fit: Fit) -> dict[str, Any]:
+    """Where the recipe is silent. TRL's own default is bf16, even where the hardware has none."""
+    return {
+        "bf16": has_bf16(fit) and not settings.get("fp16"),
+        "report_to": "none",
+        "per_device_eval_batch_size": fit.micro_batch,
+        "logging_nan_inf_filter": False,  # it would write the loss of a broken step as 0
+    }
+
+
+def _owned(job: Job) -> dict[str, Any]:
+    """What no recipe decides. Every step is logged: averages over more do not come out of a resume equal."""
+    owned = {
+        "output_dir": str(job.staging),
+        "per_device_train_batch_size": job.fit.micro_batch,
+        "gradient_accumulation_steps": job.fit.accumulation,
+        "use_cpu": job.fit.use_cpu,
+        "save_strategy": "steps",
+        "save_total_limit": None,  # retention is the bucket's
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "enable_jit_checkpoint": False,  # it saves in mid-step, and no two ranks agree on which
+        "assistant_only_loss": False,  # our labels say so already
+    }
+    if job.fit.use_cpu:
+        owned["dataloader_pin_memory"] = False
+    if job.recipe.method == "dpo":
+        del owned["assistant_only_loss"]
+    return owned
+
+
+def has_bf16(fit: Fit) -> bool:
+    """Whether the device computes in bfloat16 at full speed; a CPU is never asked to unless the recipe says so."""
+    import torch
+
+    return (
+        not fit.use_cpu
+        and torch.cuda.is_available()
+        and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    )

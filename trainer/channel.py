@@ -1,0 +1,73 @@
+"""What a worker says to its supervisor, a line at a time, and the one thing it hears: a signal to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+from trainer.events import Kind
+from trainer.job import Job, Outcome, write_atomically
+
+
+class Channel:
+    """Lines to `steps.jsonl`, the outcome, and the stop signal; only rank 0 writes.
+
+    Until `training_begins` a signal ends the process at once, as preempted: there is nothing to save.
+    From then on it raises `stop_asked`, which the training loop reads where a step ends.
+    """
+
+    def __init__(self, job: Job, *, rank: int = 0) -> None:
+        self.stop_asked = False
+        self._job = job
+        self._speaks = rank == 0
+        self._ends_at_once = False
+        self._lines = job.steps.open("a") if self._speaks else None
+
+    def say(self, kind: Kind, **fields: Any) -> None:
+        """Write one line and flush it; floats are written so that they read back equal."""
+        if self._lines:
+            self._lines.write(json.dumps({"kind": kind, **fields}) + "\n")
+            self._lines.flush()
+
+    def listen(self) -> None:
+        """Take SIGTERM and SIGUSR1 for this process; main thread only.
+
+        SIGINT is ignored: a terminal sends Ctrl-C to the whole group, and the supervisor answers it.
+        """
+        self._ends_at_once = True
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def training_begins(self) -> None:
+        self._ends_at_once = False
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Write how it ended; nothing is said after this."""
+        if self._lines:
+            self._lines.close()
+            self._lines = None
+            write_atomically(self._job.outcome, outcome.model_dump_json())
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.stop_asked = True
+        if self._ends_at_once:
+            self.conclude(Outcome(status="preempted", message="before the first step"))
+            os._exit(
+                0
+            )  # no cleanup: imports and loads in full flight would delay it or turn it into an error
+
+
+class ChannelHandler(logging.Handler):
+    """Hands our own log records to the supervisor, which shows them to the user."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(logging.INFO)
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._channel.say("log", level=record.levelname.lower(), message=record.getMessage())

@@ -1,0 +1,90 @@
+"""What happened in an attempt: one JSON object a line, in `events/<attempt>.jsonl` of the run.
+
+Object stores cannot append, so the log is kept in memory and written whole: at once when
+something matters (a claim, a commit, an end), else at most every few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+Kind = Literal[
+    "claimed",      # recipe, fit, shape, node
+    "restored",     # step, files, bytes, seconds; or step 0 with the reason
+    "rejected",     # step, reason: a checkpoint that did not verify
+    "started",      # total_steps, samples; the workers are about to take the first step
+    "step",         # step, total_steps, loss, learning_rate, grad_norm, samples, rewards/...
+    "eval",         # step, eval_loss, eval_rewards/accuracies, ...
+    "saved",        # step, stall_s
+    "save_skipped", # step, reason
+    "committed",    # step, files, bytes, seconds
+    "upload_failed",# step, reason
+    "notice",       # source: SIGTERM ...
+    "preempted",    # step
+    "superseded",   # by: attempt
+    "failed",       # message, exit_code
+    "exported",     # files, bytes, seconds, weights_digest
+    "done",         # step
+    "log",          # level, message: what the user should see
+]
+"""The kinds of events, with their fields; every event also has `time` (UTC, ISO 8601) and `attempt`."""
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """The attempt's events; `add` never waits for the store."""
+
+    def __init__(
+        self,
+        attempt: int,
+        write: Callable[[bytes], None],
+        *,
+        every_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._attempt = attempt
+        self._write = write
+        self._every_s = every_s
+        self._clock = clock
+        self._lines: list[bytes] = []
+        self._written = 0
+        self._written_at = -every_s
+        self._adding = threading.Lock()
+        self._writing = threading.Lock()
+
+    def add(self, kind: Kind, **fields: Any) -> Event:
+        """Record one event; it reaches the bucket with the next `flush`."""
+        event = {"kind": kind, "time": datetime.now(UTC).isoformat(), "attempt": self._attempt, **fields}
+        with self._adding:
+            self._lines.append(json.dumps(event).encode() + b"\n")
+        return event
+
+    def flush(self, *, now: bool = False) -> None:
+        """Write the log if it grew and its time has come, or at once with `now`.
+
+        Raises:
+            UserError: the store refused or is away; nothing is lost, the next flush writes it all.
+        """
+        with self._writing:  # a newer log must never be overwritten by an older one
+            with self._adding:
+                lines = list(self._lines)
+            due = now or self._clock() - self._written_at >= self._every_s
+            if due and len(lines) > self._written:
+                self._write(b"".join(lines))
+                self._written = len(lines)
+                self._written_at = self._clock()
+
+
+def parse(data: bytes) -> list[Event]:
+    """The events of one file."""
+    return [json.loads(line) for line in data.splitlines() if line.strip()]
+
+
+def of_kind(events: Iterable[Event], *kinds: Kind) -> list[Event]:
+    return [event for event in events if event["kind"] in kinds]

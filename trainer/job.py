@@ -1,0 +1,114 @@
+"""What the supervisor and its workers tell each other, as files in the attempt's work folder.
+
+The supervisor knows nothing of the training program beyond this: it writes `job.json`, starts the
+program with that path as its only argument, and watches the folder. Any program that reads the
+job, writes checkpoint folders under `staging/` and drops a marker beside each can run under it.
+
+    job.json                        what to do                          supervisor -> worker
+    steps.jsonl                     what happens, a JSON object a line  worker -> supervisor
+    staging/checkpoint-100/         a checkpoint being written          worker
+    staging/checkpoint-100.staged   it is complete: upload it           worker -> supervisor
+    outcome.json                    how it ended                        worker -> supervisor
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from trainer.fit import Fit
+from trainer.recipe import Recipe
+
+STAGED_SUFFIX = ".staged"
+STEPS = "steps.jsonl"
+
+
+class Job(BaseModel):
+    """One attempt at a run, as its workers see it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_id: str
+    attempt: int
+    recipe: Recipe
+    fit: Fit
+    work: Path
+    """The attempt's own folder; gone when the attempt ends."""
+    model: str | None
+    """Local folder, GGUF file or Hub id to load instead of the recipe's; None with `init: tiny`."""
+    resume_from: Path | None
+    """A restored checkpoint, already verified; None to start at step 0."""
+
+    @property
+    def staging(self) -> Path:
+        return self.work / "staging"
+
+    @property
+    def steps(self) -> Path:
+        return self.work / STEPS
+
+    @property
+    def outcome(self) -> Path:
+        return self.work / "outcome.json"
+
+
+class Staged(BaseModel):
+    """The marker beside a complete folder in staging; written last, by rename."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: str
+    """Name of the folder beside the marker."""
+    step: int
+    kind: Literal["checkpoint", "final"] = "checkpoint"
+    stall_s: float = 0.0
+    """Seconds that training stood still while the folder was written."""
+    details: dict[str, Any] = {}
+    """What the manifest keeps beside the files: world size, engine, data digest."""
+
+
+class Outcome(BaseModel):
+    """How the workers ended. torchrun turns every exit code into 1, so the truth is in this file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    status: Literal["done", "preempted", "user_error"]
+    message: str = ""
+    hint: str | None = None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the whole new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def mark_staged(staging: Path, staged: Staged) -> None:
+    write_atomically(staging / f"{staged.folder}{STAGED_SUFFIX}", staged.model_dump_json())
+
+
+def pending(staging: Path) -> list[Staged]:
+    """Complete folders that wait for upload or are being uploaded, by step."""
+    found = [Staged.model_validate_json(path.read_text()) for path in staging.glob(f"*{STAGED_SUFFIX}")]
+    return sorted(found, key=lambda staged: (staged.step, staged.kind == "final"))
+
+
+class Tail:
+    """The lines that were added to a file since the last look; a line in the making waits."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new_lines(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return whole.decode().splitlines()

@@ -1,0 +1,246 @@
+"""The recipe as a value: what to train, with no word of hardware, and what makes two of them the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePath
+from typing import Any, Literal, Self
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer.errors import RecipeError
+
+BOOKKEEPING = frozenset(
+    {
+        "logging_steps",
+        "report_to",
+        "run_name",
+        "project",
+        "trackio_bucket_id",
+        "trackio_space_id",
+        "trackio_static_space_id",
+        "save_steps",
+        "save_total_limit",
+        "include_num_input_tokens_seen",
+        "skip_memory_metrics",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "activation_offloading",
+        "torch_empty_cache_steps",
+        "per_device_eval_batch_size",
+        "precompute_ref_batch_size",
+        "eval_accumulation_steps",
+    }
+)
+"""Keys of TRL's that change what is told, kept, or how fast it goes, and never what is trained."""
+LEAST_CHECKPOINTS = 2
+"""The newest may turn out damaged; then the one before it is what is left."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataSource(_Frozen):
+    """One data set, or a part of it."""
+
+    id: str = Field(min_length=1)
+    """Hub id; path of a .jsonl, .json or .parquet file or a folder of them; or `generated:instructions`."""
+    config: str | None = None
+    """The Hub's name of the data set's variant."""
+    split: str = "train"
+    columns: dict[str, str] = {}
+    """Columns renamed: the name in the data set, and the name that training knows."""
+    weight: float = Field(default=1.0, gt=0, le=1)
+    """Part of the data set's rows that is taken, after a shuffle."""
+    revision: str | None = None
+
+
+class Mixture(_Frozen):
+    """The data sets to train on, mixed, and those to evaluate on."""
+
+    datasets: tuple[DataSource, ...] = Field(min_length=1)
+    test_datasets: tuple[DataSource, ...] = ()
+    test_split_size: int | float | None = Field(default=None, gt=0)
+    """Rows, or below 1 the part, split off the mixture to evaluate on."""
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _one_source_of_tests(self) -> Self:
+        if self.test_datasets and self.test_split_size is not None:
+            raise RecipeError(
+                f"dataset_mixture has {len(self.test_datasets)} test_datasets and test_split_size "
+                f"{self.test_split_size}: two sources of test data",
+                hint="drop one of them",
+            )
+        return self
+
+
+class TinyModel(_Frozen):
+    """A Mistral model with random weights, for trials of everything but the model: 1.3 M parameters."""
+
+    hidden_size: int = Field(default=128, gt=0)
+    intermediate_size: int = Field(default=384, gt=0)
+    num_hidden_layers: int = Field(default=4, gt=0)
+    num_attention_heads: int = Field(default=4, gt=0)
+    num_key_value_heads: int = Field(default=2, gt=0)
+    vocab_size: int = Field(default=2048, gt=0)
+    max_position_embeddings: int = Field(default=2048, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        for whole, part in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise RecipeError(
+                    f"tiny.{whole} {getattr(self, whole)} is no multiple of tiny.{part} {getattr(self, part)}"
+                )
+        return self
+
+
+class Recipe(_Frozen):
+    """What to train. The same recipe trains the same model on every shape."""
+
+    name: str = Field(min_length=1)
+    method: Literal["sft", "dpo"]
+    model_name_or_path: str | None = None
+    """Hub id, local folder, GGUF file, or the URI of a run's exported model; None with `init`."""
+    init: Literal["tiny"] | None = None
+    """Train a new model with random weights instead of a given one."""
+    tiny: TinyModel = TinyModel()
+    dataset_mixture: Mixture
+    global_batch_size: int = Field(gt=0)
+    """Sequences (SFT) or pairs (DPO) per optimizer step over all GPUs; a shape never changes it."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """The most that one process takes at a time; None leaves it to the fit."""
+    max_prompt_length: int | None = Field(default=None, gt=0)
+    """Tokens that a DPO prompt is cut to, on `truncation_side`; None cuts no prompts."""
+    truncation_side: Literal["left", "right"] = "left"
+    chat_template: str | None = None
+    """Jinja text; None keeps the tokenizer's own."""
+    auto_insert_empty_system_msg: bool = True
+    max_train_samples: int | None = Field(default=None, gt=0)
+    max_test_samples: int | None = Field(default=None, gt=0)
+    trainer_args: dict[str, Any] = {}
+    """Keys of TRL's SFTConfig or DPOConfig, without those that the fit or the run decides."""
+    model_args: dict[str, Any] = {}
+    """Keys of TRL's ModelConfig, without the model itself."""
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        self._check_model()
+        self._check_batch()
+        self._check_trainer_args()
+        return self
+
+    def _check_model(self) -> None:
+        if (self.model_name_or_path is None) == (self.init is None):
+            both = self.init is not None
+            raise RecipeError(
+                f"recipe {self.name} has {'both' if both else 'neither'} `model_name_or_path` "
+                f"{'and' if both else 'nor'} `init`",
+                hint="drop one of them"
+                if both
+                else "add `model_name_or_path: <Hub id or folder>`, or `init: tiny`",
+            )
+        quantised = [key for key in ("load_in_4bit", "load_in_8bit") if self.model_args.get(key)]
+        if len(quantised) == 2:
+            raise RecipeError(
+                f"recipe {self.name} loads the model in 4 and in 8 bits", hint="drop one of them"
+            )
+        if quantised and not self.model_args.get("use_peft"):
+            raise RecipeError(
+                f"recipe {self.name}: `{quantised[0]}: true` freezes the model, and no LoRA is trained on it",
+                hint="add `use_peft: true`",
+            )
+
+    def _check_batch(self) -> None:
+        if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
+            raise RecipeError(
+                f"recipe {self.name}: micro_batch_size {self.micro_batch_size} does not divide "
+                f"global_batch_size {self.global_batch_size}",
+                hint="drop `micro_batch_size` to let the fit choose",
+            )
+
+    def _check_trainer_args(self) -> None:
+        longest = self.trainer_args.get("max_length")
+        if self.max_prompt_length and longest and self.max_prompt_length >= longest:
+            raise RecipeError(
+                f"recipe {self.name}: max_prompt_length {self.max_prompt_length} leaves no room for an answer in "
+                f"max_length {longest}",
+                hint="TRL drops such pairs without a word; raise `max_length`",
+            )
+        order = self.trainer_args.get("train_sampling_strategy", "random")
+        if order in ("group_by_length", "batch_rebalance"):
+            raise RecipeError(
+                f"recipe {self.name}: `train_sampling_strategy: {order}` makes the order of samples depend on the GPUs",
+                hint="drop it; the order is random, and the same on every shape",
+            )
+
+    @property
+    def seed(self) -> int:
+        """Of the weights that training adds, of dropout, and of the order of samples."""
+        return int(self.trainer_args.get("seed", 42))
+
+    @property
+    def keep_checkpoints(self) -> int:
+        """How many committed checkpoints the bucket keeps."""
+        return max(LEAST_CHECKPOINTS, int(self.trainer_args.get("save_total_limit") or LEAST_CHECKPOINTS))
+
+    def digest(self) -> str:
+        """XXH3 (128 bits, hex) of all that decides what is trained; bookkeeping is left out."""
+        return xxhash.xxh3_128_hexdigest(
+            json.dumps(self._trajectory(), sort_keys=True, separators=(",", ":")).encode()
+        )
+
+    def differences(self, other: Recipe) -> list[str]:
+        """What `digest` sees otherwise in `other` (here) than in this one (there), a key each."""
+        there, here = _flat(self._trajectory()), _flat(other._trajectory())
+        return [
+            f"{key}: {there.get(key, 'unset')} there, {here.get(key, 'unset')} here"
+            for key in dict.fromkeys((*there, *here))
+            if there.get(key) != here.get(key) or (key in there) != (key in here)
+        ]
+
+    def _trajectory(self) -> dict[str, Any]:
+        unused = {"name", "micro_batch_size", "max_test_samples", "trainer_args", "model_args"}
+        data = self.model_dump(mode="json", exclude=unused | (set() if self.init else {"tiny"}))
+        data["model_name_or_path"] = _portable(self.model_name_or_path)
+        for source in (*data["dataset_mixture"]["datasets"], *data["dataset_mixture"]["test_datasets"]):
+            source["id"] = _portable(source["id"])
+        arguments = {key: value for key, value in self.trainer_args.items() if key not in BOOKKEEPING}
+        result: dict[str, Any] = _canonical({**data, **arguments, **self.model_args})
+        return result
+
+
+def _portable(path: str | None) -> str | None:
+    """A local path without its folder, which differs between machines; the data digest knows the content."""
+    return PurePath(path).name if path and PurePath(path).is_absolute() else path
+
+
+def _canonical(value: Any) -> Any:
+    """`1` and `1.0` alike."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists of them under dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        nested = item
+        if isinstance(item, list) and item and isinstance(item[0], dict):
+            nested = {str(index): entry for index, entry in enumerate(item)}
+        if isinstance(nested, dict) and nested:
+            flat |= _flat(nested, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = item
+    return flat

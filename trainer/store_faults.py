@@ -1,0 +1,117 @@
+"""The faults of object stores, sorted into what a user can mend and what time can mend.
+
+The stores' own messages quote the whole answer, and an answer about an expired token quotes the
+token; so only the status, the error code and the connection's state are ever passed on.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+
+from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+from trainer.errors import BucketError, Unavailable, UserError
+
+MISSING_BUCKET = {"NoSuchBucket"}
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+UNKNOWN_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidSecurity"}
+TRANSIENT = {
+    "RequestTimeout",
+    "SlowDown",
+    "InternalError",
+    "ServiceUnavailable",
+    "OperationAborted",
+    "NoSuchUpload",
+}
+FORBIDDEN_STATUS = {"401", "403"}
+BUSY_STATUS = {"408", "429"}
+REFUSED_BY_FOLDER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+NO_CREDENTIALS = (  # what obstore says while it looks for credentials, never about the bucket itself
+    "Missing AccessKeyId",
+    "Missing SecretAccessKey",
+    "169.254.169.254",
+    "169.254.170.",
+    "metadata.google.internal",
+    "service account file",
+    "oauth2.googleapis.com",
+)
+HOW_TO_GIVE_CREDENTIALS = (
+    "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3:// (profiles are not read),"
+    " GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth application-default login` for gs://"
+)
+
+
+def no_such_bucket(error: Exception) -> bool:
+    """Whether a "not found" means the bucket and not the key."""
+    return _code(str(error)) in MISSING_BUCKET
+
+
+def sort_fault(error: Exception, doing: str, *, opening: bool = False) -> UserError:
+    """What to raise for a store's error.
+
+    Args:
+        error: obstore's error, or an OSError of a folder.
+        doing: what was tried, with the address: "open s3://bucket/runs".
+        opening: nothing has worked yet, so credentials that cannot be had are not there at all.
+
+    Returns:
+        BucketError if the user has to do something, Unavailable if the same may work later.
+    """
+    text = str(error).partition("\n\nDebug source:")[0]
+    code = _code(text)
+    status = _first(r"status code: (\d{3})", text)
+    cannot = f"cannot {doing}: {_reason(text, code, status)}"
+    hint = _what_to_mend(error, text, code, status, opening=opening)
+    return BucketError(cannot, hint=hint) if hint else Unavailable(cannot, hint=_what_to_wait_for(text))
+
+
+def _what_to_mend(error: Exception, text: str, code: str, status: str, *, opening: bool) -> str | None:
+    """The way out of a fault that does not go away by itself; None for one that may."""
+    forbidden = isinstance(error, PermissionDeniedError) or status in FORBIDDEN_STATUS
+    unknown = isinstance(error, UnauthenticatedError) or code in UNKNOWN_CREDENTIALS
+    elsewhere = code == "AuthorizationHeaderMalformed" or status == "301" or "configured region" in text
+    refused = status.startswith("4") and status not in BUSY_STATUS and code not in TRANSIENT
+    ways_out = (  # the first that holds
+        (opening and any(sign in text for sign in NO_CREDENTIALS), HOW_TO_GIVE_CREDENTIALS),
+        (code in MISSING_BUCKET, "there is no such bucket: make it, or correct its name"),
+        (
+            code in EXPIRED,
+            "the credentials have expired: renew them and start again; what is committed is safe",
+        ),
+        (unknown, "the credentials are not accepted: check the access key, its secret and the session token"),
+        (elsewhere, "the bucket is in another region: set AWS_REGION to it"),
+        (code == "RequestTimeTooSkewed", "this machine's clock is wrong: set it"),
+        (forbidden, "permission is missing: reading, listing, writing and deleting objects are needed"),
+        (_errno(text) in REFUSED_BY_FOLDER, "choose a folder that this user can write to"),
+        (refused, "the store does not accept the request: is the endpoint an S3 or GCS one?"),
+    )
+    return next((way_out for holds, way_out in ways_out if holds), None)
+
+
+def _what_to_wait_for(text: str) -> str:
+    if _errno(text) == errno.ENOSPC:
+        return "the disk is full: free some space"
+    return "it was tried again until the time for that was up; the same may work later"
+
+
+def _reason(text: str, code: str, status: str) -> str:
+    """One short line; never the body of an answer."""
+    if code or status:
+        return " ".join(part for part in (status, code) if part)
+    if said := _first(r"(HTTP error: [\w ]+)", text) or _first(r"([^<\n]+ \(os error \d+\))", text):
+        return said.strip().removeprefix("Generic ")
+    return text.partition("\n")[0].partition("<")[0][:200]
+
+
+def _code(text: str) -> str:
+    return _first(r"<Code>(\w+)</Code>", text)
+
+
+def _errno(text: str) -> int:
+    return int(_first(r"(?:os error |\[Errno )(\d+)", text) or 0)
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found.group(1) if found else ""

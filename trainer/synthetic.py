@@ -1,0 +1,118 @@
+"""Instructions with a right and a wrong answer that a model of a million weights can learn in a minute.
+
+A few dozen facts, each asked in several phrasings. The test split asks the same facts in phrasings that
+were used for other facts only, so a right answer there is not remembered but put together.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from trainer.errors import DataError
+
+SEED = 2024
+HOLD_OUT = 6  # of this many phrasings of a fact, one is for the test split
+
+KINDS = {
+    "animal": ("sparrow", "horse", "salmon", "spider", "tiger", "camel"),
+    "plant": ("tulip", "cactus", "fern", "willow", "thistle", "bamboo"),
+    "tool": ("hammer", "shovel", "wrench", "chisel", "ladder", "drill"),
+    "vehicle": ("truck", "canoe", "tractor", "bicycle", "rocket", "scooter"),
+}
+COLOURS = {
+    "red": ("tomato", "ruby", "cherry"),
+    "yellow": ("lemon", "banana", "canary"),
+    "green": ("cucumber", "lime", "pea"),
+    "white": ("pearl", "swan", "tooth"),
+}
+LARGEST_ADDEND = 4
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+KIND_QUESTIONS = (
+    "What kind of thing is a {0}?",
+    "Tell me what a {0} is.",
+    "Is a {0} an animal, a plant, a tool or a vehicle?",
+    "I saw a {0} today. What is that?",
+    "Which group does a {0} belong to?",
+    "Please classify this word: {0}",
+)
+COLOUR_QUESTIONS = (
+    "What colour is a {0}?",
+    "Tell me the colour of a {0}.",
+    "I want to paint a {0}. Which colour do I need?",
+    "Which colour does a {0} have?",
+    "If you look at a {0}, what colour do you see?",
+    "Name the colour: {0}",
+)
+SUM_QUESTIONS = (
+    "What is {0} plus {1}?",
+    "Add {0} and {1}.",
+    "I have {0} coins and get {1} more. How many are there?",
+    "Please work out {0} plus {1}.",
+    "How much is {0} and {1}?",
+    "Sum: {0} and {1}",
+)
+
+
+class Fact(NamedTuple):
+    """What is asked about, and the answers."""
+
+    questions: tuple[str, ...]
+    subject: tuple[str, ...]
+    right: str
+    wrong: tuple[str, ...]
+
+
+def instructions(split: str) -> list[dict[str, Any]]:
+    """Rows that are chats (`messages`) and preferences (`prompt`, `chosen`, `rejected`) at once.
+
+    Raises:
+        DataError: `split` is neither `train` nor `test`.
+    """
+    if split not in ("train", "test"):
+        raise DataError(f"the generated instructions have no split {split}", hint="there are train and test")
+    choice = random.Random(f"{SEED}/{split}")
+    rows = [
+        _row(question.format(*fact.subject), fact.right, choice.choice(fact.wrong))
+        for number, fact in enumerate(facts())
+        for phrasing, question in enumerate(fact.questions)
+        if ((number + phrasing) % HOLD_OUT == 0) == (split == "test")
+    ]
+    choice.shuffle(rows)
+    return rows
+
+
+def facts() -> Iterator[Fact]:
+    """Everything there is to know."""
+    for kind, nouns in KINDS.items():
+        for noun in nouns:
+            wrong = tuple(f"A {noun} is {_a(other)}." for other in KINDS if other != kind)
+            yield Fact(KIND_QUESTIONS, (noun,), f"A {noun} is {_a(kind)}.", wrong)
+    for colour, things in COLOURS.items():
+        for thing in things:
+            wrong = tuple(f"A {thing} is {other}." for other in COLOURS if other != colour)
+            yield Fact(COLOUR_QUESTIONS, (thing,), f"A {thing} is {colour}.", wrong)
+    for first in range(1, LARGEST_ADDEND + 1):
+        for second in range(1, LARGEST_ADDEND + 1):
+            yield _sum(first, second)
+
+
+def _sum(first: int, second: int) -> Fact:
+    subject = (NUMBERS[first], NUMBERS[second])
+    answer = f"{subject[0]} and {subject[1]} is {{}}.".capitalize()
+    total = first + second
+    wrong = tuple(answer.format(NUMBERS[other]) for other in (total - 2, total - 1, total + 1) if other > 0)
+    return Fact(SUM_QUESTIONS, subject, answer.format(NUMBERS[total]), wrong)
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _row(question: str, right: str, wrong: str) -> dict[str, Any]:
+    asked = {"role": "user", "content": question}
+    chosen = [asked, {"role": "assistant", "content": right}]
+    rejected = [asked, {"role": "assistant", "content": wrong}]
+    return {"prompt": question, "messages": chosen, "chosen": chosen, "rejected": rejected}
