@@ -31,9 +31,14 @@ def training_arguments(config_class: Any, job: Job) -> Any:
             raise RecipeError(f"`{key}` cannot be used: {reason}", hint=f"take `{key}` out of the recipe")
     settings = {**_defaults(settings, job.fit), **settings, **_owned(job)}
     try:
-        return config_class(**settings)
+        arguments = config_class(**settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"TRL refuses the recipe's settings: {error}") from error
+    if arguments.world_size != job.fit.processes:
+        raise RuntimeError(  # would train with another global batch than the recipe's, in silence
+            f"{arguments.world_size} processes were started, not the {job.fit.processes} of the fit"
+        )
+    return arguments
 
 
 def _defaults(settings: dict[str, Any], fit: Fit) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class DataSource(_Frozen):
     """One data set, or a part of it."""
 
     id: str = Field(min_length=1)
-    """Hub id; path of a .jsonl, .json or .parquet file or a folder of them; or `generated:instructions`."""
+    """Hub id; path of a .jsonl, .json or .parquet file or a folder of them; `generated:chats` or `generated:preferences`."""
     config: str | None = None
     """The Hub's name of the data set's variant."""
     split: str = "train"

@@ -14,7 +14,6 @@ from trainer.recipe import DataSource, Mixture, Recipe
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
-GENERATED = "generated:instructions"
 
 
 class Mixed(Sequence[Row]):
@@ -94,10 +93,13 @@ def _mix(sources: Sequence[DataSource], seed: int) -> Mixed:
 
 
 def _portion(count: int, source: DataSource, seed: int) -> Sequence[int]:
-    """Which of a source's `count` rows are taken: all, or a share of `weight` chosen by the seed."""
+    """Which of a source's `count` rows are taken: all, or a share of `weight` chosen by the seed.
+
+    By the file's name, not its path: the next machine may keep it in another folder.
+    """
     if source.weight >= 1:
         return range(count)
-    chosen = random.Random(f"{seed}/{source.id}/{source.split}").sample(
+    chosen = random.Random(f"{seed}/{Path(source.id).name}/{source.split}").sample(
         range(count), int(count * source.weight)
     )
     return sorted(chosen)
@@ -127,8 +129,8 @@ def _read(source: DataSource) -> Sequence[Row]:
 
 
 def _raw(source: DataSource) -> Sequence[Row]:
-    if source.id == GENERATED:
-        return synthetic.instructions(source.split)
+    if generate := synthetic.DATA.get(source.id):
+        return generate(source.split)
     path = Path(source.id).expanduser()
     if path.is_dir():
         return [row for file in _files(path, source.split) for row in _read_file(file)]

@@ -1,17 +1,20 @@
-"""Instructions with a right and a wrong answer that a model of a million weights can learn in a minute.
+"""Data that a model of a million weights can learn in a minute: chats, and preferences.
 
 A few dozen facts, each asked in several phrasings. The test split asks the same facts in phrasings that
-were used for other facts only, so a right answer there is not remembered but put together.
+were used for other facts only, so a right answer there is not remembered but put together. The chats are
+like those of the world, right or wrong by chance, so from them one learns how to answer; which answer is
+right is told by the preferences alone.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from trainer.errors import DataError
 
+Row = dict[str, Any]
 SEED = 2024
 HOLD_OUT = 6  # of this many phrasings of a fact, one is for the test split
 
@@ -65,23 +68,49 @@ class Fact(NamedTuple):
     wrong: tuple[str, ...]
 
 
-def instructions(split: str) -> list[dict[str, Any]]:
-    """Rows that are chats (`messages`) and preferences (`prompt`, `chosen`, `rejected`) at once.
+def chats(split: str) -> list[Row]:
+    """Rows with `messages`: each question twice, once answered right and once wrong.
 
     Raises:
         DataError: `split` is neither `train` nor `test`.
     """
-    if split not in ("train", "test"):
-        raise DataError(f"the generated instructions have no split {split}", hint="there are train and test")
-    choice = random.Random(f"{SEED}/{split}")
-    rows = [
-        _row(question.format(*fact.subject), fact.right, choice.choice(fact.wrong))
-        for number, fact in enumerate(facts())
-        for phrasing, question in enumerate(fact.questions)
-        if ((number + phrasing) % HOLD_OUT == 0) == (split == "test")
+    choice = random.Random(f"{SEED}/{split}/chats")
+    rows: list[Row] = [
+        {"messages": _chat(question, answer)}
+        for question, right, wrong in _questions(split, choice)
+        for answer in (right, wrong)
     ]
     choice.shuffle(rows)
     return rows
+
+
+def preferences(split: str) -> list[Row]:
+    """Rows with `prompt`, `chosen` and `rejected`: each question once, with its right and a wrong answer.
+
+    Raises:
+        DataError: `split` is neither `train` nor `test`.
+    """
+    choice = random.Random(f"{SEED}/{split}")
+    rows: list[Row] = [
+        {"prompt": question, "chosen": _chat(question, right), "rejected": _chat(question, wrong)}
+        for question, right, wrong in _questions(split, choice)
+    ]
+    choice.shuffle(rows)
+    return rows
+
+
+DATA: dict[str, Callable[[str], list[Row]]] = {"generated:chats": chats, "generated:preferences": preferences}
+"""By the id that a recipe's `dataset_mixture` names."""
+
+
+def _questions(split: str, choice: random.Random) -> Iterator[tuple[str, str, str]]:
+    """Every question of a split, with the right answer and one of the wrong ones."""
+    if split not in ("train", "test"):
+        raise DataError(f"the generated data have no split {split}", hint="there are train and test")
+    for number, fact in enumerate(facts()):
+        for phrasing, question in enumerate(fact.questions):
+            if ((number + phrasing) % HOLD_OUT == 0) == (split == "test"):
+                yield question.format(*fact.subject), fact.right, choice.choice(fact.wrong)
 
 
 def facts() -> Iterator[Fact]:
@@ -111,8 +140,5 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _row(question: str, right: str, wrong: str) -> dict[str, Any]:
-    asked = {"role": "user", "content": question}
-    chosen = [asked, {"role": "assistant", "content": right}]
-    rejected = [asked, {"role": "assistant", "content": wrong}]
-    return {"prompt": question, "messages": chosen, "chosen": chosen, "rejected": rejected}
+def _chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

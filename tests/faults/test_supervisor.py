@@ -21,7 +21,7 @@ RECIPE = Recipe.model_validate(
         "name": "fake",
         "method": "sft",
         "init": "tiny",
-        "dataset_mixture": {"datasets": [{"id": "generated:instructions"}]},
+        "dataset_mixture": {"datasets": [{"id": "generated:chats"}]},
         "global_batch_size": 4,
     }
 )

@@ -18,8 +18,8 @@ method: {method}
 init: tiny
 tiny: {{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, vocab_size: 600}}
 dataset_mixture:
-  datasets: [{{id: "generated:instructions", split: train}}]
-  test_datasets: [{{id: "generated:instructions", split: test}}]
+  datasets: [{{id: "generated:{data}", split: train}}]
+  test_datasets: [{{id: "generated:{data}", split: test}}]
 max_train_samples: 60
 max_test_samples: 8
 global_batch_size: 8
@@ -51,7 +51,7 @@ LAST_STEP = 12
 def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """SFT and DPO, with full weights and with LoRA under dropout."""
     method, weights = request.param.split("-")
-    text = RECIPE.format(method=method)
+    text = RECIPE.format(method=method, data="chats" if method == "sft" else "preferences")
     if weights == "lora":
         text += LORA + (KEEP_DROPOUT if method == "dpo" else "")
     path = tmp_path / f"{request.param}.yaml"

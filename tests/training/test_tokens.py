@@ -14,7 +14,7 @@ from trainer.errors import DataError
 from trainer.forms import Malformed
 from trainer.model import _train_tokenizer
 from trainer.recipe import Recipe
-from trainer.synthetic import instructions
+from trainer.synthetic import chats, preferences
 
 ASK = {"role": "user", "content": "What is a hammer?"}
 TELL = {"role": "assistant", "content": "A hammer is a tool."}
@@ -29,7 +29,7 @@ GEMMA_LIKE = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    texts = (message["content"] for row in instructions("train") for message in row["messages"])
+    texts = (message["content"] for row in chats("train") for message in row["messages"])
     tokenizer = _train_tokenizer(texts, 500)
     tokenizer.chat_template = ZEPHYR_TEMPLATE
     return tokenizer
@@ -37,7 +37,7 @@ def tokenizer() -> Any:
 
 def recipe(method: str = "sft", **settings: Any) -> Recipe:
     ours = {key: settings.pop(key) for key in list(settings) if key in Recipe.model_fields}
-    mixture = {"datasets": [{"id": "generated:instructions"}]}
+    mixture = {"datasets": [{"id": "generated:chats"}]}
     return Recipe(
         name="t",
         method=method,
@@ -141,7 +141,7 @@ def test_our_pairs_are_those_of_trl(tokenizer: Any) -> None:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    rows = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in instructions("train")[:20]]
+    rows = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in preferences("train")[:20]]
     ours = data.for_dpo(
         rows, tokenizer, recipe("dpo", auto_insert_empty_system_msg=False), "training"
     ).dataset
@@ -230,7 +230,7 @@ def test_no_usable_row_is_an_error(tokenizer: Any) -> None:
 
 def test_the_fingerprint_is_of_ids_in_order(tokenizer: Any) -> None:
     """The same rows give the same fingerprint; another order, one row less or other labels give another."""
-    rows = instructions("train")[:5]
+    rows = chats("train")[:5]
 
     def fingerprint(rows: list[dict[str, Any]], **settings: Any) -> str:
         return data.for_sft(rows, tokenizer, recipe(**settings), "training").fingerprint

@@ -332,6 +332,13 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path: Path) -> None:
     assert "no test rows" in trained.outcome.message
 
 
+def test_fewer_processes_than_planned_are_a_bug(tmp_path: Path) -> None:
+    """One process where the fit counts on two would train with half the recipe's batch, in silence."""
+    job = make_job(tmp_path / "job", SFT, *SMALL)
+    with pytest.raises(RuntimeError, match="1 processes were started, not the 2"):
+        train(job.model_copy(update={"fit": job.fit.model_copy(update={"processes": 2})}))
+
+
 def test_markers_are_read_as_the_supervisor_reads_them(small: Small) -> None:
     """Every marker is a `Staged`, beside a folder of its name."""
     trained = small(SFT)

@@ -14,7 +14,7 @@ from trainer.errors import DataError, ModelError, RecipeError
 from trainer.recipe import Recipe, default_run_id, load, names
 from trainer.recipe_model import DataSource, Mixture, TinyModel
 
-LEAST = {"method": "sft", "init": "tiny", "dataset_mixture": "generated:instructions", "global_batch_size": 8}
+LEAST = {"method": "sft", "init": "tiny", "dataset_mixture": "generated:chats", "global_batch_size": 8}
 
 
 @pytest.fixture
