@@ -34,7 +34,7 @@ lock: setup  ## compile the exact pins again
 	requirements/lock.sh
 
 fields: setup  ## the field list of the pinned TRL
-	$(TRAINER) -m trainer.make_fields
+	$(TRAINER) -m trainer.recipe.make_fields
 
 bench: setup
 	$(LAUNCHER) bench/startup.py

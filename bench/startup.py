@@ -31,7 +31,9 @@ def seconds(arguments: list[str]) -> float:
 def main() -> None:
     for name, arguments in CASES.items():
         times = [seconds(arguments) for _ in range(RUNS)]
-        print(f"{name:24} {statistics.median(times):6.2f} s   (best {min(times):.2f}, worst {max(times):.2f}, n={RUNS})")
+        print(
+            f"{name:24} {statistics.median(times):6.2f} s   (best {min(times):.2f}, worst {max(times):.2f}, n={RUNS})"
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,13 +14,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from trainer.bucket import Bucket, open_run
+from trainer.bucket.manifest import Manifest, committed, final
 from trainer.events import Event, of_kind, parse
-from trainer.manifest import Manifest, committed, final
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def wait_until(condition: Callable[[], Any], what: str, *, timeout_s: float = 240.0, poll_s: float = 0.02) -> Any:
+def wait_until(
+    condition: Callable[[], Any], what: str, *, timeout_s: float = 240.0, poll_s: float = 0.02
+) -> Any:
     """The first true value of `condition`; fails the test, with `what`, when there is none in time."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -32,7 +35,13 @@ class TrainerRun:
     """One attempt as a process group of its own, so that a kill takes all of it, as a lost machine does."""
 
     def __init__(
-        self, recipe: Path, checkpoints: str, run_id: str, work: Path, *, environ: Mapping[str, str] | None = None
+        self,
+        recipe: Path,
+        checkpoints: str,
+        run_id: str,
+        work: Path,
+        *,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self._log = work.with_suffix(".log")
         work.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +49,12 @@ class TrainerRun:
         command += ["--checkpoints", checkpoints, "--run-id", run_id, "--work", str(work)]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, **(environ or {})}, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=ROOT,
+                env={**os.environ, **(environ or {})},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self._work = work
 
@@ -76,6 +90,12 @@ class TrainerRun:
     def staging(self) -> Path | None:
         """The staging folder, once the attempt has made it."""
         return next(self._work.glob("*/attempt-*/staging"), None)
+
+    def step(self) -> int:
+        """The last step that the worker has told: sooner here than in the bucket."""
+        path = next(self._work.glob("*/attempt-*/steps.jsonl"), None)
+        lines = path.read_text().splitlines()[:-1] if path else []
+        return max((event["step"] for event in map(json.loads, lines) if event["kind"] == "step"), default=0)
 
 
 class RunView:

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from trainer.errors import ExitCode, UserError
-from trainer.preemption import Notice
+from trainer.supervisor.preemption import Notice
 
 TASK_ID_VARIABLE = "SKYPILOT_TASK_ID"
 """The same across the recoveries of a managed job, so it names the run (SkyPilot 0.14.1)."""
@@ -30,13 +30,17 @@ def main() -> None:
 @click.option("--checkpoints", required=True, help="Where runs live: gs://…, s3://… or a folder.")
 @click.option("--run-id", help="The run's name in there.  [default: the managed job's, or recipe and digest]")
 @click.option("--work", type=click.Path(path_type=Path), help="Scratch folder on this machine.")
-def run(recipe: str, overrides: tuple[str, ...], checkpoints: str, run_id: str | None, work: Path | None) -> None:
+def run(
+    recipe: str, overrides: tuple[str, ...], checkpoints: str, run_id: str | None, work: Path | None
+) -> None:
     """Start RECIPE (a file, or a name such as zephyr-tiny/dpo), or go on with its run.
 
     Exit codes: 0 done; 75 preempted or the infrastructure failed, start it again; 77 a newer attempt
     owns the run; 78 the recipe, data or bucket is wrong; else a bug.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
+    )
     notice = Notice()
     notice.listen()
     try:
@@ -57,7 +61,7 @@ def _run(
 ) -> ExitCode:
     # Imported here so that `--help` and a signal in the first moments are answered at once.
     from trainer.recipe import default_run_id, load
-    from trainer.supervisor import Request, run
+    from trainer.supervisor.supervise import Request, run
 
     loaded = load(recipe, overrides)
     for note in loaded.notes:

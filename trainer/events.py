@@ -14,23 +14,23 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 Kind = Literal[
-    "claimed",      # recipe, fit, shape, node
-    "restored",     # step, files, bytes, seconds; or step 0 with the reason
-    "rejected",     # step, reason: a checkpoint that did not verify
-    "started",      # total_steps, samples; the workers are about to take the first step
-    "step",         # step, total_steps, loss, learning_rate, grad_norm, samples, rewards/...
-    "eval",         # step, eval_loss, eval_rewards/accuracies, ...
-    "saved",        # step, stall_s
-    "save_skipped", # step, reason
-    "committed",    # step, files, bytes, seconds
-    "upload_failed",# step, reason
-    "notice",       # source: SIGTERM ...
-    "preempted",    # step
-    "superseded",   # by: attempt
-    "failed",       # message, exit_code
-    "exported",     # files, bytes, seconds, weights_digest
-    "done",         # step
-    "log",          # level, message: what the user should see
+    "claimed",  # recipe, fit, shape, node
+    "restored",  # step, files, bytes, seconds; or step 0 with the reason
+    "rejected",  # step, reason: a checkpoint that did not verify
+    "started",  # total_steps, samples; the workers are about to take the first step
+    "step",  # step, total_steps, loss, learning_rate, grad_norm, samples, rewards/...
+    "eval",  # step, eval_loss, eval_rewards/accuracies, ...
+    "saved",  # step, stall_s
+    "save_skipped",  # step, reason
+    "committed",  # step, files, bytes, seconds
+    "upload_failed",  # step, reason
+    "notice",  # source: SIGTERM ...
+    "preempted",  # step
+    "superseded",  # by: attempt
+    "failed",  # message, exit_code
+    "exported",  # files, bytes, seconds, weights_digest
+    "done",  # step
+    "log",  # level, message: what the user should see
 ]
 """The kinds of events, with their fields; every event also has `time` (UTC, ISO 8601) and `attempt`."""
 

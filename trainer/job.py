@@ -13,6 +13,7 @@ job, writes checkpoint folders under `staging/` and drops a marker beside each c
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +93,10 @@ def mark_staged(staging: Path, staged: Staged) -> None:
 
 def pending(staging: Path) -> list[Staged]:
     """Complete folders that wait for upload or are being uploaded, by step."""
-    found = [Staged.model_validate_json(path.read_text()) for path in staging.glob(f"*{STAGED_SUFFIX}")]
+    found = []
+    for path in staging.glob(f"*{STAGED_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):  # uploaded, and removed since we looked
+            found.append(Staged.model_validate_json(path.read_text()))
     return sorted(found, key=lambda staged: (staged.step, staged.kind == "final"))
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.harness import RunView, wait_until
-from trainer import attempt as attempts
+from trainer.bucket import attempt as attempts
+from trainer.bucket.manifest import committed
 from trainer.errors import ExitCode, ModelError, RecipeError, Superseded
-from trainer.manifest import committed
-from trainer.preemption import Notice
 from trainer.recipe import Recipe
-from trainer.supervisor import Request, run
+from trainer.supervisor.preemption import Notice
+from trainer.supervisor.supervise import Request, run
 
 RECIPE = Recipe.model_validate(
     {
@@ -44,12 +44,10 @@ def view(request_: Request) -> RunView:
 
 
 @pytest.fixture
-def fate(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def fate(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Sets what befalls the next attempt's worker; its Python needs no torch."""
-    import sys
-
     monkeypatch.setenv("AEOLUS_TRAINER_PYTHON", sys.executable)
-    yield monkeypatch
+    return monkeypatch
 
 
 def attempt(request: Request, fate: pytest.MonkeyPatch, what: str = "") -> ExitCode:
@@ -69,7 +67,9 @@ def test_an_undisturbed_run_ends_done_with_its_model_committed(
     assert not list((request_.work).glob("*"))
 
 
-def test_a_done_run_says_so_and_does_nothing_again(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+def test_a_done_run_says_so_and_does_nothing_again(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
     """The same command twice costs nothing and changes nothing."""
     attempt(request_, fate)
     before = {item.key: view.bucket.get(item.key) for item in view.bucket.list("")}
@@ -77,7 +77,9 @@ def test_a_done_run_says_so_and_does_nothing_again(request_: Request, view: RunV
     assert {item.key: view.bucket.get(item.key) for item in view.bucket.list("")} == before
 
 
-def test_a_crash_of_training_keeps_what_was_staged(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_training_keeps_what_was_staged(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
     """A bug is not retried, but the checkpoint before it is safe, and a mended program goes on from it."""
     assert attempt(request_, fate, "crash@5") == ExitCode.BUG
     assert view.committed_steps()[0] == 4
@@ -86,7 +88,9 @@ def test_a_crash_of_training_keeps_what_was_staged(request_: Request, view: RunV
     assert [event["step"] for event in view.events("step")] == [1, 2, 3, 4, 5, 5, 6]
 
 
-def test_a_killed_worker_is_worth_a_recovery(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_is_worth_a_recovery(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
     """The kernel or the cloud killed it: another machine can do better."""
     assert attempt(request_, fate, "killed@3") == ExitCode.RECOVER
     assert view.committed_steps() == [2]
@@ -123,7 +127,9 @@ def test_a_notice_saves_at_the_step_uploads_and_asks_for_recovery(
     assert [event["step"] for event in view.events("step")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_notice_before_the_start_rents_no_second_look(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+def test_a_notice_before_the_start_rents_no_second_look(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
     """A machine that is already going starts nothing."""
     fate.setenv("FAKE_WORKER", "")
     notice = Notice()
@@ -132,7 +138,9 @@ def test_a_notice_before_the_start_rents_no_second_look(request_: Request, view:
     assert view.events() == []
 
 
-def test_a_recipe_that_the_worker_refuses_is_not_retried(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+def test_a_recipe_that_the_worker_refuses_is_not_retried(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
     """The worker's message reaches the user, with the exit code that ends recovery."""
     with pytest.raises(RecipeError, match="the data is not to be had") as caught:
         attempt(request_, fate, "wrong")
@@ -148,7 +156,9 @@ def test_another_recipe_under_the_same_run_id_is_refused(request_: Request, fate
         attempt(other, fate)
 
 
-def test_a_checkpoint_with_a_flipped_bit_is_not_believed(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_with_a_flipped_bit_is_not_believed(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
     """The one before is taken, and the reason is told."""
     attempt(request_, fate, "crash@5")
     newest = committed(view.bucket)[0]
@@ -162,7 +172,9 @@ def test_a_checkpoint_with_a_flipped_bit_is_not_believed(request_: Request, view
     assert "model.safetensors" in view.events("rejected")[0]["reason"]
 
 
-def test_a_superseded_attempt_stops_and_commits_nothing(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+def test_a_superseded_attempt_stops_and_commits_nothing(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
     """Two controllers on one run: the older one ends with its own exit code and leaves the bucket alone."""
     fate.setenv("FAKE_WORKER", "waits@3")
     notice = Notice()
@@ -182,8 +194,12 @@ def test_a_superseded_attempt_stops_and_commits_nothing(request_: Request, view:
     assert view.events("superseded")
 
 
-def test_a_model_in_a_bucket_that_is_not_there_yet_is_named(request_: Request, tmp_path: Path, fate: pytest.MonkeyPatch) -> None:
+def test_a_model_in_a_bucket_that_is_not_there_yet_is_named(
+    request_: Request, tmp_path: Path, fate: pytest.MonkeyPatch
+) -> None:
     """DPO asked for before its SFT is done."""
-    recipe = RECIPE.model_copy(update={"init": None, "model_name_or_path": f"file://{tmp_path}/runs/sft/final"})
-    with pytest.raises(ModelError, match="run sft .* has no final model yet"):
+    recipe = RECIPE.model_copy(
+        update={"init": None, "model_name_or_path": f"file://{tmp_path}/runs/sft/final"}
+    )
+    with pytest.raises(ModelError, match=r"run sft .* has no final model yet"):
         attempt(request_.model_copy(update={"recipe": recipe}), fate)

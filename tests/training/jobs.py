@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.channel import Channel
 from trainer.fit import fit
 from trainer.hardware import Shape
 from trainer.job import Job, Outcome
 from trainer.recipe import load
 from trainer.worker import run, tame
+from trainer.worker.channel import Channel
 
 LAPTOP = Shape(accelerator=None, count=0, memory_gib=None, cores=1, host_memory_gib=8.0, node="test")
 SMALL = (

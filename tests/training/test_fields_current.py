@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.fields import PATH, of
 from trainer.recipe import load, names
-from trainer.recipe_model import BOOKKEEPING
+from trainer.recipe.fields import PATH, of
+from trainer.recipe.model import BOOKKEEPING
 
 FIXTURES = sorted(Path(__file__).resolve().parents[1].glob("fixtures/handbook_*.yaml"))
 
@@ -19,9 +19,9 @@ pytest.importorskip("trl", reason="TRL is not installed; this runs in the traine
 def test_the_field_list_equals_the_installed_trls() -> None:
     """A recipe is checked on the laptop against what the node will take.
 
-    After an upgrade: `python -m trainer.make_fields`.
+    After an upgrade: `python -m trainer.recipe.make_fields`.
     """
-    from trainer.make_fields import text
+    from trainer.recipe.make_fields import text
 
     assert json.loads(PATH.read_text()) == json.loads(text())
     assert PATH.read_text() == text()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.training.jobs import LORA, SMALL, Trained, make_job, without_test_data
-from trainer import model, sources
-from trainer.chat import load_tokenizer
 from trainer.errors import ModelError
 from trainer.job import Job
+from trainer.worker import model, sources
+from trainer.worker.chat import load_tokenizer
 
 
 def located(job: Job) -> model.Base:

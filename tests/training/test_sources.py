@@ -10,7 +10,7 @@ import pytest
 
 from trainer.errors import DataError
 from trainer.recipe import Recipe
-from trainer.sources import read
+from trainer.worker.sources import read
 
 
 def recipe(*datasets: dict[str, Any], **mixture: Any) -> Recipe:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from trainer import chat, data
-from trainer.chat import ZEPHYR_TEMPLATE, Renderer
 from trainer.errors import DataError
-from trainer.forms import Malformed
-from trainer.model import _train_tokenizer
 from trainer.recipe import Recipe
-from trainer.synthetic import chats, preferences
+from trainer.worker import chat, data
+from trainer.worker.chat import ZEPHYR_TEMPLATE, Renderer
+from trainer.worker.forms import Malformed
+from trainer.worker.model import _train_tokenizer
+from trainer.worker.synthetic import chats, preferences
 
 ASK = {"role": "user", "content": "What is a hammer?"}
 TELL = {"role": "assistant", "content": "A hammer is a tool."}

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STARTING = """
 import os, signal, sys
 from pathlib import Path
-from trainer.channel import Channel
+from trainer.worker.channel import Channel
 from trainer.job import Job
 channel = Channel(Job.model_validate_json(Path(sys.argv[1]).read_text()))
 channel.listen()

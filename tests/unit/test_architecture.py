@@ -10,13 +10,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = {"worker", "sft", "dpo", "data", "chat", "model", "engine", "callback", "export", "make_fields"}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "bitsandbytes"}
-PURE = {"fit", "memory", "estimate", "plan", "task", "spot"}
+CONTRACT = {"errors", "recipe", "hardware", "memory", "fit", "estimate", "bucket", "events"}
+"""What the launcher shares with the node; `job` and `leash` are between supervisor and worker."""
+DECIDES = {"fit", "memory", "estimate", "plan", "task", "spot"}
+IO = {"os", "io", "subprocess", "socket", "pathlib", "obstore", "psutil", "requests"}
 
 
 def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).glob("*.py"))
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def below(name: str) -> str:
+    """The module or package just below the top one: `recipe` of `trainer.recipe.model`."""
+    return name.split(".")[1]
+
+
+TRAINER = modules("trainer")
+LAUNCHER = modules("launcher")
+WORKER = [path for path in TRAINER if path.parent.name == "worker"]
+NOT_WORKER = [path for path in TRAINER if path not in WORKER and path.stem != "make_fields"]
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
@@ -36,28 +53,39 @@ def roots(names: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("path", modules("trainer"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRAINER, ids=dotted)
 def test_the_trainer_knows_neither_the_launcher_nor_skypilot(path: Path) -> None:
     """The container has neither, and a run must not depend on where it was asked for."""
     assert not roots(imports(path)) & {"launcher", "sky"}
 
 
-@pytest.mark.parametrize("path", modules("trainer"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOT_WORKER, ids=dotted)
 def test_only_the_worker_needs_torch(path: Path) -> None:
     """The supervisor outlives a crash of torch, and the laptop has none."""
-    if path.stem not in WORKER:
-        assert not roots(imports(path)) & HEAVY
+    assert not roots(imports(path)) & HEAVY
+    assert not any(name.startswith("trainer.worker") for name in imports(path))
 
 
-@pytest.mark.parametrize("path", modules("launcher"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", WORKER, ids=dotted)
+def test_the_worker_knows_no_bucket(path: Path) -> None:
+    """Training stays what any program could be under the same supervisor."""
+    assert not any(name.startswith(("trainer.bucket", "trainer.supervisor")) for name in imports(path))
+    assert "obstore" not in roots(imports(path))
+
+
+@pytest.mark.parametrize("path", [path for path in NOT_WORKER if below(dotted(path)) in CONTRACT], ids=dotted)
+def test_the_contract_stands_on_its_own(path: Path) -> None:
+    """The launcher can import it without the supervisor."""
+    assert not any(name.startswith("trainer.supervisor") for name in imports(path))
+
+
+@pytest.mark.parametrize("path", LAUNCHER, ids=dotted)
 def test_the_launcher_takes_only_the_contract_from_the_trainer(path: Path) -> None:
     """What the laptop shares with the node is the contract, never the supervisor or the worker."""
-    contract = {"errors", "recipe", "hardware", "memory", "fit", "estimate", "bucket", "manifest", "events", "attempt"}
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("trainer.")}
-    assert used <= contract
+    assert {below(name) for name in imports(path) if name.startswith("trainer.")} <= CONTRACT
 
 
-@pytest.mark.parametrize("path", modules("launcher"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", LAUNCHER, ids=dotted)
 def test_the_launcher_never_imports_torch_and_sky_in_one_file_only(path: Path) -> None:
     """`import sky` costs seconds, and its surprises stay in its adapter."""
     assert not roots(imports(path)) & HEAVY
@@ -65,15 +93,20 @@ def test_the_launcher_never_imports_torch_and_sky_in_one_file_only(path: Path) -
     assert path.stem == "skypilot" or "sky" not in roots(imports(path))
 
 
-@pytest.mark.parametrize("path", [p for p in modules("trainer") + modules("launcher") if p.stem in PURE], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in TRAINER + LAUNCHER if p.stem in DECIDES], ids=dotted)
 def test_what_decides_does_no_io(path: Path) -> None:
     """A decision is a function of its arguments, so the laptop and the node decide alike."""
-    assert not roots(imports(path)) & {"os", "io", "subprocess", "socket", "pathlib", "obstore", "psutil", "requests"}
+    assert not roots(imports(path)) & IO
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["launcher", "--help"], ["launcher", "submit", "--help"], ["trainer", "--help"], ["trainer", "run", "--help"]],
+    [
+        ["launcher", "--help"],
+        ["launcher", "submit", "--help"],
+        ["trainer", "--help"],
+        ["trainer", "run", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help_loads_neither_torch_nor_sky_nor_matplotlib(arguments: list[str]) -> None:
@@ -85,13 +118,15 @@ def test_help_loads_neither_torch_nor_sky_nor_matplotlib(arguments: list[str]) -
         "except SystemExit as end: assert not end.code, end.code\n"
         "print('LOADED', *sorted(sys.modules))\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     loaded = result.stdout.rpartition("LOADED")[2].split()
     assert "click" in loaded
     assert not set(loaded) & {*HEAVY, "sky", "matplotlib", "obstore"}
 
 
-@pytest.mark.parametrize("path", modules("trainer") + modules("launcher"), ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", TRAINER + LAUNCHER, ids=dotted)
 def test_files_stay_small(path: Path) -> None:
     """A file that outgrows its reader is split."""
     assert len(path.read_text().splitlines()) <= 400

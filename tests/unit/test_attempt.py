@@ -9,8 +9,8 @@ import pytest
 
 from tests.servers.s3 import FaultyS3
 from tests.servers.stores import MemoryBucket
-from trainer.attempt import Attempt, claim
 from trainer.bucket import open_run
+from trainer.bucket.attempt import Attempt, claim
 from trainer.errors import Superseded
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.servers.stores import MemoryBucket
-from trainer.manifest import (
+from trainer.bucket.manifest import (
     FINAL_KEY,
     File,
     Manifest,

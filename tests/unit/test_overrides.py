@@ -9,7 +9,7 @@ import pytest
 
 from trainer.errors import RecipeError
 from trainer.recipe import Recipe, load
-from trainer.recipe_file import parse, set_dotted
+from trainer.recipe.yaml_file import parse, set_dotted
 
 FILE = """
 method: sft

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trainer.errors import DataError, ModelError, RecipeError
 from trainer.recipe import Recipe, default_run_id, load, names
-from trainer.recipe_model import DataSource, Mixture, TinyModel
+from trainer.recipe.model import DataSource, Mixture, TinyModel
 
 LEAST = {"method": "sft", "init": "tiny", "dataset_mixture": "generated:chats", "global_batch_size": 8}
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from trainer.errors import DataError
-from trainer.synthetic import DATA, chats, facts, preferences
+from trainer.worker.synthetic import DATA, chats, facts, preferences
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

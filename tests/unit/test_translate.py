@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from trainer.errors import RecipeError
-from trainer.fields import of
-from trainer.old_keys import GONE, IGNORED, RENAMED
 from trainer.recipe import DataSource, load
-from trainer.recipe_model import Mixture
-from trainer.translate import UNDERSTOOD, translate
+from trainer.recipe.fields import of
+from trainer.recipe.model import Mixture
+from trainer.recipe.old_keys import GONE, IGNORED, RENAMED
+from trainer.recipe.translate import UNDERSTOOD, translate
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 

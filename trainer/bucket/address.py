@@ -1,0 +1,117 @@
+"""Addresses of object stores, and how long to be patient with them."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from obstore.exceptions import BaseError
+from obstore.store import GCSStore, LocalStore, S3Store
+
+from trainer.bucket.faults import sort_fault
+from trainer.errors import BucketError
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+VALID = "use s3://bucket/prefix, gs://bucket/prefix, file:///folder or a folder"
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+
+
+class Patience(NamedTuple):
+    """How long faults that may pass are tried again, in seconds from the first try of a request."""
+
+    open_s: float = 15.0
+    """Somebody may be waiting at a terminal."""
+    transfer_s: float = 180.0
+    """obstore does not renew credentials between tries: keep it below 5 minutes."""
+    request_s: float = 120.0
+    """One try of one request; a part of 8 MiB must get through in it, also over a slow line."""
+
+
+class Place(NamedTuple):
+    """A URI taken apart."""
+
+    scheme: Literal["s3", "gs", "file"]
+    bucket: str
+    """Empty for a folder."""
+    path: str
+    """Prefix without slashes at its ends, or an absolute folder."""
+
+    def __str__(self) -> str:
+        if self.scheme == "file":
+            return self.path
+        return f"{self.scheme}://{self.bucket}/{self.path}".rstrip("/")
+
+    def child(self, name: str) -> Place:
+        return self._replace(path=f"{self.path.rstrip('/')}/{name}" if self.path else name)
+
+
+def parse(uri: str) -> Place:
+    """Take a URI apart; a folder may be relative and may begin with `~`.
+
+    Raises:
+        BucketError: unknown scheme, or no bucket named.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if separator and scheme in ("s3", "gs"):
+        bucket, _, prefix = rest.partition("/")
+        if not bucket:
+            raise BucketError(f"{uri} names no bucket", hint=VALID)
+        return Place("s3" if scheme == "s3" else "gs", bucket, "/".join(filter(None, prefix.split("/"))))
+    if separator and scheme == "file":
+        return Place("file", "", _absolute(rest))
+    if not uri or separator or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri):
+        raise BucketError(f"{uri!r} is no address of a bucket that is known here", hint=VALID)
+    return Place("file", "", _absolute(uri))
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute())
+
+
+def connect(place: Place, patience: Patience, *, opening: bool = False) -> ObjectStore:
+    """A store whose keys are relative to `place`; for a bucket, nothing is sent yet.
+
+    Raises:
+        BucketError: a folder that cannot be made, or credentials that are incomplete.
+    """
+    retry = _retry(patience.open_s if opening else patience.transfer_s)
+    client = _client(place, min(patience.request_s, patience.open_s) if opening else patience.request_s)
+    try:
+        if place.scheme == "s3":
+            return S3Store(place.bucket, prefix=place.path or None, client_options=client, retry_config=retry)
+        if place.scheme == "gs":
+            return GCSStore(
+                place.bucket, prefix=place.path or None, client_options=client, retry_config=retry
+            )
+        return LocalStore(place.path, mkdir=True)
+    except (BaseError, OSError, ValueError) as error:
+        raise sort_fault(error, f"open {place}", opening=True) from None
+
+
+def _retry(total_s: float) -> RetryConfig:
+    # Backoffs grow from 0.1 s to the maximum, so that the time runs out before the 30 tries do.
+    return {
+        "max_retries": 30,
+        "retry_timeout": timedelta(seconds=total_s),
+        "backoff": {
+            "init_backoff": timedelta(seconds=0.1),
+            "max_backoff": timedelta(seconds=max(0.1, min(15.0, total_s / 6))),
+            "base": 2,
+        },
+    }
+
+
+def _client(place: Place, request_s: float) -> ClientConfig:
+    client: ClientConfig = {
+        "timeout": timedelta(seconds=request_s),
+        "connect_timeout": timedelta(seconds=min(10.0, request_s)),
+    }
+    endpoint = next((os.environ[name] for name in ENDPOINT_VARIABLES if os.environ.get(name)), "")
+    if place.scheme == "s3" and endpoint.startswith("http://"):
+        client["allow_http"] = True
+    return client

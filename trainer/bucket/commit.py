@@ -1,0 +1,176 @@
+"""Checkpoints on their way into the bucket, and out of it when they are old."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from trainer.bucket.attempt import Attempt
+from trainer.bucket.manifest import (
+    CHECKPOINTS_PREFIX,
+    FINAL_KEY,
+    File,
+    Manifest,
+    Unreadable,
+    commit_key,
+    commits,
+    files_prefix,
+    read,
+    sizes,
+)
+from trainer.bucket.store import Bucket, in_parallel
+from trainer.errors import Superseded
+from trainer.job import Staged
+
+log = logging.getLogger(__name__)
+FILES_AT_ONCE = 4
+MIN_KEPT = 2
+
+
+def commit(
+    bucket: Bucket,
+    attempt: Attempt,
+    staging: Path,
+    staged: Staged,
+    recipe_digest: str,
+    *,
+    ready: Callable[[], None] = lambda: None,
+) -> Manifest:
+    """Upload a staged folder and make it a checkpoint, or the final model.
+
+    The files are uploaded, then the manifest is created. Files under a manifest are never written to, so if the step has
+    one already, it is
+
+    - this attempt's, with all files in place (a commit whose answer was lost, or a second save of
+      the step), or anybody's final model: nothing is uploaded, since training is exact;
+    - the same with files missing: the manifest is deleted first, then all is uploaded anew;
+    - an earlier attempt's checkpoint: training went on from below it, so it was not believed then,
+      perhaps for a checksum that a listing cannot show. Ours goes into our own folder and replaces
+      the manifest in one write. Both are the same step, whichever manifest a reader sees.
+
+    `ready` is called between the two: what a reader of the commit must find in the bucket besides its
+    files is written there.
+
+    Raises:
+        Superseded: a newer attempt has claimed the run; nothing was committed.
+        ValueError: the staged folder holds no files.
+        BucketError, Unavailable: as in `Bucket`; nothing was committed, and the same call may be made again.
+    """
+    folder = staging / staged.folder
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not paths:
+        raise ValueError(f"{folder} holds no files to commit")
+    prefix = files_prefix(staged.kind, staged.step, attempt.number)
+    if done := _already_committed(bucket, attempt, staged):
+        return done
+
+    def upload(path: Path) -> File:
+        if staged.kind == "final":
+            attempt.check()  # `final/` is shared by all attempts: see trainer.bucket.manifest
+        name = path.relative_to(folder).as_posix()
+        sent = bucket.upload(prefix + name, path)
+        return File(path=name, size=sent.size, xxh3=sent.xxh3)
+
+    manifest = Manifest(
+        run_id=bucket.run_id,
+        attempt=attempt.number,
+        step=staged.step,
+        kind=staged.kind,
+        created=datetime.now(UTC),
+        recipe=recipe_digest,
+        details=staged.details,
+        files=tuple(in_parallel(upload, paths, threads=FILES_AT_ONCE)),
+    )
+    ready()
+    attempt.check()
+    _publish(bucket, manifest)
+    return manifest
+
+
+def _already_committed(bucket: Bucket, attempt: Attempt, staged: Staged) -> Manifest | None:
+    """The manifest that makes an upload needless; one that is not whole is taken back."""
+    key = FINAL_KEY if staged.kind == "final" else commit_key(staged.step)
+    manifest = read(bucket, key)
+    if not isinstance(manifest, Manifest):
+        return None
+    if staged.kind == "checkpoint" and manifest.attempt != attempt.number:
+        return None
+    attempt.check()
+    fault = manifest.fault(sizes(bucket, manifest.prefix))
+    if fault is None:
+        log.info("%s was committed by attempt %d already: nothing is uploaded", key, manifest.attempt)
+        return manifest
+    log.warning("%s was committed by attempt %d, but %s: it is uploaded anew", key, manifest.attempt, fault)
+    bucket.delete([key])
+    return None
+
+
+def _publish(bucket: Bucket, manifest: Manifest) -> None:
+    """Create the manifest, or replace one of an earlier attempt.
+
+    Should a newer attempt replace it between our look and our write, ours wins, and is as good.
+    """
+    data = manifest.model_dump_json(indent=1).encode()
+    if bucket.create(manifest.key, data):
+        return
+    there = read(bucket, manifest.key)
+    if isinstance(there, Manifest) and there.attempt > manifest.attempt:
+        raise Superseded(
+            f"attempt {manifest.attempt} of run {manifest.run_id} is superseded: attempt {there.attempt} has"
+            f" committed {manifest.key}"
+        )
+    if isinstance(there, Manifest) and there.attempt == manifest.attempt:
+        return  # our own, from a try whose answer was lost
+    log.info("%s replaces that of an earlier attempt", manifest.key)
+    bucket.put(manifest.key, data)
+
+
+def prune(bucket: Bucket, attempt: Attempt, keep: int) -> list[int]:
+    """Delete all checkpoints but the newest `keep` (at least 2) whose files are all there.
+
+    Manifests go first, then files, so that no manifest ever names a file that we deleted. Files
+    that no manifest names go too, if they are below the newest commit and nobody can be uploading
+    them: those of earlier attempts, and of this one below its own newest commit. Must not run at
+    the same time as this attempt's own commits.
+
+    Returns:
+        The steps whose checkpoints were deleted, in order.
+
+    Raises:
+        Superseded: a newer attempt has claimed the run; nothing was deleted.
+    """
+    attempt.check()
+    found = list(commits(bucket))
+    there = sizes(bucket, CHECKPOINTS_PREFIX)
+    whole = [manifest for manifest in found if isinstance(manifest, Manifest) and not manifest.fault(there)]
+    if len(whole) < MIN_KEPT:
+        return []
+    kept = whole[: max(keep, MIN_KEPT)]
+    # Above the newest whole one, what looks broken stays for people to look at.
+    newest, kept_steps = kept[0].step, {manifest.step for manifest in kept}
+    doomed = [
+        manifest.step for manifest in found if manifest.step < newest and manifest.step not in kept_steps
+    ]
+    bucket.delete(commit_key(step) for step in doomed)
+    named = _named([manifest for manifest in found if manifest.step not in doomed])
+    bucket.delete(sorted(key for key in there if key not in named and _is_garbage(key, attempt.number, kept)))
+    return sorted(doomed)
+
+
+def _named(manifests: list[Manifest | Unreadable]) -> set[str]:
+    readable = [manifest for manifest in manifests if isinstance(manifest, Manifest)]
+    return {manifest.prefix + file.path for manifest in readable for file in manifest.files}
+
+
+def _is_garbage(key: str, attempt: int, kept: list[Manifest]) -> bool:
+    """Whether a file that no manifest names is one that nobody can be uploading."""
+    match = re.match(rf"{CHECKPOINTS_PREFIX}step-(\d+)/(\d+)/", key)
+    if not match:
+        return False
+    step, owner = int(match[1]), int(match[2])
+    if owner == attempt:
+        return any(step < manifest.step for manifest in kept if manifest.attempt == attempt)
+    return owner < attempt and step < kept[0].step

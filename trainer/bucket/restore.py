@@ -1,0 +1,98 @@
+"""Checkpoints and models on their way out of the bucket: nothing is handed over that does not verify."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.bucket.manifest import File, Manifest, Unreadable, commits, sizes
+from trainer.bucket.store import Bucket, in_parallel
+from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+FILES_AT_ONCE = 8
+
+
+class CorruptCheckpoint(UserError):
+    """A file that does not have the size or checksum that its manifest says."""
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was brought here and verified."""
+
+    manifest: Manifest
+    path: Path
+    """The folder with its files."""
+    bytes: int
+    seconds: float
+
+
+def restore(bucket: Bucket, into: Path, reject: Callable[[int, str], None]) -> Restored | None:
+    """Bring the newest checkpoint that verifies.
+
+    Args:
+        bucket: the run's.
+        into: folder for it; the checkpoint becomes `into/checkpoint-<step>`.
+        reject: told the step of each newer one that does not verify, and why: file, expected, got.
+
+    Returns:
+        None if there is no checkpoint, or none that verifies.
+
+    Raises:
+        BucketError, Unavailable: the store cannot be read; that is no verdict on a checkpoint.
+    """
+    began = time.monotonic()
+    for manifest in commits(bucket):
+        if isinstance(manifest, Unreadable):
+            reject(manifest.step, manifest.reason)
+            continue
+        if fault := manifest.fault(sizes(bucket, manifest.prefix)):
+            reject(manifest.step, fault)
+            continue
+        path = into / f"checkpoint-{manifest.step}"
+        try:
+            fetch(bucket, manifest, path)
+        except CorruptCheckpoint as error:
+            reject(manifest.step, error.message)
+            continue
+        return Restored(manifest, path, manifest.size, time.monotonic() - began)
+    return None
+
+
+def fetch(bucket: Bucket, manifest: Manifest, into: Path) -> None:
+    """Bring a manifest's files; `into` appears when all have verified, or not at all.
+
+    Raises:
+        CorruptCheckpoint: names the file, what was expected and what came.
+        FileExistsError: `into` holds something already.
+        BucketError, Unavailable: as in `Bucket`.
+    """
+    if into.exists() and any(into.iterdir()):
+        raise FileExistsError(f"{into} is not empty")
+    partial = into.with_name(f".{into.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        in_parallel(
+            lambda file: _bring(bucket, manifest, file, partial), manifest.files, threads=FILES_AT_ONCE
+        )
+        partial.replace(into)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _bring(bucket: Bucket, manifest: Manifest, file: File, into: Path) -> None:
+    key = manifest.prefix + file.path
+    try:
+        got = bucket.download(key, into / file.path)
+    except FileNotFoundError:
+        raise CorruptCheckpoint(f"{key} is missing, expected {file.size} bytes") from None
+    if got != (file.size, file.xxh3):
+        raise CorruptCheckpoint(
+            f"{key}: expected {file.size} bytes with xxh3 {file.xxh3}, got {got.size} bytes with xxh3 {got.xxh3}",
+            hint="the copy in the bucket is damaged; an older checkpoint may be whole",
+        )

@@ -1,0 +1,242 @@
+"""One run's prefix in an object store or folder: the only place where bytes leave or enter the machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
+
+import xxhash
+from obstore.exceptions import AlreadyExistsError, BaseError
+
+from trainer.bucket.address import Patience, Place, connect, parse
+from trainer.bucket.faults import no_such_bucket, sort_fault
+from trainer.errors import BucketError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+PART_BYTES = 8 * 2**20
+PARTS_AT_ONCE = 4  # x 4 files at once x 8 MiB: 128 MiB in flight
+MAX_PARTS = 9_000  # S3 takes 10,000
+WINDOW_BYTES = 16 * 2**20  # x 8 files at once: 128 MiB in flight
+
+PATIENCE = Patience()
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Object(NamedTuple):
+    """What a listing says of an object."""
+
+    key: str
+    size: int
+    """Bytes."""
+
+
+class Checked(NamedTuple):
+    """What went through: counted and summed on the way."""
+
+    size: int
+    """Bytes."""
+    xxh3: str
+    """128 bits, hex."""
+
+
+class Bucket:
+    """A run's objects; keys are relative to the run. Safe to use from several threads.
+
+    Every method raises BucketError when the store refuses us (no such bucket, no permission,
+    expired credentials) and Unavailable when it, or the way to it, failed for longer than we retry.
+    """
+
+    def __init__(self, store: ObjectStore, uri: str) -> None:
+        self._store = store
+        self.uri = uri
+
+    @property
+    def run_id(self) -> str:
+        return self.uri.rpartition("/")[2]
+
+    def get(self, key: str) -> bytes:
+        """The whole object.
+
+        Raises:
+            FileNotFoundError: there is no such key.
+        """
+        with self._faults("read", key):
+            return bytes(self._store.get(key).bytes())
+
+    def get_or_none(self, key: str) -> bytes | None:
+        """The whole object, or None if there is no such key."""
+        try:
+            return self.get(key)
+        except FileNotFoundError:
+            return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write the whole object, in place of what was there; readers see the old or the new one."""
+        with self._faults("write", key, write=True):
+            self._store.put(key, data, use_multipart=False)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object if there is none; False if there is one already, also when an earlier try
+        of this same call put it there and only the answer was lost.
+        """
+        with self._faults("write", key, write=True):
+            try:
+                self._store.put(key, data, mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def list(self, prefix: str = "") -> list[Object]:
+        """The objects below a prefix that ends at a slash, in order of their keys."""
+        with self._faults("list", prefix, write=True):
+            found = [
+                Object(meta["path"], meta["size"])
+                for page in self._store.list(prefix or None)
+                for meta in page
+            ]
+        return sorted(found)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete the objects; those that are not there are as good as deleted."""
+        for key in keys:
+            # One by one: obstore's bulk call stops at the first missing file in folders and on GCS.
+            with suppress(FileNotFoundError), self._faults("delete", key):
+                self._store.delete(key)
+
+    def upload(self, key: str, path: Path) -> Checked:
+        """Copy a file into the bucket, in parts if it is large, and sum the bytes that were sent."""
+        size = path.stat().st_size
+        summed = _Summed()
+        with path.open("rb") as file:
+            if size <= PART_BYTES:
+                self.put(key, summed.add(file.read()))
+                return summed.checked
+            part = max(PART_BYTES, -(-size // MAX_PARTS))
+            with self._faults("write", key, write=True):
+                self._store.put(
+                    key,
+                    _parts(file, part, summed),
+                    use_multipart=True,
+                    chunk_size=part,
+                    max_concurrency=PARTS_AT_ONCE,
+                )
+        return summed.checked
+
+    def download(self, key: str, path: Path) -> Checked:
+        """Copy an object into a file, made with its folders, and sum the bytes that were written.
+
+        Raises:
+            FileNotFoundError: there is no such key.
+        """
+        summed = _Summed()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for window in self._windows(key):
+                file.write(summed.add(window))
+        return summed.checked
+
+    def _windows(self, key: str) -> Iterator[bytes | memoryview]:
+        """An object piece by piece: each is a request of its own, retried on its own."""
+        with self._faults("read", key):
+            size = self._store.head(key)["size"]
+        for start in range(0, size, WINDOW_BYTES):
+            with self._faults("read", key):
+                window = self._store.get_range(key, start=start, end=min(start + WINDOW_BYTES, size))
+            yield memoryview(window)
+
+    @contextmanager
+    def _faults(self, verb: str, key: str, *, write: bool = False) -> Iterator[None]:
+        """Sort what the store raises; a missing key stays a FileNotFoundError except for writes."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if not write and not no_such_bucket(error):
+                raise FileNotFoundError(f"{self.uri}/{key}") from None
+            raise sort_fault(error, f"{verb} {self.uri}/{key}") from None
+        except BaseError as error:
+            raise sort_fault(error, f"{verb} {self.uri}/{key}") from None
+
+
+class _Summed:
+    """Counts and sums bytes as they pass."""
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._xxh3 = xxhash.xxh3_128()
+
+    def add(self, data: T) -> T:
+        self._size += len(data)  # type: ignore[arg-type]
+        self._xxh3.update(data)  # type: ignore[arg-type]
+        return data
+
+    @property
+    def checked(self) -> Checked:
+        return Checked(self._size, self._xxh3.hexdigest())
+
+
+def _parts(file: BinaryIO, size: int, summed: _Summed) -> Iterator[bytes]:
+    while data := file.read(size):
+        yield summed.add(data)
+
+
+def in_parallel(function: Callable[[T], R], items: Iterable[T], *, threads: int) -> list[R]:
+    """The results in the order of the items; the first failure stops what has not begun, and is raised."""
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        pool.shutdown(wait=True, cancel_futures=True)
+        for future in done:
+            future.result()
+        return [future.result() for future in futures]
+
+
+def open_run(uri: str, run_id: str, *, patience: Patience = PATIENCE) -> Bucket:
+    """The run's bucket, once one listing has shown that it answers.
+
+    Args:
+        uri: s3://bucket/prefix (AWS_* variables, any endpoint), gs://bucket/prefix, file:///folder
+            or a folder, which is made if it is missing.
+        run_id: name of the run below `uri`: letters, digits, `.`, `_`, `-`.
+        patience: how long to retry.
+
+    Raises:
+        BucketError: an address or run id that cannot be; no such bucket; credentials missing,
+            wrong or expired; no permission.
+        Unavailable: nothing answers there.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", run_id) or not run_id.strip("."):
+        raise BucketError(
+            f"{run_id!r} cannot name a run", hint="use letters, digits, '.', '_' and '-', at most 200 of them"
+        )
+    place = parse(uri).child(run_id)
+    _names(place, patience)
+    return Bucket(connect(place, patience), str(place))
+
+
+def list_runs(uri: str, *, patience: Patience = PATIENCE) -> list[str]:
+    """The ids of the runs below `uri`, in order; none if the folder is missing.
+
+    Raises:
+        BucketError, Unavailable: as `open_run`.
+    """
+    place = parse(uri)
+    if place.scheme == "file" and not Path(place.path).exists():
+        return []
+    return _names(place, patience)
+
+
+def _names(place: Place, patience: Patience) -> list[str]:
+    """What lies directly below; the one call that shows whether the store answers us."""
+    store = connect(place, patience, opening=True)
+    try:
+        return sorted(name.rpartition("/")[2] for name in store.list_with_delimiter()["common_prefixes"])
+    except (BaseError, FileNotFoundError) as error:
+        raise sort_fault(error, f"open {place}", opening=True) from None

@@ -1,0 +1,158 @@
+"""Tells what happens twice: as an event for programs, as a line of the log for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from trainer.bucket.manifest import Manifest
+from trainer.bucket.restore import Restored
+from trainer.errors import ExitCode, Superseded
+from trainer.events import EventLog, Kind
+from trainer.fit import Fit
+from trainer.hardware import Shape
+from trainer.job import Tail
+from trainer.recipe import Recipe
+
+log = logging.getLogger(__name__)
+DEFAULT_LOGGING_STEPS = 10
+
+
+class Narrator:
+    """One method for each thing that can happen to an attempt; safe to call from any thread."""
+
+    def __init__(self, events: EventLog, recipe: Recipe, steps: Path) -> None:
+        self._events = events
+        self._recipe = recipe
+        self._steps = Tail(steps)
+        self._listening = threading.Lock()
+        self._print_every = int(recipe.trainer_args.get("logging_steps") or DEFAULT_LOGGING_STEPS) or 1
+
+    def claimed(self, shape: Shape, planned: Fit, uri: str) -> None:
+        event = self._events.add(
+            "claimed",
+            run=uri,
+            method=self._recipe.method,
+            recipe=self._recipe.name,
+            shape=shape.model_dump(),
+            fit=planned.model_dump(),
+        )
+        log.info("attempt %d of %s on %s: %s", event["attempt"], uri, shape, "; ".join(planned.reasons))
+
+    def rejected(self, step: int, reason: str) -> None:
+        self._events.add("rejected", step=step, reason=reason)
+        log.warning("checkpoint of step %d is not believed: %s", step, reason)
+
+    def restored(self, restored: Restored | None) -> None:
+        if restored is None:
+            self._events.add("restored", step=0, files=0, bytes=0, seconds=0.0)
+            log.info("no committed checkpoint: starting at step 0")
+            return
+        manifest = restored.manifest
+        self._events.add(
+            "restored",
+            step=manifest.step,
+            from_attempt=manifest.attempt,
+            files=len(manifest.files),
+            bytes=manifest.size,
+            seconds=restored.seconds,
+        )
+        log.info(
+            "restored step %d, committed by attempt %d: %s verified in %.1f s",
+            manifest.step, manifest.attempt, _files(manifest), restored.seconds,
+        )  # fmt: skip
+
+    def listen(self) -> None:
+        """Pass on what the workers have said since the last time."""
+        with self._listening:
+            for line in self._steps.new_lines():
+                fields: dict[str, Any] = json.loads(line)
+                event = self._events.add(fields.pop("kind"), **fields)
+                self._print_worker_event(event)
+
+    def committing(self) -> None:
+        """Before a manifest makes a step the newest, the bucket must know how training got there."""
+        self.listen()
+        self._events.flush(now=True)
+
+    def _print_worker_event(self, event: dict[str, Any]) -> None:
+        match event["kind"]:
+            case "started":
+                log.info("training from step %d to %d", event["step"], event["total_steps"])
+            case "step" if event["step"] % self._print_every == 0 or event["step"] == event["total_steps"]:
+                log.info("step %d/%d  %s", event["step"], event["total_steps"], _metrics(event))
+            case "eval":
+                log.info("step %d test  %s", event["step"], _metrics(event))
+            case "save_skipped":
+                log.warning("step %d is not saved: %s", event["step"], event["reason"])
+            case "log":
+                log.log(
+                    logging.getLevelNamesMapping().get(event["level"].upper(), logging.INFO),
+                    "%s",
+                    event["message"],
+                )
+
+    def committed(self, manifest: Manifest, seconds: float) -> None:
+        kind: Kind = "committed" if manifest.kind == "checkpoint" else "exported"
+        self._events.add(
+            kind,
+            step=manifest.step,
+            files=len(manifest.files),
+            bytes=manifest.size,
+            seconds=seconds,
+            weights_digest=manifest.weights_digest,
+        )
+        what = f"step {manifest.step}" if kind == "committed" else "the final model"
+        log.info("committed %s: %s in %.1f s", what, _files(manifest), seconds)
+
+    def dropped(self, step: int) -> None:
+        reason = "a newer checkpoint was staged before its upload began"
+        self._events.add("save_skipped", step=step, reason=reason)
+        log.warning("step %d is not uploaded: %s", step, reason)
+
+    def upload_failed(self, step: int, reason: str) -> None:
+        self._events.add("upload_failed", step=step, reason=reason)
+        log.warning("upload of step %d failed and will be tried again: %s", step, reason)
+
+    def notice(self, source: str) -> None:
+        self._events.add("notice", source=source)
+        log.warning("%s: saving, uploading and committing before this machine goes", source)
+
+    def preempted(self, message: str) -> None:
+        self._events.add("preempted", message=message)
+        log.warning("preempted %s; the same command goes on from the newest commit", message)
+
+    def superseded(self, error: Superseded) -> None:
+        self._events.add("superseded", message=error.message)
+
+    def failed(self, message: str, exit_code: ExitCode) -> None:
+        self._events.add("failed", message=message, exit_code=int(exit_code))
+        if exit_code in (ExitCode.BUG, ExitCode.RECOVER):
+            log.error("%s", message)
+
+    def done(self, model: Manifest, uri: str) -> None:
+        self._events.add("done", step=model.step, weights_digest=model.weights_digest)
+        log.info("done: the model is in %s/final/", uri)
+
+
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "rewards/accuracies": "reward accuracy {:.2f}",
+    "mean_token_accuracy": "token accuracy {:.2f}",
+    "eval_loss": "loss {:.4f}",
+    "eval_rewards/accuracies": "reward accuracy {:.3f}",
+    "eval_mean_token_accuracy": "token accuracy {:.3f}",
+}
+
+
+def _metrics(event: dict[str, Any]) -> str:
+    return "  ".join(form.format(event[key]) for key, form in SHOWN.items() if event.get(key) is not None)
+
+
+def _files(manifest: Manifest) -> str:
+    count = len(manifest.files)
+    return f"{count} file{'s' * (count != 1)}, {manifest.size / 1e6:,.1f} MB"

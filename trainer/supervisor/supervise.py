@@ -1,0 +1,206 @@
+"""One attempt at a run: claim, restore, train, upload, commit, and an exit code that tells the truth.
+
+Needs no torch and knows nothing of the training program but the files of `trainer.job`, so it
+outlives a crash of training and still uploads the last staged checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from trainer.bucket import Bucket, open_run
+from trainer.bucket import attempt as attempts
+from trainer.bucket.manifest import final
+from trainer.bucket.restore import restore
+from trainer.bucket.uploader import Uploader
+from trainer.errors import ExitCode, RecipeError, Superseded, UserError
+from trainer.events import EventLog
+from trainer.fit import Fit, fit
+from trainer.hardware import detect
+from trainer.job import STEPS, Job, Outcome
+from trainer.recipe import Recipe
+from trainer.supervisor import record
+from trainer.supervisor.heartbeat import Heartbeat
+from trainer.supervisor.inputs import fetch_model
+from trainer.supervisor.narrator import Narrator
+from trainer.supervisor.preemption import Notice
+from trainer.supervisor.workers import PROGRAM, Workers, worker_python
+
+log = logging.getLogger(__name__)
+POLL_S = 0.1
+MAX_FRUITLESS = 2
+"""Attempts in a row that were killed before they committed anything, after which it is no accident."""
+
+
+class Request(BaseModel):
+    """What `python -m trainer run` was asked for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
+    checkpoints: str
+    """URI of the folder of runs: gs://, s3:// or a path."""
+    run_id: str
+    program: str = PROGRAM
+    work: Path
+    """Folder of this machine for the run's attempts: staging, restored checkpoints."""
+
+
+def run(request: Request, notice: Notice) -> ExitCode:
+    """Bring the run as far as this machine lasts.
+
+    Raises:
+        UserError: with the exit code that says whether a recovery can help.
+    """
+    bucket = open_run(request.checkpoints, request.run_id)
+    if done := final(bucket):
+        log.info("run %s is done since %s: %s/final/", request.run_id, done.created, bucket.uri)
+        return ExitCode.DONE
+    record.write_or_compare(bucket, request.run_id, request.recipe, request.notes)
+    shape = detect()
+    planned = fit(request.recipe, shape)
+    python = worker_python()
+    if notice.given:
+        return ExitCode.RECOVER
+    attempt = attempts.claim(bucket, {"node": shape.node, "shape": str(shape)})
+    events = EventLog(attempt.number, lambda data: bucket.put(f"events/{attempt.number:04d}.jsonl", data))
+    with _work_folder(request.work, attempt.number) as work, Heartbeat(events, attempt) as heartbeat:
+        narrator = Narrator(events, request.recipe, work / STEPS)
+        narrator.claimed(shape, planned, bucket.uri)
+        try:
+            return _Attempt(request, bucket, attempt, heartbeat, narrator, work).run(planned, python, notice)
+        except Superseded as error:
+            narrator.superseded(error)
+            raise
+        except UserError as error:
+            narrator.failed(error.message, error.exit_code)
+            raise
+
+
+class _Attempt:
+    """The attempt once it is claimed: everything from here on is told to the run's events."""
+
+    def __init__(
+        self,
+        request: Request,
+        bucket: Bucket,
+        attempt: attempts.Attempt,
+        heartbeat: Heartbeat,
+        narrator: Narrator,
+        work: Path,
+    ) -> None:
+        self._request = request
+        self._bucket = bucket
+        self._attempt = attempt
+        self._heartbeat = heartbeat
+        self._narrator = narrator
+        self._work = work
+
+    def run(self, planned: Fit, python: str, notice: Notice) -> ExitCode:
+        job = self._prepare(planned)
+        if notice.given:
+            self._narrator.preempted("before the workers were started")
+            return ExitCode.RECOVER
+        exit_code = self._train(job, python, notice)
+        return self._settle(job, exit_code, notice)
+
+    def _prepare(self, planned: Fit) -> Job:
+        """Fetch what the workers start from: a model that lies in a bucket, the newest checkpoint."""
+        recipe = self._request.recipe
+        restored = restore(self._bucket, self._work / "restored", self._narrator.rejected)
+        self._narrator.restored(restored)
+        job = Job(
+            run_id=self._request.run_id,
+            attempt=self._attempt.number,
+            recipe=recipe,
+            fit=planned,
+            work=self._work,
+            model=fetch_model(recipe.model_name_or_path, self._work / "input-model"),
+            resume_from=restored.path if restored else None,
+        )
+        job.staging.mkdir()
+        return job
+
+    def _train(self, job: Job, python: str, notice: Notice) -> int:
+        """Run the workers and upload what they stage, also what a crash left; the workers' exit code."""
+        uploader = Uploader(
+            self._bucket,
+            self._attempt,
+            job.staging,
+            recipe_digest=self._request.recipe.digest(),
+            keep=job.recipe.keep_checkpoints,
+            tell=self._narrator,
+        )
+        workers = Workers(job, python, self._request.program)
+        uploader.start()
+        try:
+            exit_code = self._watch(workers, uploader, notice)
+            uploader.drain()
+        finally:
+            workers.kill()
+            uploader.stop()
+        if failure := self._heartbeat.superseded or uploader.error:
+            raise failure
+        return exit_code
+
+    def _watch(self, workers: Workers, uploader: Uploader, notice: Notice) -> int:
+        """Tell what the workers do until they end; hand on a notice, once."""
+        told = False
+        while (exit_code := workers.poll()) is None:
+            if uploader.error or self._heartbeat.superseded:
+                workers.kill()
+            if notice.given and not told:
+                told = True
+                self._narrator.notice(notice.source)
+                workers.stop()
+            self._narrator.listen()
+            workers.wait(POLL_S)
+        self._narrator.listen()
+        return exit_code
+
+    def _settle(self, job: Job, exit_code: int, notice: Notice) -> ExitCode:
+        """What the workers' outcome means for the run; no outcome means that they were killed or broke."""
+        outcome = Outcome.model_validate_json(job.outcome.read_text()) if job.outcome.exists() else None
+        if outcome and outcome.status == "user_error":
+            raise RecipeError(outcome.message, hint=outcome.hint)
+        if outcome and outcome.status == "done" and (model := final(self._bucket)):
+            self._narrator.done(model, self._bucket.uri)
+            return ExitCode.DONE
+        if outcome and outcome.status == "preempted":
+            self._narrator.preempted(outcome.message)
+            return ExitCode.RECOVER
+        if outcome is None and notice.given:
+            self._narrator.preempted("before the workers could save")
+            return ExitCode.RECOVER
+        return self._crashed(exit_code)
+
+    def _crashed(self, exit_code: int) -> ExitCode:
+        """A worker that a signal killed is worth another try, unless the last tries got nowhere either."""
+        name = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+        fruitless = record.fruitless_attempts(self._bucket, self._attempt.number)
+        code = ExitCode.RECOVER if exit_code < 0 and fruitless < MAX_FRUITLESS else ExitCode.BUG
+        tries = f"; {fruitless} attempts in a row before it committed nothing" if fruitless else ""
+        self._narrator.failed(f"the workers died of {name} and left no outcome{tries}", code)
+        return code
+
+
+@contextlib.contextmanager
+def _work_folder(run_folder: Path, attempt: int) -> Iterator[Path]:
+    """This attempt's folder on this machine. Those of earlier attempts are dead: their workers died with
+    their supervisors, and on tmpfs what they left would cost memory.
+    """
+    shutil.rmtree(run_folder, ignore_errors=True)
+    work = run_folder / f"attempt-{attempt:04d}"
+    work.mkdir(parents=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

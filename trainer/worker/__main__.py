@@ -1,0 +1,102 @@
+"""The process that trains: `python -m trainer.worker JOB_JSON`.
+
+Exits 0 when it is done or preempted, else 1; the truth is in `outcome.json`, and a bug leaves none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.job import Job, Outcome
+from trainer.leash import die_with_parent
+from trainer.worker.channel import Channel, ChannelHandler
+
+RANK_VARIABLE = "RANK"  # set by `accelerate launch`, one process each
+
+NOISE = (
+    "torch.utils.checkpoint",
+    "Token indices sequence length is longer",  # we cut sequences ourselves, after this is said
+    "The tokenizer has new PAD/BOS/EOS tokens",  # Transformers writes ours into the model's config, as wanted
+    "Loss will be computed",
+    "PyTorch is not compiled with",
+    "The following arguments do not match the ones in the `trainer_state.json`",  # the recipe's hold: on_train_begin
+    "`use_cache=True` is incompatible",
+    "`tie_word_embeddings`",
+    "Failed to load CPU gemm_4bit_forward",  # an optional kernel
+    "torch_dtype` is deprecated",
+    "No device id is provided via `init_process_group`",
+    "Could not find a config file in",  # PEFT asks the Hub about the base, which may be a GGUF file
+    "lr_scheduler.step()` before `optimizer.step()",
+)
+"""Beginnings or parts of messages of the stack's packages that a user can do nothing about."""
+
+
+class _NotNoise(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not any(noise in message for noise in NOISE)
+
+
+def tame(channel: Channel) -> None:
+    """Our own words go to the supervisor; the stack's warnings, less the known noise, to stderr; no bars."""
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL tells the Hub about each run otherwise
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    stderr = logging.StreamHandler()
+    stderr.addFilter(_NotNoise())
+    logging.basicConfig(level=logging.WARNING, handlers=[stderr], format="%(name)s: %(message)s")
+    logging.captureWarnings(capture=True)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: record.levelno >= logging.ERROR
+    )  # it sets its level
+    ours = logging.getLogger("trainer")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    ours.handlers = [ChannelHandler(channel)]
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.set_verbosity_warning()
+
+
+def run(job: Job, channel: Channel) -> Outcome:
+    """Train as the job says; what a user can mend becomes an outcome, anything else is a bug and is raised."""
+    import torch
+
+    torch.set_num_threads(job.fit.threads)  # sums split over other numbers of threads differ in the last bits
+    try:
+        if job.recipe.method == "sft":
+            from trainer.worker.sft import train
+        else:
+            from trainer.worker.dpo import train
+        return train(job, channel)
+    except UserError as error:
+        return Outcome(status="user_error", message=error.message, hint=error.hint)
+
+
+def main() -> None:
+    die_with_parent(os.getppid())  # `accelerate launch` stands between the leash and several ranks
+    job = Job.model_validate_json(Path(sys.argv[1]).read_text())
+    channel = Channel(job, rank=int(os.environ.get(RANK_VARIABLE, "0")))
+    channel.listen()
+    tame(channel)
+    outcome = run(job, channel)
+    channel.conclude(outcome)
+    sys.exit(1 if outcome.status == "user_error" else 0)
+
+
+if __name__ == "__main__":
+    main()

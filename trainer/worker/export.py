@@ -1,0 +1,64 @@
+"""The finished model, as a folder that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from trainer.job import Job, Staged, mark_staged
+from trainer.worker.chat import Tokenizer
+from trainer.worker.model import Base
+from trainer.worker.resume import Identity
+
+log = logging.getLogger(__name__)
+FOLDER = "final"
+
+
+def export(model: Any, tokenizer: Tokenizer, base: Base, job: Job, *, step: int, about: Identity) -> Path:
+    """Write `staging/final/` and mark it staged.
+
+    A full model is written whole; LoRA as an adapter that names the recipe's model. Where the base
+    lives in this attempt's folder only (`init: tiny`, or an adapter as the recipe's model), nobody could
+    load such an adapter: it is merged into the base and the sum is written, as a full model.
+    """
+    into = job.staging / FOLDER
+    _write(model, base, into, job.work / "adapter")
+    tokenizer.save_pretrained(into)
+    mark_staged(
+        job.staging, Staged(folder=FOLDER, step=step, kind="final", details=about.model_dump(mode="json"))
+    )
+    return into
+
+
+def _write(model: Any, base: Base, into: Path, scratch: Path) -> None:
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(into)
+        return
+    model.peft_config["default"].base_model_name_or_path = base.name or base.path
+    if base.name is not None:
+        model.save_pretrained(into)
+    else:
+        model.save_pretrained(scratch)
+        merge(scratch, into)
+
+
+def merge(adapter: Path, into: Path) -> None:
+    """Write the full model that an adapter makes of its base, with the tokenizer that lies beside it.
+
+    The base is read again, in full precision: the one in memory may be quantised.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    from trainer.worker.model import explained
+
+    try:
+        model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype="auto")
+        model.merge_and_unload().save_pretrained(into)
+        if (adapter / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(str(adapter)).save_pretrained(into)
+    except (OSError, ValueError) as error:
+        raise explained(str(adapter), error) from error

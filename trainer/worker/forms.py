@@ -1,0 +1,125 @@
+"""The forms that a row can have, and what is wrong with those that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from trainer.errors import DataError
+from trainer.worker.chat import Message
+from trainer.worker.sources import Row
+
+ROLES = ("system", "user", "assistant")
+
+Method = Literal["sft", "dpo"]
+NEEDED = {
+    "sft": "`messages`, or `prompt` and `completion`",
+    "dpo": "`chosen` and `rejected` (whole chats), or `prompt`, `chosen` and `rejected`",
+}
+
+
+class Malformed(ValueError):
+    """A row that cannot be trained on; the message is its reason, the same for every row like it."""
+
+
+class Chat(NamedTuple):
+    messages: list[Message]
+
+
+class Completion(NamedTuple):
+    """Both are text, or both are messages."""
+
+    prompt: Any
+    completion: Any
+
+
+class Pair(NamedTuple):
+    """All three are text, or all three are messages."""
+
+    prompt: Any
+    chosen: Any
+    rejected: Any
+
+
+def check_columns(row: Row, method: Method) -> None:
+    """Raise `DataError` if the data are of no form that the method can read."""
+    has_pair = "chosen" in row and "rejected" in row
+    if method == "dpo" and has_pair:
+        return
+    if method == "sft" and ("messages" in row or ("prompt" in row and "completion" in row)):
+        return
+    hint = None
+    if method == "sft" and has_pair:
+        hint = (
+            "to train on the chosen answers of preference data, give the source `columns: {chosen: messages}`"
+        )
+    raise DataError(f"{method} needs {NEEDED[method]}; the data have {', '.join(sorted(row))}", hint=hint)
+
+
+def sft_form(row: Row) -> Chat | Completion:
+    """Raises `Malformed`."""
+    if row.get("messages") is not None:
+        messages = _messages(row["messages"])
+        if not any(message["role"] == "assistant" for message in messages):
+            raise Malformed("no assistant turn")
+        return Chat(messages)
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(completion, str):
+        return Completion(_text(prompt, "prompt"), _text(completion, "completion"))
+    return Completion(_prompt_messages(prompt), _answer(completion, "completion"))
+
+
+def dpo_form(row: Row) -> Pair:
+    """Raises `Malformed`."""
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        pair = Pair(_text(prompt, "prompt"), _text(chosen, "chosen"), _text(rejected, "rejected"))
+    else:
+        pair = _message_pair(prompt, _answer(chosen, "chosen"), _answer(rejected, "rejected"))
+    if pair.chosen == pair.rejected:
+        raise Malformed("chosen and rejected are the same")
+    return pair
+
+
+def _message_pair(prompt: Any, chosen: list[Message], rejected: list[Message]) -> Pair:
+    """Whole chats bring their own prompt, whatever `prompt` says: UltraFeedback's repeats the last question."""
+    if chosen[:-1] != rejected[:-1]:
+        raise Malformed("chosen and rejected answer different prompts")
+    before = chosen[:-1] or _prompt_messages(prompt)
+    return Pair(before, chosen[-1:], rejected[-1:])
+
+
+def _answer(value: Any, name: str) -> list[Message]:
+    messages = _messages(value, name)
+    if messages[-1]["role"] != "assistant":
+        raise Malformed(f"{name} does not end with an assistant turn")
+    return messages
+
+
+def _prompt_messages(value: Any) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": _text(value, "prompt")}]
+    return _messages(value, "prompt")
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise Malformed(f"{name} is empty or not text")
+    return value
+
+
+def _messages(value: Any, name: str = "messages") -> list[Message]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise Malformed(f"{name} is empty or not a list of messages")
+    return [_message(message) for message in value]
+
+
+def _message(message: Any) -> Message:
+    role, content = (
+        (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    )
+    if role not in ROLES:
+        raise Malformed(f"a message's role is {role!r}, not one of {', '.join(ROLES)}")
+    if not isinstance(content, str) or not (content.strip() or role == "system"):
+        raise Malformed("a message has no content")
+    return {"role": role, "content": content}

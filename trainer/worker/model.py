@@ -1,0 +1,251 @@
+"""The model that a run begins with: found or made, loaded, described."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from trainer.errors import ModelError, RecipeError
+from trainer.fit import Fit
+from trainer.job import Job
+from trainer.recipe import Recipe
+from trainer.worker.sources import Row
+
+log = logging.getLogger(__name__)
+UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"  # Mistral's special tokens
+TINY_INITIALIZER_RANGE = 0.08
+"""About 1 / sqrt(hidden size). With the usual 0.02, made for models 30 times as wide, a tiny one learns for minutes."""
+FLASH_ATTENTION = "flash_attention_2"
+FLASH_ATTENTION_CAPABILITY = (8, 0)
+"""Ampere, the oldest CUDA architecture that FlashAttention 2 supports."""
+
+
+class Base(NamedTuple):
+    """What the policy and the reference are both loaded from, at every attempt."""
+
+    path: str
+    """Local folder or Hub id."""
+    name: str | None
+    """How others can find it; None if it lives in this attempt's folder only."""
+
+
+def locate(job: Job, rows: Iterable[Row]) -> Base:
+    """Find the recipe's model, or make the one it describes; `rows` teach a tiny model's tokenizer.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    recipe = job.recipe
+    if recipe.init == "tiny":
+        return Base(str(once(job.work / "model", lambda into: make_tiny(into, recipe, rows))), None)
+    path, name = job.model or recipe.model_name_or_path, recipe.model_name_or_path
+    if path is None:
+        raise RecipeError("the recipe names no model", hint="set `model_name_or_path`, or `init: tiny`")
+    if path.endswith(".gguf"):
+        from trainer.worker.gguf import converted
+
+        return Base(str(converted(Path(path), dtype_name(recipe))), name)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _folder(local, name, job)
+    if local.is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1:
+        raise ModelError(f"there is no model folder {path}")
+    return Base(path, name)
+
+
+def _folder(folder: Path, name: str | None, job: Job) -> Base:
+    if (folder / "adapter_config.json").is_file():
+        from trainer.worker.export import merge
+
+        return Base(str(once(job.work / "merged", lambda into: merge(folder, into))), None)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json", hint="name a folder that `save_pretrained` wrote")
+    return Base(str(folder), name)
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, made by `make` unless it is there: whole or not at all, and by any number of ranks at once."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        make(partial)
+        partial.chmod(0o755)  # mkdtemp makes it for us alone
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else somebody was quicker, with the same content
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def load(base: Base, recipe: Recipe, fit: Fit) -> Any:
+    """A causal language model with its weights, on the CPU (quantised: where it is to run).
+
+    Raises:
+        ModelError: missing, broken, gated, or on a Hub that cannot be reached.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings: dict[str, Any] = {
+        "dtype": dtype_name(recipe),
+        "attn_implementation": attention(recipe, fit),
+        **hub_arguments(recipe),
+    }
+    if quantization := _quantization(recipe):
+        settings["quantization_config"] = quantization
+        settings["device_map"] = {"": "cpu" if fit.use_cpu else int(os.environ.get("LOCAL_RANK", "0"))}
+    try:
+        return AutoModelForCausalLM.from_pretrained(base.path, **settings)
+    except Exception as error:  # a broken file surfaces as any of a dozen libraries' errors
+        raise explained(base.path, error) from error
+
+
+def explained(path: str, error: Exception) -> ModelError:
+    """What a failed load means to a user."""
+    text = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    everything = f"{error!r} {error.__cause__!r}".lower()
+    if "gated" in everything or "401" in everything or "403" in everything:
+        hint = "it is gated: accept its terms on the Hub, and pass your token as $HF_TOKEN"
+    elif Path(path).exists():
+        hint = "the folder's files are damaged, or of an architecture that Transformers does not know"
+    else:
+        hint = "neither a folder here nor a model of the Hub that we can reach from this machine"
+    return ModelError(f"{path} cannot be loaded: {text}", hint=hint)
+
+
+def hub_arguments(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "revision": recipe.model_args.get("model_revision", "main"),
+        "trust_remote_code": bool(
+            recipe.model_args.get("trust_remote_code", recipe.trainer_args.get("trust_remote_code", False))
+        ),
+    }
+
+
+def dtype_name(recipe: Recipe) -> str:
+    return str(recipe.model_args.get("dtype") or "float32")  # TRL's default
+
+
+def attention(recipe: Recipe, fit: Fit) -> str | None:
+    """The recipe's choice, or `sdpa` where FlashAttention cannot run; None leaves it to Transformers."""
+    wanted: str | None = recipe.model_args.get("attn_implementation")
+    if wanted != FLASH_ATTENTION or (reason := _no_flash_attention(fit)) is None:
+        return wanted
+    log.info("attention is sdpa, not %s: %s", FLASH_ATTENTION, reason)
+    return "sdpa"
+
+
+def _no_flash_attention(fit: Fit) -> str | None:
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    if fit.use_cpu or not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.cuda.get_device_capability() < FLASH_ATTENTION_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is older than Ampere"
+    return None if is_flash_attn_2_available() else "the package flash-attn is not installed"
+
+
+def _quantization(recipe: Recipe) -> Any:
+    """4-bit NormalFloat with its constants quantised too, as in QLoRA (arXiv:2305.14314); None if not asked for."""
+    if not (recipe.model_args.get("load_in_4bit") or recipe.model_args.get("load_in_8bit")):
+        return None
+    if not recipe.model_args.get("use_peft"):
+        raise RecipeError("a quantised model cannot be trained in full", hint="add `use_peft: true`")
+    from transformers import BitsAndBytesConfig
+
+    if recipe.model_args.get("load_in_8bit"):
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = dtype_name(recipe)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.model_args.get("bnb_4bit_quant_type", "nf4"),
+        bnb_4bit_use_double_quant=recipe.model_args.get("use_bnb_nested_quant", True),
+        bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
+        bnb_4bit_quant_storage=recipe.model_args.get("bnb_4bit_quant_storage"),
+    )
+
+
+def lora(recipe: Recipe) -> Any:
+    """The recipe's `LoraConfig`; None to train every weight."""
+    from trl import ModelConfig, get_peft_config
+
+    try:
+        return get_peft_config(ModelConfig(**recipe.model_args))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"the recipe's LoRA settings cannot be used: {error}") from error
+
+
+def digest(model: Any) -> str:
+    """xxh3_128 over every weight's name and bytes."""
+    import torch
+
+    total = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def make_tiny(into: Path, recipe: Recipe, rows: Iterable[Row]) -> None:
+    """A small Mistral with random weights, and a byte-level BPE of the training rows' text."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    tokenizer = _train_tokenizer(_texts(rows), recipe.tiny.vocab_size)
+    config = MistralConfig(
+        **{**recipe.tiny.model_dump(), "vocab_size": len(tokenizer)},
+        sliding_window=None,
+        initializer_range=TINY_INITIALIZER_RANGE,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        MistralForCausalLM(config).save_pretrained(into)
+    tokenizer.save_pretrained(into)
+
+
+def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[UNKNOWN, BEGIN, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token=UNKNOWN, bos_token=BEGIN, eos_token=END, pad_token=END
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in rows, columns and messages, with the marks that a chat template puts before a turn."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        if "role" in value:
+            yield f"<|{value['role']}|>\n"
+        for key in sorted(value):
+            yield from _texts(value[key]) if key != "role" else ()
+    elif isinstance(value, Iterable):
+        for each in value:
+            yield from _texts(each)

@@ -1,0 +1,76 @@
+"""What SFT and DPO do alike around their trainer: go on or begin, train, export, say how it ended."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers.trainer_callback import PrinterCallback
+
+from trainer.errors import RecipeError
+from trainer.job import Job, Outcome
+from trainer.worker import resume
+from trainer.worker.arguments import training_arguments
+from trainer.worker.callback import Progress
+from trainer.worker.channel import Channel
+from trainer.worker.data import Tokens
+from trainer.worker.export import export
+from trainer.worker.model import Base
+from trainer.worker.resume import Identity
+from trainer.worker.sources import Rows
+
+log = logging.getLogger(__name__)
+
+
+def check_test_rows(job: Job, rows: Rows) -> None:
+    """Raise `RecipeError` if the recipe wants evaluations of nothing."""
+    if job.recipe.trainer_args.get("eval_strategy", "no") != "no" and not rows.test:
+        raise RecipeError(
+            f"`eval_strategy: {job.recipe.trainer_args['eval_strategy']}`, but there are no test rows",
+            hint="add `test_datasets` or `test_split_size` to `dataset_mixture`",
+        )
+
+
+def build(
+    trainer_class: Any, config_class: Any, job: Job, train: Tokens, test: Tokens | None, **settings: Any
+) -> Any:
+    """A TRL trainer of our tokens.
+
+    Raises:
+        RecipeError: TRL finds that the recipe's settings do not go together.
+    """
+    args = training_arguments(config_class, job)
+    try:
+        trainer = trainer_class(
+            args=args, train_dataset=train.dataset, eval_dataset=test.dataset if test else None, **settings
+        )
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise RecipeError(f"TRL refuses the recipe: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def finish(trainer: Any, base: Base, job: Job, channel: Channel, about: Identity) -> Outcome:
+    """Train from where the run is to its end or a stop, and export the model if it is the end.
+
+    Raises:
+        UserError: the checkpoint is incomplete, or of another run.
+    """
+    progress = Progress(job, channel, about, samples=len(trainer.train_dataset))
+    trainer.add_callback(progress)
+    if job.resume_from:
+        resume.check(job.resume_from, about)
+    if job.resume_from and resume.at_last_step(job.resume_from):
+        channel.training_begins()
+        log.info("the checkpoint is the last step's: only the export is left")
+        # train() would take one step more. The same loader that it uses, so the same weights.
+        trainer._load_from_checkpoint(str(job.resume_from))  # noqa: SLF001
+        step = resume.step(job.resume_from)
+    else:
+        trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
+        step = trainer.state.global_step
+    if progress.stopped_at is not None:
+        return Outcome(status="preempted", message=f"at step {progress.stopped_at}, which is saved")
+    if trainer.is_world_process_zero():
+        export(trainer.model, trainer.processing_class, base, job, step=step, about=about)
+    return Outcome(status="done")
