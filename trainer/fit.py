@@ -49,10 +49,10 @@ def fit(recipe: Recipe, shape: Shape) -> Fit:
         threads=threads,
         use_cpu=shape.count == 0,
         reasons=(
-            f"{processes} process{'es, one for each GPU' if processes > 1 else ''} on {shape}",
+            f"{processes} process{'es, one for each GPU' if processes > 1 else ''}",
             _why(recipe, share=share, micro=micro),
             f"accumulation {share // micro}: {processes} x {micro} x {share // micro} = {recipe.global_batch_size}",
-            f"{threads} threads a process: {shape.cores} cores for {processes}",
+            f"{threads} threads each: {shape.cores} cores for {processes}",
         ),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,16 @@ pytest.importorskip("torch", reason="the trainer's environment is not here: make
 
 if TYPE_CHECKING:
     from tests.training.jobs import Trained
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Side by side, each process of pytest-xdist takes a core of its own: two trainings that both
+    want all cores wait for each other most of the time.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

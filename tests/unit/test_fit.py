@@ -45,10 +45,10 @@ def test_a_cpu_takes_the_whole_batch_with_all_its_cores() -> None:
         threads=2,
         use_cpu=True,
         reasons=(
-            "1 process on cpu (2 cores, 64 GiB)",
+            "1 process",
             "micro batch 6: the largest up to 8 that divides a process's 12",
             "accumulation 2: 1 x 6 x 2 = 12",
-            "2 threads a process: 2 cores for 1",
+            "2 threads each: 2 cores for 1",
         ),
     )
 

@@ -157,7 +157,7 @@ def _no_flash_attention(fit: Fit) -> str | None:
 
 
 def _quantization(recipe: Recipe) -> Any:
-    """4-bit NormalFloat with its constants quantised too, as in QLoRA (arXiv:2305.14314); None if not asked for."""
+    """4-bit NormalFloat as in QLoRA (arXiv:2305.14314), its constants quantised too if asked for; or 8 bit, or None."""
     if not (recipe.model_args.get("load_in_4bit") or recipe.model_args.get("load_in_8bit")):
         return None
     if not recipe.model_args.get("use_peft"):
@@ -170,7 +170,7 @@ def _quantization(recipe: Recipe) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.model_args.get("bnb_4bit_quant_type", "nf4"),
-        bnb_4bit_use_double_quant=recipe.model_args.get("use_bnb_nested_quant", True),
+        bnb_4bit_use_double_quant=recipe.model_args.get("use_bnb_nested_quant", False),
         bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
         bnb_4bit_quant_storage=recipe.model_args.get("bnb_4bit_quant_storage"),
     )
