@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.recipe import mixture, yaml_file
+from trainer.recipe import mixture, secrets, yaml_file
 from trainer.recipe.translate import Keys, show, translate
 from trainer.recipe.yaml_file import COMMAND_LINE, Overrides
 
@@ -30,10 +30,15 @@ def gather(path: Path, overrides: Overrides) -> Given:
     """The file's keys, and over them those of the command line.
 
     Raises:
-        RecipeError: a file that cannot be read, a key that cannot be translated, data in no known form.
+        RecipeError: a file that cannot be read, a key that cannot be translated, data in no known form,
+            or a secret.
     """
     label = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-    file = translate(yaml_file.read(path, label=label), source=label)
+    written = yaml_file.read(path, label=label)
+    secrets.refuse(written, label)
+    secrets.refuse(overrides.flat, COMMAND_LINE)
+    secrets.refuse({".".join(dotted): value for dotted, value in overrides.dotted.items()}, COMMAND_LINE)
+    file = translate(written, source=label)
     line = translate(overrides.flat, source=COMMAND_LINE)
     kept, dropped = _without_what_gives_way(file.keys, line.keys)
     said = {*line.keys, *(path[0] for path in overrides.dotted)}

@@ -64,8 +64,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """The recipe of a file, or of a name such as `zephyr-tiny/dpo`, with `key=value` overrides.
 
     Raises:
-        RecipeError: no such recipe, a key that nobody knows, a value of the wrong type, or keys that
-            cannot go together.
+        RecipeError: no such recipe, a key that nobody knows, a value of the wrong type, keys that
+            cannot go together, or a secret.
         DataError: a local data file that is not there.
         ModelError: a local model that is not there.
     """
@@ -220,7 +220,7 @@ def _name(path: Path, method: str) -> str:
     if path.parent.name == method:
         variant = path.stem.removeprefix("config").strip("_")
         return f"{path.parent.parent.name}/{method}" + (f"_{variant}" if variant else "")
-    return f"{path.parent.name}/{method}" if path.stem == method else path.stem
+    return f"{path.parent.name}/{path.stem}" if path.stem.partition("_")[0] == method else path.stem
 
 
 def _build(keys: Keys, given: Given) -> Recipe:
