@@ -36,7 +36,7 @@ def test_a_secret_in_the_file_is_refused_without_repeating_it(tmp_path: Path, li
 @pytest.mark.parametrize("override", [f"HF_TOKEN={SECRET}", f"model_init_kwargs.token={SECRET}"])
 def test_a_secret_on_the_command_line_is_refused(override: str) -> None:
     """Where it is most easily typed."""
-    with pytest.raises(RecipeError, match="command line: .* holds a secret") as caught:
+    with pytest.raises(RecipeError, match=r"command line: .* holds a secret") as caught:
         load("zephyr-tiny/sft", [override])
     assert SECRET not in str(caught.value)
 
