@@ -71,9 +71,10 @@ def test_dpo_learns_from_it_which_answers_are_right(launcher: Any, sft: dict[str
         "dpo",
         "--preempt",
         "1",
-        f"model_name_or_path={sft['final_model']}",
+        f"model_name_or_path={sft['final']}",
     )
-    first, last = dpo["test_reward_accuracy"]
+    assert dpo["test_metric"] == "eval_rewards/accuracies"
+    first, last = dpo["test"]
     assert 0.3 < first < 0.7
     assert last > 0.9
     assert dpo["preempted_on_request"] == 1
