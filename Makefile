@@ -4,7 +4,7 @@ LAUNCHER := .venv/bin/python
 TRAINER := .venv-trainer/bin/python
 DEMO := runs
 
-.PHONY: setup demo check test lock fields bench clean
+.PHONY: setup demo check test lock fields bench soak clean
 
 setup: .venv/.ready .venv-trainer/.ready  ## two environments: launcher with SkyPilot, trainer with torch
 
@@ -36,8 +36,16 @@ lock: setup  ## compile the exact pins again
 fields: setup  ## the field list of the pinned TRL
 	$(TRAINER) -m trainer.recipe.make_fields
 
-bench: setup
+soak: setup  ## 1,000 kills at random moments, some 25 minutes; KILLS=, SEED=, SOAK='--store s3' or --real
+	$(LAUNCHER) -m tests.soak --kills $(or $(KILLS),1000) --seed $(or $(SEED),0) $(SOAK)
+
+bench: setup .venv-bench/.ready  ## beside the peers: start-up, transfers, stall; some GiB of /dev/shm
 	$(LAUNCHER) bench/startup.py
+	.venv-bench/bin/python bench/checkpoint.py
+	$(TRAINER) bench/stall.py
+
+.venv-bench/.ready: requirements/bench.txt requirements/install.sh
+	requirements/install.sh .venv-bench bench
 
 clean:
-	rm -rf .venv .venv-trainer .tools runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-trainer .venv-bench .tools runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

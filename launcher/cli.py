@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from launcher.checkpoints_cli import checkpoints
 from trainer.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 @click.group(context_settings=CONTEXT)
 def cli() -> None:
     """Post-training that survives losing its machine."""
+
+
+cli.add_command(checkpoints)
 
 
 @cli.command(epilog=TRAINING)

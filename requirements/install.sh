@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes one of the two environments: install.sh FOLDER launcher|trainer
+# Makes one of the environments: install.sh FOLDER launcher|trainer|bench
 #
-# uv makes both in seconds; it is installed into .tools when the machine has none. uv does not read
+# uv makes them in seconds; it is installed into .tools when the machine has none. uv does not read
 # pip's configuration, so a folder of wheels that pip knows (a mirror, an offline machine) is handed on.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,14 +1,16 @@
-"""Stores that several tests need: a folder, an S3 server, and an S3 server that misbehaves."""
+"""Stores that several tests need: folders, S3, GCS, an S3 that knows no conditions, and one that misbehaves."""
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.servers.gcs import GCS, gcs_environ, gcs_server
+from tests.servers.rclone import rclone_server
 from tests.servers.s3 import FaultyS3, environ, make_bucket, s3_server
 
 
@@ -19,10 +21,26 @@ def s3_endpoint() -> Iterator[str]:
         yield url
 
 
-def _reach(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+@pytest.fixture(scope="session")
+def gcs_host() -> Iterator[tuple[GCS, str]]:
+    """A stand-in for GCS and its `host:port`; one for all tests of this process."""
+    with gcs_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """`rclone serve s3`: the folder that holds its buckets, and its URL."""
+    folder = tmp_path_factory.mktemp("rclone")
+    with rclone_server(folder) as url:
+        yield folder, url
+
+
+def reach(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None:
+    """From now on this process and those it starts have these credentials, and no others."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "GCE_"))]:
         monkeypatch.delenv(name)
-    for name, value in environ(endpoint).items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
 
@@ -31,7 +49,7 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """URI of a new S3 bucket; this process and those it starts can reach it."""
     name = f"test-{uuid.uuid4().hex[:12]}"
     make_bucket(s3_endpoint, name)
-    _reach(monkeypatch, s3_endpoint)
+    reach(monkeypatch, environ(s3_endpoint))
     return f"s3://{name}/runs"
 
 
@@ -39,11 +57,32 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def faulty_s3(s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
     """The proxy before the server of `s3`; from now on `s3` goes through it."""
     with FaultyS3(s3_endpoint) as proxy:
-        _reach(monkeypatch, proxy.url)
+        reach(monkeypatch, environ(proxy.url))
         yield proxy
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture
+def gcs(gcs_host: tuple[GCS, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of a new GCS bucket, reached with a token."""
+    server, host = gcs_host
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    server.buckets.add(name)
+    reach(monkeypatch, gcs_environ(host))
+    return f"gs://{name}/runs"
+
+
+@pytest.fixture
+def rclone(rclone_endpoint: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of a new bucket of a store that takes no conditional create."""
+    folder, url = rclone_endpoint
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    (folder / name).mkdir()
+    reach(monkeypatch, environ(url))
+    return f"s3://{name}/runs"
+
+
+@pytest.fixture(params=["folder", "s3", "gcs"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """URI of an empty place for runs: a folder, then an S3 bucket."""
-    return str(tmp_path / "bucket") if request.param == "folder" else str(request.getfixturevalue("s3"))
+    """URI of an empty place for runs, in each kind of store."""
+    folder = str(tmp_path / "bucket")
+    return folder if request.param == "folder" else str(request.getfixturevalue(request.param))

@@ -42,10 +42,11 @@ class TrainerRun:
         work: Path,
         *,
         environ: Mapping[str, str] | None = None,
+        module: str = "trainer",
     ) -> None:
         self._log = work.with_suffix(".log")
         work.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "trainer", "run", str(recipe)]
+        command = [sys.executable, "-m", module, "run", str(recipe)]
         command += ["--checkpoints", checkpoints, "--run-id", run_id, "--work", str(work)]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -89,13 +90,19 @@ class TrainerRun:
 
     def staging(self) -> Path | None:
         """The staging folder, once the attempt has made it."""
-        return next(self._work.glob("*/attempt-*/staging"), None)
+        return self._find("*/attempt-*/staging")
 
     def step(self) -> int:
         """The last step that the worker has told: sooner here than in the bucket."""
-        path = next(self._work.glob("*/attempt-*/steps.jsonl"), None)
+        path = self._find("*/attempt-*/steps.jsonl")
         lines = path.read_text().splitlines()[:-1] if path else []
         return max((event["step"] for event in map(json.loads, lines) if event["kind"] == "step"), default=0)
+
+    def _find(self, pattern: str) -> Path | None:
+        try:
+            return next(self._work.glob(pattern), None)
+        except FileNotFoundError:  # the attempt is removing what an earlier one left
+            return None
 
 
 class RunView:

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import click
 
@@ -17,6 +18,15 @@ from trainer.supervisor.preemption import Notice
 
 TASK_ID_VARIABLE = "SKYPILOT_TASK_ID"
 """The same across the recoveries of a managed job, so it names the run (SkyPilot 0.14.1)."""
+
+
+class Options(NamedTuple):
+    """The options of `run`, as click hands them over."""
+
+    checkpoints: str
+    run_id: str | None
+    work: Path | None
+    staging: Literal["auto", "tmpfs", "disk"]
 
 
 @click.group()
@@ -30,9 +40,14 @@ def main() -> None:
 @click.option("--checkpoints", required=True, help="Where runs live: gs://…, s3://… or a folder.")
 @click.option("--run-id", help="The run's name in there.  [default: the managed job's, or recipe and digest]")
 @click.option("--work", type=click.Path(path_type=Path), help="Scratch folder on this machine.")
-def run(
-    recipe: str, overrides: tuple[str, ...], checkpoints: str, run_id: str | None, work: Path | None
-) -> None:
+@click.option(
+    "--staging",
+    type=click.Choice(["auto", "tmpfs", "disk"]),
+    default="auto",
+    show_default=True,
+    help="Where checkpoints wait for their upload: memory if there is room for three, or --work's disk.",
+)
+def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
     """Start RECIPE (a file, or a name such as zephyr-tiny/dpo), or go on with its run.
 
     Exit codes: 0 done; 75 preempted or the infrastructure failed, start it again; 77 a newer attempt
@@ -44,35 +59,34 @@ def run(
     notice = Notice()
     notice.listen()
     try:
-        code = _run(recipe, overrides, checkpoints, run_id, work, notice)
+        code = _run(recipe, overrides, Options(**options), notice)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
     sys.exit(code)
 
 
-def _run(
-    recipe: str,
-    overrides: tuple[str, ...],
-    checkpoints: str,
-    run_id: str | None,
-    work: Path | None,
-    notice: Notice,
-) -> ExitCode:
+def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Notice) -> ExitCode:
     # Imported here so that `--help` and a signal in the first moments are answered at once.
     from trainer.recipe import default_run_id, load
+    from trainer.supervisor.metadata import Metadata
     from trainer.supervisor.supervise import Request, run
 
+    Metadata(notice).start()
     loaded = load(recipe, overrides)
     for note in loaded.notes:
         logging.getLogger("trainer").info("%s", note)
-    run_id = run_id or _task_id() or default_run_id(loaded.recipe)
+    run_id = options.run_id or _task_id() or default_run_id(loaded.recipe)
+    work = (
+        options.work or _scratch()
+    ) / f"{run_id}-{hashlib.sha256(options.checkpoints.encode()).hexdigest()[:8]}"
     request = Request(
         recipe=loaded.recipe,
         notes=loaded.notes,
-        checkpoints=checkpoints,
+        checkpoints=options.checkpoints,
         run_id=run_id,
-        work=(work or _scratch()) / f"{run_id}-{hashlib.sha256(checkpoints.encode()).hexdigest()[:8]}",
+        work=work,
+        staging=options.staging,
     )
     return run(request, notice)
 

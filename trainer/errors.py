@@ -62,6 +62,12 @@ class Unavailable(UserError):
     exit_code = ExitCode.RECOVER
 
 
+class NoRoom(UserError):
+    """This machine's disk or memory cannot hold what the run has to put there; another machine's may."""
+
+    exit_code = ExitCode.RECOVER
+
+
 class Superseded(UserError):
     """A newer attempt has claimed the run; this one must neither commit nor delete."""
 

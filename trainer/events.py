@@ -23,7 +23,8 @@ Kind = Literal[
     "saved",  # step, stall_s
     "save_skipped",  # step, reason
     "committed",  # step, files, bytes, seconds
-    "upload_failed",  # step, reason
+    "upload_failed",  # step, reason, tries: so many since the last commit
+    "window",  # holds, seconds, bytes, bytes_per_s, window_s: whether a notice leaves time for a save
     "notice",  # source: SIGTERM ...
     "preempted",  # step
     "superseded",  # by: attempt

@@ -81,6 +81,11 @@ def host_bytes() -> int:
     return int(psutil.virtual_memory().total)
 
 
+def host_available_bytes() -> int:
+    """Memory of the host that can be had without swapping, whatever share of it is ours."""
+    return int(psutil.virtual_memory().available)
+
+
 def detect(
     *,
     run: Run = run_command,
@@ -150,6 +155,11 @@ def _cgroups(read: Read) -> dict[str, list[str]]:
     return folders
 
 
+def available_bytes(*, read: Read = read_file, memory: Callable[[], int] = host_available_bytes) -> int:
+    """Memory that this process can still have, within the limits of the container or job it is in."""
+    return min([memory(), *_memory_left(_cgroups(read), read)])
+
+
 def _core_limits(groups: Mapping[str, list[str]], read: Read) -> list[float]:
     limits = []
     for folder in groups.get("", []):
@@ -168,3 +178,26 @@ def _memory_limits(groups: Mapping[str, list[str]], read: Read) -> list[int]:
     files += [f"{folder}/memory.limit_in_bytes" for folder in groups.get("memory", [])]
     found = [text for path in files if (text := read(path)) and text.isdecimal()]
     return [int(text) for text in found if int(text) < LARGEST_CGROUP_BYTES]
+
+
+def _memory_left(groups: Mapping[str, list[str]], read: Read) -> list[int]:
+    """Of each limit; pages of files that nobody has touched lately count as left."""
+    files = [(f"{folder}/memory.max", f"{folder}/memory.current") for folder in groups.get("", [])]
+    files += [
+        (f"{folder}/memory.limit_in_bytes", f"{folder}/memory.usage_in_bytes")
+        for folder in groups.get("memory", [])
+    ]
+    left = []
+    for limit_file, used_file in files:
+        limit, used = read(limit_file) or "", read(used_file) or ""
+        if limit.isdecimal() and used.isdecimal() and int(limit) < LARGEST_CGROUP_BYTES:
+            left.append(int(limit) - int(used) + _idle_pages(str(PurePosixPath(used_file).parent), read))
+    return left
+
+
+def _idle_pages(folder: str, read: Read) -> int:
+    for line in (read(f"{folder}/memory.stat") or "").splitlines():
+        name, _, count = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file") and count.isdecimal():
+            return int(count)
+    return 0

@@ -75,7 +75,8 @@ class Outcome(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    status: Literal["done", "preempted", "user_error"]
+    status: Literal["done", "preempted", "user_error", "no_room"]
+    """`no_room`: the staging folder's disk or memory is full; another machine may do better."""
     message: str = ""
     hint: str | None = None
 

@@ -8,6 +8,9 @@ The supervisor runs it in place of `trainer.worker`; $FAKE_WORKER says what befa
     wrong          finds fault with the recipe
     waits@N        waits at step N until it is told to stop, and saves then
     deaf@N         waits at step N and hears nothing
+    fills@N        fills the rest of the disk at step N with a file of its own
+
+$FAKE_WORKER_MB is how large its weights are, in millions of bytes (0.1).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import time
 from pathlib import Path
 
 from trainer.job import Job, Outcome, Staged, mark_staged, pending, write_atomically
+from trainer.room import no_room
 
 TOTAL_STEPS = 6
 SAVE_STEPS = 2
@@ -33,6 +37,7 @@ class Program:
         self.job = job
         self.fate, _, at = fate.partition("@")
         self.at = int(at or 0)
+        self.numbers = int(float(os.environ.get("FAKE_WORKER_MB", "0.1")) * 500_000)
         self.stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -51,7 +56,7 @@ class Program:
             time.sleep(0.01)
         folder = self.job.staging / name
         (folder / "nested").mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(step.to_bytes(2) * 50_000)
+        (folder / "model.safetensors").write_bytes(step.to_bytes(2) * self.numbers)
         (folder / "nested" / "empty").touch()
         (folder / "state.json").write_text(json.dumps({"step": step}))
         mark_staged(self.job.staging, Staged.model_validate({"folder": name, "step": step, "kind": kind}))
@@ -72,6 +77,10 @@ class Program:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "waits":
                 self.stop.wait()
+            case "fills":
+                with (self.job.work / "filler").open("wb") as file:
+                    while True:
+                        file.write(bytes(100_000))
             case "deaf":
                 threading.Event().wait()
 
@@ -94,4 +103,13 @@ class Program:
 
 
 if __name__ == "__main__":
-    Program(Job.model_validate_json(Path(sys.argv[1]).read_text()), os.environ.get("FAKE_WORKER", "")).run()
+    program = Program(
+        Job.model_validate_json(Path(sys.argv[1]).read_text()), os.environ.get("FAKE_WORKER", "")
+    )
+    try:
+        program.run()
+    except OSError as error:
+        if (full := no_room(program.job, error)) is None:
+            raise
+        write_atomically(program.job.outcome, full.model_dump_json())
+        sys.exit(1)

@@ -7,13 +7,14 @@ import logging
 import re
 import select
 import socket
+import struct
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
@@ -57,24 +58,29 @@ class Seen(NamedTuple):
     key: str
     """Without the bucket; empty for listings and bulk deletes."""
     query: str
+    headers: Mapping[str, str]
+    """Names in lower case."""
 
 
 @dataclass
 class Rule:
     """What becomes of the requests whose method and key match; `hits` counts them."""
 
-    action: Literal["hold", "answer", "cut", "truncate", "flip"]
+    action: Literal["hold", "answer", "cut", "reset", "truncate", "flip"]
     method: str
     key: re.Pattern[str]
     times: int | None
     status: int = 0
     code: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """What the request must carry, names in lower case."""
     hits: int = 0
     released: threading.Event = field(default_factory=threading.Event)
 
     def takes(self, seen: Seen) -> bool:
         wanted = re.fullmatch(self.method, seen.method) and self.key.search(seen.key)
-        return bool(wanted) and (self.times is None or self.hits < self.times)
+        carried = all(seen.headers.get(name) == value for name, value in self.headers.items())
+        return bool(wanted) and carried and (self.times is None or self.hits < self.times)
 
 
 class FaultyS3:
@@ -124,10 +130,21 @@ class FaultyS3:
         return self._add(Rule("hold", method, re.compile(key), times))
 
     def answer(
-        self, status: int, code: str, method: str = ".*", key: str = "", *, times: int | None = None
+        self,
+        status: int,
+        code: str,
+        method: str = ".*",
+        key: str = "",
+        *,
+        times: int | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> Rule:
-        """Answer with an S3 error, without asking the server."""
-        return self._add(Rule("answer", method, re.compile(key), times, status, code))
+        """Answer with an S3 error, without asking the server, requests that carry `headers`."""
+        return self._add(Rule("answer", method, re.compile(key), times, status, code, headers))
+
+    def reset(self, method: str = ".*", key: str = "", *, times: int | None = None) -> Rule:
+        """Reset the connection (RST) without asking the server."""
+        return self._add(Rule("reset", method, re.compile(key), times))
 
     def cut(self, method: str = ".*", key: str = "", *, times: int | None = None) -> Rule:
         """Do what was asked, then close the connection instead of answering."""
@@ -215,7 +232,8 @@ class _Handler(BaseHTTPRequestHandler):
         proxy = self.server.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         address = urlsplit(self.path)
-        seen = Seen(self.command, unquote(address.path.lstrip("/").partition("/")[2]), address.query)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        seen = Seen(self.command, unquote(address.path.lstrip("/").partition("/")[2]), address.query, headers)
         rule = proxy.rule_for(seen)
         if rule and rule.action == "hold":
             proxy.wait_for_release(rule)
@@ -226,14 +244,19 @@ class _Handler(BaseHTTPRequestHandler):
             text = f"<Error><Code>{rule.code}</Code><Message>on request</Message></Error>"
             self._send(rule.status, [("Content-Type", "application/xml")], text.encode())
             return
-        status, headers, data = proxy.forward(self, body)
+        if rule and rule.action == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()  # with no time to linger, the kernel sends RST
+            self.close_connection = True
+            return
+        status, answered, data = proxy.forward(self, body)
         if rule and rule.action == "cut":
             self.close_connection = True
             return
         if rule and rule.action == "flip" and data:
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-        self._send(status, headers, data, cut_short=rule is not None and rule.action == "truncate")
+        self._send(status, answered, data, cut_short=rule is not None and rule.action == "truncate")
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_any  # noqa: N815 (names that http.server looks for)
 

@@ -90,6 +90,13 @@ class FailsAt(MemoryBucket):
         self._after(operation)
         return created
 
+    def keeps_first(self, key: str, data: bytes) -> bool:
+        operation = self._next()
+        self._before(operation)
+        kept = super().keeps_first(key, data)
+        self._after(operation)
+        return kept
+
     def list(self, prefix: str = "") -> list[Object]:
         operation = self._next()
         self._before(operation)
@@ -117,3 +124,11 @@ class Down(FailsAt):
 
     def __init__(self, store: MemoryStore, operation: int = 0, *, lasts: int | None = None) -> None:
         super().__init__(store, operation, fault=Unavailable, lasts=lasts)
+
+
+class Unconditional(MemoryBucket):
+    """A bucket whose store ignores the condition of a create, as `rclone serve s3` does."""
+
+    def _create(self, key: str, data: bytes) -> bool:
+        self.put(key, data)
+        return True

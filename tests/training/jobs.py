@@ -10,7 +10,7 @@ from trainer.fit import fit
 from trainer.hardware import Shape
 from trainer.job import Job, Outcome
 from trainer.recipe import load
-from trainer.worker import run, tame
+from trainer.worker.__main__ import run, tame
 from trainer.worker.channel import Channel
 
 LAPTOP = Shape(accelerator=None, count=0, memory_gib=None, cores=1, host_memory_gib=8.0, node="test")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.servers.s3 import FaultyS3
-from tests.servers.stores import MemoryBucket
+from tests.servers.stores import MemoryBucket, Unconditional
 from trainer.bucket import open_run
 from trainer.bucket.attempt import Attempt, claim
 from trainer.errors import Superseded
@@ -56,13 +56,60 @@ def test_a_lost_race_is_followed_by_another_try() -> None:
 
 
 def test_a_claim_whose_answer_was_lost_owns_the_run(s3: str, faulty_s3: FaultyS3) -> None:
-    """A number is used up by the try that seemed to fail; the attempt is still the newest."""
+    """The attempt knows its own card again, and the number is not lost."""
     bucket = open_run(s3, "run")
     rule = faulty_s3.cut("PUT", "attempts/", times=1)
     attempt = claim(bucket, {})
     attempt.check()
     assert rule.hits == 1
-    assert bucket.get_or_none(f"attempts/{attempt.number:04d}.json")
+    assert (attempt.number, attempt.exclusive) == (1, True)
+
+
+def test_a_store_that_keeps_its_word_is_believed(uri: str) -> None:
+    """Folders, S3 and GCS give a number to one attempt only, and that is found out by trying."""
+    assert claim(open_run(uri, "run"), {}).exclusive
+
+
+def test_a_store_that_ignores_conditions_still_lets_the_later_one_supersede(rclone: str) -> None:
+    """The weaker promise: one after the other is told apart as everywhere."""
+    bucket = open_run(rclone, "run")
+    older, newer = claim(bucket, {}), claim(bucket, {})
+    assert (older.number, newer.number) == (1, 2)
+    assert not older.exclusive
+    with pytest.raises(Superseded):
+        older.check()
+    newer.check()
+
+
+class RacedUnconditional(Unconditional):
+    """A store without conditions in which others claim number 1 just before we look at our card."""
+
+    def __init__(self, races: int) -> None:
+        super().__init__()
+        self._races = races
+
+    def get(self, key: str) -> bytes:
+        if self._races:
+            self._races -= 1
+            self.put("attempts/0001.json", b'{"token": "of another"}')
+        return super().get(key)
+
+
+def test_without_conditions_the_loser_of_a_race_sees_it_on_its_card() -> None:
+    """Another's card where ours should be: the number is theirs, the next one ours."""
+    bucket = RacedUnconditional(races=1)
+    attempt = claim(bucket, {})
+    assert (attempt.number, attempt.exclusive) == (2, False)
+    attempt.check()
+
+
+def test_without_conditions_a_race_lost_after_the_claim_shows_before_the_commit() -> None:
+    """The later write owns the number: whoever finds another's card there stops."""
+    bucket = Unconditional()
+    attempt = claim(bucket, {})
+    bucket.put("attempts/0001.json", b'{"token": "of another"}')
+    with pytest.raises(Superseded, match="claimed by another at the same moment"):
+        attempt.check()
 
 
 def test_other_objects_are_no_attempts() -> None:

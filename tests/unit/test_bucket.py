@@ -13,7 +13,8 @@ from obstore.store import MemoryStore
 from tests.servers.s3 import FaultyS3
 from tests.servers.stores import MemoryBucket
 from trainer.bucket.address import Patience, Place, parse
-from trainer.bucket.store import PART_BYTES, WINDOW_BYTES, Checked, Object, in_parallel, list_runs, open_run
+from trainer.bucket.pieces import WINDOW_BYTES
+from trainer.bucket.store import PART_BYTES, Checked, Object, in_parallel, list_runs, open_run
 from trainer.errors import BucketError, Unavailable
 
 SHORT = Patience(open_s=0.5, transfer_s=0.5, request_s=2.0)

@@ -66,6 +66,15 @@ def test_a_commit_comes_back_whole(bucket: Bucket, tmp_path: Path) -> None:
     assert [path.name for path in restored.path.parent.iterdir()] == ["checkpoint-100"]
 
 
+def test_a_store_without_conditions_or_ranges_keeps_checkpoints_too(rclone: str, tmp_path: Path) -> None:
+    """What a weaker S3 server lacks costs promises, and none of the bytes."""
+    bucket = open_run(rclone, "run")
+    save(bucket, claim(bucket, {}), tmp_path, 10)
+    restored = restore(bucket, tmp_path / "restored", no_rejects)
+    assert restored is not None
+    assert contents(restored.path) == contents(tmp_path / "checkpoint-10")
+
+
 def test_what_a_reader_of_a_commit_needs_is_written_before_it(bucket: Bucket, tmp_path: Path) -> None:
     """The events up to a step are in the bucket when the step becomes the newest, whatever dies then."""
     attempt = claim(bucket, {})

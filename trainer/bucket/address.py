@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from obstore.exceptions import BaseError
 from obstore.store import GCSStore, LocalStore, S3Store
 
+from trainer.bucket.credentials import shared_file
 from trainer.bucket.faults import sort_fault
 from trainer.errors import BucketError
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 VALID = "use s3://bucket/prefix, gs://bucket/prefix, file:///folder or a folder"
-ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+ENDPOINT_VARIABLES = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+}
 
 
 class Patience(NamedTuple):
@@ -83,7 +87,13 @@ def connect(place: Place, patience: Patience, *, opening: bool = False) -> Objec
     client = _client(place, min(patience.request_s, patience.open_s) if opening else patience.request_s)
     try:
         if place.scheme == "s3":
-            return S3Store(place.bucket, prefix=place.path or None, client_options=client, retry_config=retry)
+            return S3Store(
+                place.bucket,
+                prefix=place.path or None,
+                client_options=client,
+                retry_config=retry,
+                credential_provider=shared_file(),
+            )
         if place.scheme == "gs":
             return GCSStore(
                 place.bucket, prefix=place.path or None, client_options=client, retry_config=retry
@@ -111,7 +121,8 @@ def _client(place: Place, request_s: float) -> ClientConfig:
         "timeout": timedelta(seconds=request_s),
         "connect_timeout": timedelta(seconds=min(10.0, request_s)),
     }
-    endpoint = next((os.environ[name] for name in ENDPOINT_VARIABLES if os.environ.get(name)), "")
-    if place.scheme == "s3" and endpoint.startswith("http://"):
+    variables = ENDPOINT_VARIABLES.get(place.scheme, ())
+    endpoint = next((os.environ[name] for name in variables if os.environ.get(name)), "")
+    if endpoint.startswith("http://"):
         client["allow_http"] = True
     return client

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.bucket.attempt import Attempt
 from trainer.bucket.manifest import (
@@ -21,12 +22,11 @@ from trainer.bucket.manifest import (
     read,
     sizes,
 )
-from trainer.bucket.store import Bucket, in_parallel
+from trainer.bucket.store import LARGE_AT_ONCE, PART_BYTES, SMALL_AT_ONCE, Bucket, in_parallel
 from trainer.errors import Superseded
 from trainer.job import Staged
 
 log = logging.getLogger(__name__)
-FILES_AT_ONCE = 4
 MIN_KEPT = 2
 
 
@@ -64,6 +64,7 @@ def commit(
     if not paths:
         raise ValueError(f"{folder} holds no files to commit")
     prefix = files_prefix(staged.kind, staged.step, attempt.number)
+    attempt.check()  # an attempt that slept while another took over uploads nothing
     if done := _already_committed(bucket, attempt, staged):
         return done
 
@@ -82,12 +83,21 @@ def commit(
         created=datetime.now(UTC),
         recipe=recipe_digest,
         details=staged.details,
-        files=tuple(in_parallel(upload, paths, threads=FILES_AT_ONCE)),
+        files=tuple(_upload_all(upload, paths)),
     )
     ready()
     attempt.check()
     _publish(bucket, manifest)
     return manifest
+
+
+def _upload_all(upload: Callable[[Path], File], paths: list[Path]) -> list[File]:
+    """Large files few at a time, each in many parts; then the others, many at a time: bounded memory."""
+    large = [path for path in paths if path.stat().st_size > PART_BYTES]
+    small = [path for path in paths if path not in set(large)]
+    files = in_parallel(upload, large, threads=LARGE_AT_ONCE)
+    files += in_parallel(upload, small, threads=SMALL_AT_ONCE)
+    return sorted(files, key=lambda file: file.path)
 
 
 def _already_committed(bucket: Bucket, attempt: Attempt, staged: Staged) -> Manifest | None:
@@ -143,21 +153,46 @@ def prune(bucket: Bucket, attempt: Attempt, keep: int) -> list[int]:
         Superseded: a newer attempt has claimed the run; nothing was deleted.
     """
     attempt.check()
+    old = outdated(bucket, attempt.number, keep)
+    bucket.delete(commit_key(step) for step in old.steps)
+    bucket.delete(old.keys)
+    return list(old.steps)
+
+
+class Outdated(NamedTuple):
+    """What retention has no use for."""
+
+    kept: tuple[int, ...]
+    """Steps of the checkpoints that stay, newest first."""
+    steps: tuple[int, ...]
+    """Steps whose manifests go first, in order."""
+    keys: tuple[str, ...]
+    """Files that then no manifest names, in order."""
+    bytes: int
+    """Of those files."""
+
+
+def outdated(bucket: Bucket, attempt: int, keep: int) -> Outdated:
+    """What `prune` would delete for the attempt of that number; only looks."""
     found = list(commits(bucket))
     there = sizes(bucket, CHECKPOINTS_PREFIX)
     whole = [manifest for manifest in found if isinstance(manifest, Manifest) and not manifest.fault(there)]
     if len(whole) < MIN_KEPT:
-        return []
+        return Outdated(tuple(manifest.step for manifest in whole), (), (), 0)
     kept = whole[: max(keep, MIN_KEPT)]
     # Above the newest whole one, what looks broken stays for people to look at.
     newest, kept_steps = kept[0].step, {manifest.step for manifest in kept}
     doomed = [
         manifest.step for manifest in found if manifest.step < newest and manifest.step not in kept_steps
     ]
-    bucket.delete(commit_key(step) for step in doomed)
     named = _named([manifest for manifest in found if manifest.step not in doomed])
-    bucket.delete(sorted(key for key in there if key not in named and _is_garbage(key, attempt.number, kept)))
-    return sorted(doomed)
+    keys = tuple(sorted(key for key in there if key not in named and _is_garbage(key, attempt, kept)))
+    return Outdated(
+        tuple(manifest.step for manifest in kept),
+        tuple(sorted(doomed)),
+        keys,
+        sum(there[key] for key in keys),
+    )
 
 
 def _named(manifests: list[Manifest | Unreadable]) -> set[str]:

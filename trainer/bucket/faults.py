@@ -30,6 +30,9 @@ REFUSED_BY_FOLDER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 NO_CREDENTIALS = (  # what obstore says while it looks for credentials, never about the bucket itself
     "Missing AccessKeyId",
     "Missing SecretAccessKey",
+    "has no aws_",
+    "has no credentials of profile",
+    "is no credentials file",
     "169.254.169.254",
     "169.254.170.",
     "metadata.google.internal",
@@ -37,9 +40,13 @@ NO_CREDENTIALS = (  # what obstore says while it looks for credentials, never ab
     "oauth2.googleapis.com",
 )
 HOW_TO_GIVE_CREDENTIALS = (
-    "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3:// (profiles are not read),"
+    "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, for s3://;"
     " GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth application-default login` for gs://"
 )
+
+
+class NoRanges(Unavailable):
+    """A store that answers a request for a part of an object with status 200 (`rclone serve s3` does)."""
 
 
 def no_such_bucket(error: Exception) -> bool:
@@ -62,6 +69,8 @@ def sort_fault(error: Exception, doing: str, *, opening: bool = False) -> UserEr
     code = _code(text)
     status = _first(r"status code: (\d{3})", text)
     cannot = f"cannot {doing}: {_reason(text, code, status)}"
+    if "non-partial response" in text:
+        return NoRanges(cannot)
     hint = _what_to_mend(error, text, code, status, opening=opening)
     return BucketError(cannot, hint=hint) if hint else Unavailable(cannot, hint=_what_to_wait_for(text))
 

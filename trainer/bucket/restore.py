@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.bucket.manifest import File, Manifest, Unreadable, commits, sizes
-from trainer.bucket.store import Bucket, in_parallel
+from trainer.bucket.store import SMALL_AT_ONCE, Bucket, Checked, in_parallel
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
-FILES_AT_ONCE = 8
+FILES_AT_ONCE = SMALL_AT_ONCE
 
 
 class CorruptCheckpoint(UserError):
@@ -85,14 +85,24 @@ def fetch(bucket: Bucket, manifest: Manifest, into: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def mismatch(key: str, file: File, got: Checked | None) -> str | None:
+    """Why what lay at `key` is not the manifest's file; None if it is. `got` is None if nothing lay there."""
+    if got is None:
+        return f"{key} is missing, expected {file.size} bytes"
+    if got == (file.size, file.xxh3):
+        return None
+    return (
+        f"{key}: expected {file.size} bytes with xxh3 {file.xxh3}, got {got.size} bytes with xxh3 {got.xxh3}"
+    )
+
+
 def _bring(bucket: Bucket, manifest: Manifest, file: File, into: Path) -> None:
     key = manifest.prefix + file.path
     try:
         got = bucket.download(key, into / file.path)
     except FileNotFoundError:
-        raise CorruptCheckpoint(f"{key} is missing, expected {file.size} bytes") from None
-    if got != (file.size, file.xxh3):
+        got = None
+    if reason := mismatch(key, file, got):
         raise CorruptCheckpoint(
-            f"{key}: expected {file.size} bytes with xxh3 {file.xxh3}, got {got.size} bytes with xxh3 {got.xxh3}",
-            hint="the copy in the bucket is damaged; an older checkpoint may be whole",
+            reason, hint="the copy in the bucket is damaged; an older checkpoint may be whole"
         )

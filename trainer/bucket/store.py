@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
@@ -14,20 +15,29 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 
 from trainer.bucket.address import Patience, Place, connect, parse
 from trainer.bucket.faults import no_such_bucket, sort_fault
+from trainer.bucket.local import folder_of, link
+from trainer.bucket.pieces import Pieces
 from trainer.errors import BucketError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 PART_BYTES = 8 * 2**20
-PARTS_AT_ONCE = 4  # x 4 files at once x 8 MiB: 128 MiB in flight
 MAX_PARTS = 9_000  # S3 takes 10,000
-WINDOW_BYTES = 16 * 2**20  # x 8 files at once: 128 MiB in flight
+PARTS_AT_ONCE = 8
+LARGE_AT_ONCE = 2
+"""Files of more than a part at once; x 8 parts x 8 MiB: 128 MiB in flight up to 70 GiB a file."""
+SMALL_AT_ONCE = 16
+"""Other files at once: each is held whole, so 128 MiB too; small ones wait for answers, not for bytes."""
 
 PATIENCE = Patience()
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def _nobody(_count: int) -> None:
+    """Hears nothing."""
 
 
 class Object(NamedTuple):
@@ -56,6 +66,8 @@ class Bucket:
 
     def __init__(self, store: ObjectStore, uri: str) -> None:
         self._store = store
+        self._folder = folder_of(store)
+        self._pieces = Pieces(store)
         self.uri = uri
 
     @property
@@ -86,7 +98,20 @@ class Bucket:
     def create(self, key: str, data: bytes) -> bool:
         """Write the object if there is none; False if there is one already, also when an earlier try
         of this same call put it there and only the answer was lost.
+
+        The look beforehand is for stores that ignore the condition (`keeps_first`): on those, only two
+        that create at the same moment both succeed, and the later bytes stay.
         """
+        with suppress(FileNotFoundError), self._faults("read", key):
+            self._store.head(key)
+            return False
+        return self._create(key, data)
+
+    def keeps_first(self, key: str, data: bytes) -> bool:
+        """Whether the store takes conditions at all: tried on an object that is there with these bytes."""
+        return not self._create(key, data)
+
+    def _create(self, key: str, data: bytes) -> bool:
         with self._faults("write", key, write=True):
             try:
                 self._store.put(key, data, mode="create")
@@ -112,10 +137,17 @@ class Bucket:
                 self._store.delete(key)
 
     def upload(self, key: str, path: Path) -> Checked:
-        """Copy a file into the bucket, in parts if it is large, and sum the bytes that were sent."""
+        """Copy a file into the bucket, in parts if it is large, and sum the bytes that were sent.
+
+        Into a folder on the same disk it is linked and summed: it must not be written to afterwards.
+        """
         size = path.stat().st_size
         summed = _Summed()
         with path.open("rb") as file:
+            if self._folder and link(path, self._folder, key):
+                for _ in _parts(file, PART_BYTES, summed):
+                    pass
+                return summed.checked
             if size <= PART_BYTES:
                 self.put(key, summed.add(file.read()))
                 return summed.checked
@@ -130,27 +162,33 @@ class Bucket:
                 )
         return summed.checked
 
-    def download(self, key: str, path: Path) -> Checked:
+    def download(self, key: str, path: Path, tell: Callable[[int], object] = _nobody) -> Checked:
         """Copy an object into a file, made with its folders, and sum the bytes that were written.
+
+        `tell` hears the bytes of each piece on the thread that moves it; what it raises ends the copy.
 
         Raises:
             FileNotFoundError: there is no such key.
         """
         summed = _Summed()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            for window in self._windows(key):
-                file.write(summed.add(window))
+        with path.open("wb", buffering=0) as file:
+            for piece in self._read(key):
+                _write(file, summed.add(piece))
+                tell(len(piece))
         return summed.checked
 
-    def _windows(self, key: str) -> Iterator[bytes | memoryview]:
-        """An object piece by piece: each is a request of its own, retried on its own."""
+    def checksum(self, key: str, tell: Callable[[int], object] = _nobody) -> Checked:
+        """Read an object as `download` does, and keep nothing."""
+        summed = _Summed()
+        for piece in self._read(key):
+            summed.add(piece)
+            tell(len(piece))
+        return summed.checked
+
+    def _read(self, key: str) -> Iterator[memoryview]:
         with self._faults("read", key):
-            size = self._store.head(key)["size"]
-        for start in range(0, size, WINDOW_BYTES):
-            with self._faults("read", key):
-                window = self._store.get_range(key, start=start, end=min(start + WINDOW_BYTES, size))
-            yield memoryview(window)
+            yield from self._pieces.of(key)
 
     @contextmanager
     def _faults(self, verb: str, key: str, *, write: bool = False) -> Iterator[None]:
@@ -182,6 +220,21 @@ class _Summed:
         return Checked(self._size, self._xxh3.hexdigest())
 
 
+def sum_file(path: Path) -> Checked:
+    """Size and checksum of a file on this machine, read piece by piece."""
+    summed = _Summed()
+    with path.open("rb") as file:
+        while data := file.read(PART_BYTES):
+            summed.add(data)
+    return summed.checked
+
+
+def _write(file: FileIO, data: memoryview) -> None:
+    """All of it: a raw file may take less than it is given."""
+    while data:
+        data = data[file.write(data) :]
+
+
 def _parts(file: BinaryIO, size: int, summed: _Summed) -> Iterator[bytes]:
     while data := file.read(size):
         yield summed.add(data)
@@ -191,8 +244,10 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T], *, threads: int)
     """The results in the order of the items; the first failure stops what has not begun, and is raised."""
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(function, item) for item in items]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        pool.shutdown(wait=True, cancel_futures=True)
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # also when a Ctrl-C ends the waiting
+            pool.shutdown(wait=True, cancel_futures=True)
         for future in done:
             future.result()
         return [future.result() for future in futures]

@@ -15,10 +15,13 @@ from trainer.bucket.attempt import Attempt
 from trainer.bucket.commit import commit, prune
 from trainer.bucket.manifest import Manifest
 from trainer.bucket.store import Bucket
-from trainer.errors import Unavailable, UserError
+from trainer.errors import BucketError, Unavailable, UserError
 from trainer.job import STAGED_SUFFIX, Staged, pending
 
 log = logging.getLogger(__name__)
+FAULTS = (BucketError, Unavailable)
+"""What is waited out while training goes on: the store worked when the run was claimed, so a refusal, such as
+that of expired credentials, is one that somebody may mend meanwhile."""
 DRAIN_TRIES = 4
 """Failed tries in a row, each with the store's own retries, after which an ending attempt gives up."""
 
@@ -77,7 +80,7 @@ class Uploader(threading.Thread):
 
     @property
     def error(self) -> Exception | None:
-        """Why the thread ended: Superseded, BucketError, Unavailable after `drain` gave up, or a bug."""
+        """Why the thread ended: Superseded, Unavailable after `drain` gave up, or a bug."""
         return self._error
 
     def drain(self, timeout_s: float | None = None) -> bool:
@@ -128,7 +131,7 @@ class Uploader(threading.Thread):
         try:
             if staged:
                 self._upload(staged)
-        except Unavailable as error:
+        except FAULTS as error:
             self._failed(staged, error)
             return False
         finally:
@@ -165,15 +168,15 @@ class Uploader(threading.Thread):
         self._tell.committed(manifest, time.monotonic() - began)
         try:
             prune(self._bucket, self._attempt, self._keep)
-        except Unavailable as error:  # the next commit prunes again
+        except FAULTS as error:  # the next commit prunes again
             log.warning("old checkpoints stay for now: %s", error.message)
 
-    def _failed(self, staged: Staged | None, error: Unavailable) -> None:
+    def _failed(self, staged: Staged | None, error: UserError) -> None:
         self._failures += 1
         if staged:
             self._tell.upload_failed(staged.step, error.message)
         if self._draining and self._failures >= DRAIN_TRIES:
-            raise error
+            raise Unavailable(error.message, hint=error.hint) from None
 
     def _remove(self, staged: Staged) -> None:
         """The marker first: without it, what is left of the folder is nothing."""

@@ -5,27 +5,44 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from trainer.bucket.manifest import Manifest
 from trainer.bucket.restore import Restored
 from trainer.errors import ExitCode, Superseded
-from trainer.events import EventLog, Kind
+from trainer.events import Event, EventLog, Kind
 from trainer.fit import Fit
 from trainer.hardware import Shape
 from trainer.job import Tail
 from trainer.recipe import Recipe
+from trainer.supervisor.window import Pace, Verdict, Window, verdict
 
 log = logging.getLogger(__name__)
 DEFAULT_LOGGING_STEPS = 10
+COMPLAIN_EVERY_S = 60.0
 
 
 class Narrator:
     """One method for each thing that can happen to an attempt; safe to call from any thread."""
 
-    def __init__(self, events: EventLog, recipe: Recipe, steps: Path) -> None:
+    def __init__(
+        self,
+        events: EventLog,
+        recipe: Recipe,
+        steps: Path,
+        *,
+        window: Callable[[], Window | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._events = events
+        self._window = window
+        self._pace = Pace()
+        self._commits = 0
+        self._said: Verdict | None = None
+        self._outage = Outage(clock)
         self._recipe = recipe
         self._steps = Tail(steps)
         self._listening = threading.Lock()
@@ -42,9 +59,19 @@ class Narrator:
         )
         log.info("attempt %d of %s on %s: %s", event["attempt"], uri, shape, "; ".join(planned.reasons))
 
+    def warned(self, message: str) -> None:
+        """What the user should know of this attempt, once."""
+        self._events.add("log", level="warning", message=message)
+        log.warning("%s", message)
+
     def rejected(self, step: int, reason: str) -> None:
         self._events.add("rejected", step=step, reason=reason)
         log.warning("checkpoint of step %d is not believed: %s", step, reason)
+
+    def staging(self, where: str, reason: str) -> None:
+        message = f"staging on {where}: {reason}"
+        self._events.add("log", level="info", message=message)
+        log.info("%s", message)
 
     def restored(self, restored: Restored | None) -> None:
         if restored is None:
@@ -52,7 +79,7 @@ class Narrator:
             log.info("no committed checkpoint: starting at step 0")
             return
         manifest = restored.manifest
-        self._events.add(
+        event = self._events.add(
             "restored",
             step=manifest.step,
             from_attempt=manifest.attempt,
@@ -60,10 +87,35 @@ class Narrator:
             bytes=manifest.size,
             seconds=restored.seconds,
         )
+        self._pace.add(event)
         log.info(
             "restored step %d, committed by attempt %d: %s verified in %.1f s",
             manifest.step, manifest.attempt, _files(manifest), restored.seconds,
         )  # fmt: skip
+
+    def recall(self, events: Iterable[Event]) -> None:
+        """Learn from an earlier attempt how long a save takes; to be followed by `restored`."""
+        for event in events:
+            self._pace.add(event)
+
+    def window(self) -> None:
+        """Say whether a notice leaves time for a save, if enough is known and it was not said before."""
+        window = self._window()
+        if (save := self._pace.save()) is None:
+            return
+        now = verdict(save, window)
+        if self._said and self._said.holds == now.holds and self._commits != 1:
+            return
+        self._said = now
+        self._events.add(
+            "window",
+            holds=now.holds,
+            seconds=save.seconds,
+            bytes=save.bytes,
+            bytes_per_s=save.bytes_per_s,
+            window_s=window.seconds if window else None,
+        )
+        log.log(logging.INFO if now.holds in ("yes", "unknown") else logging.WARNING, "%s", now.text)
 
     def listen(self) -> None:
         """Pass on what the workers have said since the last time."""
@@ -71,6 +123,7 @@ class Narrator:
             for line in self._steps.new_lines():
                 fields: dict[str, Any] = json.loads(line)
                 event = self._events.add(fields.pop("kind"), **fields)
+                self._pace.add(event)
                 self._print_worker_event(event)
 
     def committing(self) -> None:
@@ -97,7 +150,7 @@ class Narrator:
 
     def committed(self, manifest: Manifest, seconds: float) -> None:
         kind: Kind = "committed" if manifest.kind == "checkpoint" else "exported"
-        self._events.add(
+        event = self._events.add(
             kind,
             step=manifest.step,
             files=len(manifest.files),
@@ -107,6 +160,14 @@ class Narrator:
         )
         what = f"step {manifest.step}" if kind == "committed" else "the final model"
         log.info("committed %s: %s in %.1f s", what, _files(manifest), seconds)
+        if tried := self._outage.over():
+            log.info("the bucket takes uploads again; it failed %s", tried)
+        if kind == "committed":
+            self._commits += 1
+            if self._commits == 1:
+                self._pace.forget_uploads()
+            self._pace.add(event)
+            self.window()
 
     def dropped(self, step: int) -> None:
         reason = "a newer checkpoint was staged before its upload began"
@@ -114,8 +175,10 @@ class Narrator:
         log.warning("step %d is not uploaded: %s", step, reason)
 
     def upload_failed(self, step: int, reason: str) -> None:
-        self._events.add("upload_failed", step=step, reason=reason)
-        log.warning("upload of step %d failed and will be tried again: %s", step, reason)
+        tries = self._outage.failed()
+        self._events.add("upload_failed", step=step, reason=reason, tries=tries)
+        if said := self._outage.worth_saying():
+            log.warning("upload of step %d failed, %s, and will be tried again: %s", step, said, reason)
 
     def notice(self, source: str) -> None:
         self._events.add("notice", source=source)
@@ -136,6 +199,43 @@ class Narrator:
     def done(self, model: Manifest, uri: str) -> None:
         self._events.add("done", step=model.step, weights_digest=model.weights_digest)
         log.info("done: the model is in %s/final/", uri)
+
+
+class Outage:
+    """Failed uploads since the last commit: counted each, said once a minute."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._tries = 0
+        self._since = 0.0
+        self._said_at: float | None = None
+
+    def failed(self) -> int:
+        """How many in a row, with this one."""
+        if not self._tries:
+            self._since = self._clock()
+        self._tries += 1
+        return self._tries
+
+    def worth_saying(self) -> str | None:
+        """What to say of it, if nothing was said within the last minute, whatever became of it since."""
+        now = self._clock()
+        if self._said_at is not None and now - self._said_at < COMPLAIN_EVERY_S:
+            return None
+        self._said_at = now
+        return self._count()
+
+    def over(self) -> str | None:
+        """What it was, if there was one."""
+        if not self._tries:
+            return None
+        said = self._count()
+        self._tries = 0
+        return said
+
+    def _count(self) -> str:
+        times = "once" if self._tries == 1 else f"{self._tries} times"
+        return f"{times} in {self._clock() - self._since:.0f} s"
 
 
 SHOWN = {

@@ -6,14 +6,19 @@ import signal
 import threading
 from types import FrameType
 
+from trainer.supervisor.window import Window
+
 
 class Notice:
     """Set once, by the first sign that the machine goes; later signs change nothing.
 
-    SIGTERM is what SkyPilot, Slurm and `docker stop` send; SIGINT is a person's Ctrl-C.
+    SIGTERM is what SkyPilot, Slurm and `docker stop` send; SIGINT is a person's Ctrl-C; what GCE says
+    is `trainer.supervisor.metadata`'s to hear.
     """
 
     def __init__(self) -> None:
+        self.window: Window | None = None
+        """How long a notice is on this machine; None where nobody says."""
         self._given = threading.Event()
         self._source = ""
 
@@ -23,7 +28,7 @@ class Notice:
 
     @property
     def source(self) -> str:
-        """What gave the notice: "SIGTERM", "SIGINT"."""
+        """What gave the notice: "SIGTERM", "SIGINT", "GCE preemption"."""
         return self._source
 
     def give(self, source: str) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.bucket import Bucket
 from trainer.errors import RecipeError
-from trainer.events import of_kind, parse
+from trainer.events import Event, of_kind, parse
 from trainer.recipe import Recipe
 
 KEY = "run.json"
@@ -63,6 +63,15 @@ def fruitless_attempts(bucket: Bucket, attempt: int) -> int:
             break
         count += 1
     return count
+
+
+def last_commits(bucket: Bucket, attempt: int, *, attempts: int = 3) -> list[Event]:
+    """The events of the last attempt before `attempt` that committed a checkpoint, if it is a recent one."""
+    for number in range(attempt - 1, max(0, attempt - 1 - attempts), -1):
+        events = parse(bucket.get_or_none(f"events/{number:04d}.jsonl") or b"")
+        if of_kind(events, "committed"):
+            return events
+    return []
 
 
 def _own_version() -> str:

@@ -6,11 +6,8 @@ outlives a crash of training and still uploads the last staged checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -20,17 +17,19 @@ from trainer.bucket import attempt as attempts
 from trainer.bucket.manifest import final
 from trainer.bucket.restore import restore
 from trainer.bucket.uploader import Uploader
-from trainer.errors import ExitCode, RecipeError, Superseded, UserError
+from trainer.errors import ExitCode, NoRoom, RecipeError, Superseded, UserError
 from trainer.events import EventLog
 from trainer.fit import Fit, fit
-from trainer.hardware import detect
+from trainer.hardware import Shape, detect
 from trainer.job import STEPS, Job, Outcome
 from trainer.recipe import Recipe
+from trainer.room import room_in, take_on_ballast
 from trainer.supervisor import record
 from trainer.supervisor.heartbeat import Heartbeat
 from trainer.supervisor.inputs import fetch_model
 from trainer.supervisor.narrator import Narrator
 from trainer.supervisor.preemption import Notice
+from trainer.supervisor.staging import RESERVE, TMPFS, Folders, Wanted, expected_size, folders, place
 from trainer.supervisor.workers import PROGRAM, Workers, worker_python
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,9 @@ class Request(BaseModel):
     program: str = PROGRAM
     work: Path
     """Folder of this machine for the run's attempts: staging, restored checkpoints."""
+    staging: Wanted = "auto"
+    tmpfs: Path = TMPFS
+    """Where memory can be written to as files."""
 
 
 def run(request: Request, notice: Notice) -> ExitCode:
@@ -72,11 +74,18 @@ def run(request: Request, notice: Notice) -> ExitCode:
         return ExitCode.RECOVER
     attempt = attempts.claim(bucket, {"node": shape.node, "shape": str(shape)})
     events = EventLog(attempt.number, lambda data: bucket.put(f"events/{attempt.number:04d}.jsonl", data))
-    with _work_folder(request.work, attempt.number) as work, Heartbeat(events, attempt) as heartbeat:
-        narrator = Narrator(events, request.recipe, work / STEPS)
+    with (
+        folders(request.work, attempt.number, request.tmpfs) as mine,
+        Heartbeat(events, attempt) as heartbeat,
+    ):
+        narrator = Narrator(events, request.recipe, mine.work / STEPS, window=lambda: notice.window)
         narrator.claimed(shape, planned, bucket.uri)
+        if not attempt.exclusive:
+            narrator.warned(attempts.NOT_EXCLUSIVE)
         try:
-            return _Attempt(request, bucket, attempt, heartbeat, narrator, work).run(planned, python, notice)
+            return _Attempt(request, bucket, attempt, heartbeat, narrator, mine=mine, shape=shape).run(
+                planned, python, notice
+            )
         except Superseded as error:
             narrator.superseded(error)
             raise
@@ -88,23 +97,38 @@ def run(request: Request, notice: Notice) -> ExitCode:
 class _Attempt:
     """The attempt once it is claimed: everything from here on is told to the run's events."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what a claim brings together)
         self,
         request: Request,
         bucket: Bucket,
         attempt: attempts.Attempt,
         heartbeat: Heartbeat,
         narrator: Narrator,
-        work: Path,
+        *,
+        mine: Folders,
+        shape: Shape,
     ) -> None:
         self._request = request
         self._bucket = bucket
         self._attempt = attempt
         self._heartbeat = heartbeat
         self._narrator = narrator
-        self._work = work
+        self._folders = mine
+        self._shape = shape
+        self._work = mine.work
 
     def run(self, planned: Fit, python: str, notice: Notice) -> ExitCode:
+        try:
+            with room_in(self._work):
+                return self._run(planned, python, notice)
+        except NoRoom as error:
+            fruitless = record.fruitless_attempts(self._bucket, self._attempt.number)
+            if fruitless < MAX_FRUITLESS:
+                raise
+            tries = f"; {fruitless} attempts in a row before it committed nothing"
+            raise UserError(error.message + tries, hint=error.hint) from None
+
+    def _run(self, planned: Fit, python: str, notice: Notice) -> ExitCode:
         job = self._prepare(planned)
         if notice.given:
             self._narrator.preempted("before the workers were started")
@@ -115,19 +139,28 @@ class _Attempt:
     def _prepare(self, planned: Fit) -> Job:
         """Fetch what the workers start from: a model that lies in a bucket, the newest checkpoint."""
         recipe = self._request.recipe
-        restored = restore(self._bucket, self._work / "restored", self._narrator.rejected)
+        take_on_ballast(self._work)
+        model = fetch_model(recipe.model_name_or_path, self._work / "input-model")
+        placement = place(
+            expected_size(self._bucket, model),
+            self._folders.look(kept=int(RESERVE * self._shape.host_memory_gib * 2**30)),
+            self._request.staging,
+            adapter=bool(recipe.model_args.get("use_peft")),
+        )
+        self._narrator.staging(placement.staging, placement.reason)
+        restored = restore(self._bucket, self._folders.make(placement), self._narrator.rejected)
+        self._narrator.recall(record.last_commits(self._bucket, self._attempt.number))
         self._narrator.restored(restored)
-        job = Job(
+        self._narrator.window()
+        return Job(
             run_id=self._request.run_id,
             attempt=self._attempt.number,
             recipe=recipe,
             fit=planned,
             work=self._work,
-            model=fetch_model(recipe.model_name_or_path, self._work / "input-model"),
+            model=model,
             resume_from=restored.path if restored else None,
         )
-        job.staging.mkdir()
-        return job
 
     def _train(self, job: Job, python: str, notice: Notice) -> int:
         """Run the workers and upload what they stage, also what a crash left; the workers' exit code."""
@@ -171,6 +204,8 @@ class _Attempt:
         outcome = Outcome.model_validate_json(job.outcome.read_text()) if job.outcome.exists() else None
         if outcome and outcome.status == "user_error":
             raise RecipeError(outcome.message, hint=outcome.hint)
+        if outcome and outcome.status == "no_room":
+            raise NoRoom(outcome.message, hint=outcome.hint)
         if outcome and outcome.status == "done" and (model := final(self._bucket)):
             self._narrator.done(model, self._bucket.uri)
             return ExitCode.DONE
@@ -190,17 +225,3 @@ class _Attempt:
         tries = f"; {fruitless} attempts in a row before it committed nothing" if fruitless else ""
         self._narrator.failed(f"the workers died of {name} and left no outcome{tries}", code)
         return code
-
-
-@contextlib.contextmanager
-def _work_folder(run_folder: Path, attempt: int) -> Iterator[Path]:
-    """This attempt's folder on this machine. Those of earlier attempts are dead: their workers died with
-    their supervisors, and on tmpfs what they left would cost memory.
-    """
-    shutil.rmtree(run_folder, ignore_errors=True)
-    work = run_folder / f"attempt-{attempt:04d}"
-    work.mkdir(parents=True)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

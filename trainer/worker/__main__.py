@@ -14,6 +14,7 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.job import Job, Outcome
 from trainer.leash import die_with_parent
+from trainer.room import no_room
 from trainer.worker.channel import Channel, ChannelHandler
 
 RANK_VARIABLE = "RANK"  # set by `accelerate launch`, one process each
@@ -73,7 +74,9 @@ def tame(channel: Channel) -> None:
 
 
 def run(job: Job, channel: Channel) -> Outcome:
-    """Train as the job says; what a user can mend becomes an outcome, anything else is a bug and is raised."""
+    """Train as the job says; what a user can mend, or a full disk, becomes an outcome;
+    anything else is a bug and is raised.
+    """
     import torch
 
     torch.set_num_threads(job.fit.threads)  # sums split over other numbers of threads differ in the last bits
@@ -85,6 +88,10 @@ def run(job: Job, channel: Channel) -> Outcome:
         return train(job, channel)
     except UserError as error:
         return Outcome(status="user_error", message=error.message, hint=error.hint)
+    except Exception as error:  # a full disk shows as errors of several packages; all else is raised
+        if full := no_room(job, error):
+            return full
+        raise
 
 
 def main() -> None:
@@ -95,7 +102,7 @@ def main() -> None:
     tame(channel)
     outcome = run(job, channel)
     channel.conclude(outcome)
-    sys.exit(1 if outcome.status == "user_error" else 0)
+    sys.exit(0 if outcome.status in ("done", "preempted") else 1)
 
 
 if __name__ == "__main__":

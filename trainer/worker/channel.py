@@ -47,10 +47,11 @@ class Channel:
         self._ends_at_once = False
 
     def conclude(self, outcome: Outcome) -> None:
-        """Write how it ended; nothing is said after this."""
-        if self._lines:
-            self._lines.close()
-            self._lines = None
+        """Write how it ended; nothing is said after this. Any rank may find that there is no room."""
+        lines, self._lines = self._lines, None
+        if lines or outcome.status == "no_room":
+            if lines:
+                lines.close()
             write_atomically(self._job.outcome, outcome.model_dump_json())
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:

@@ -1,0 +1,106 @@
+"""A training program that is exact and fast: each step mixes the state with the step's sample, no torch.
+
+The supervisor runs it in place of `trainer.worker`. Like the real one it tells each step's value,
+saves every `save_steps`, leaves a save out while two uploads wait, and stops at a step when asked to.
+$COUNTING_FAULT makes it a wrong one, so that what looks for wrongs can be tried:
+
+    forgets        goes on from a checkpoint's step with a new state, as a missing optimizer file would
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from trainer.job import Job, Outcome, Staged, mark_staged, pending, write_atomically
+
+WEIGHT_BYTES = 4_000_000
+
+
+class State:
+    """All that a step depends on."""
+
+    def __init__(self, seed: int) -> None:
+        self.step = 0
+        self.weights = hashlib.sha256(str(seed).encode()).digest()
+
+    def advance(self) -> None:
+        self.step += 1
+        sample = hashlib.sha256(f"sample {self.step}".encode()).digest()
+        self.weights = hashlib.sha256(self.weights + sample).digest()
+
+    @property
+    def loss(self) -> float:
+        return int.from_bytes(self.weights[:6]) / 2**48
+
+    def write(self, folder: Path) -> None:
+        (folder / "nested").mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(self.weights * (WEIGHT_BYTES // len(self.weights)))
+        (folder / "nested" / "optimizer.bin").write_bytes(self.weights[::-1] * 100)
+        (folder / "state.json").write_text(json.dumps({"step": self.step, "weights": self.weights.hex()}))
+
+    def read(self, folder: Path) -> None:
+        told = json.loads((folder / "state.json").read_text())
+        self.step, self.weights = told["step"], bytes.fromhex(told["weights"])
+
+
+class Program:
+    """One attempt's training."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.stop = threading.Event()
+        self.state = State(int(job.recipe.trainer_args.get("seed", 0)))
+        self.total = int(job.recipe.trainer_args["max_steps"])
+        self.save_steps = int(job.recipe.trainer_args["save_steps"])
+        self.step_s = float(os.environ.get("COUNTING_STEP_S", "0.006"))
+        signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def tell(self, kind: str, **fields: object) -> None:
+        with self.job.steps.open("a") as file:
+            file.write(json.dumps({"kind": kind, **fields}) + "\n")
+
+    def end(self, status: str, message: str = "") -> None:
+        outcome = Outcome.model_validate({"status": status, "message": message})
+        write_atomically(self.job.outcome, outcome.model_dump_json())
+
+    def save(self, name: str, kind: str = "checkpoint") -> None:
+        if kind == "checkpoint" and len(pending(self.job.staging)) > 1:
+            self.tell("save_skipped", step=self.state.step, reason="two uploads wait")
+            return
+        self.state.write(self.job.staging / name)
+        staged = Staged.model_validate({"folder": name, "step": self.state.step, "kind": kind})
+        mark_staged(self.job.staging, staged)
+        self.tell("saved", step=self.state.step, stall_s=0.0)
+
+    def resume(self) -> None:
+        if self.job.resume_from is None:
+            return
+        self.state.read(self.job.resume_from)
+        if os.environ.get("COUNTING_FAULT") == "forgets":
+            self.state.weights = hashlib.sha256(b"new").digest()
+
+    def run(self) -> None:
+        self.resume()
+        self.tell("started", step=self.state.step, total_steps=self.total)
+        while self.state.step < self.total:
+            self.state.advance()
+            self.tell("step", step=self.state.step, total_steps=self.total, loss=self.state.loss)
+            stopping = self.stop.wait(self.step_s)
+            if stopping or self.state.step % self.save_steps == 0:
+                self.save(f"checkpoint-{self.state.step}")
+            if stopping:
+                self.end("preempted", f"at step {self.state.step}")
+                return
+        self.save("final", "final")
+        self.end("done")
+
+
+if __name__ == "__main__":
+    Program(Job.model_validate_json(Path(sys.argv[1]).read_text())).run()

@@ -1,0 +1,76 @@
+"""The notice that Google's metadata server gives reaches a run in time to save, commit and hand over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.faults.test_supervisor import RECIPE
+from tests.harness import ROOT, RunView, wait_until
+from tests.servers.metadata import MetadataServer
+from trainer.errors import ExitCode
+from trainer.supervisor.metadata import HOST_VARIABLE, SOURCE, Metadata
+from trainer.supervisor.preemption import Notice
+from trainer.supervisor.supervise import Request, run
+
+
+@pytest.fixture
+def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+    monkeypatch.setenv("AEOLUS_TRAINER_PYTHON", sys.executable)
+    return Request(
+        recipe=RECIPE,
+        checkpoints=str(tmp_path / "runs"),
+        run_id="r",
+        program="tests.fakes.worker",
+        work=tmp_path / "work",
+    )
+
+
+def test_a_preemption_during_a_run_is_saved_committed_and_recovered(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that training was in is the next attempt's start, and the window was told beforehand."""
+    view = RunView(request_.checkpoints, request_.run_id)
+    notice = Notice()
+    with MetadataServer() as server:
+        Metadata(notice, environ={HOST_VARIABLE: server.host}).start()
+        wait_until(server.waiting, "the watch", timeout_s=30)
+        monkeypatch.setenv("FAKE_WORKER", "waits@3")
+
+        def preempt() -> None:
+            wait_until(lambda: 3 in view.steps(), "step 3")
+            server.preempt()
+
+        cloud = threading.Thread(target=preempt)
+        cloud.start()
+        assert run(request_, notice) == ExitCode.RECOVER
+        cloud.join()
+    assert view.committed_steps() == [3, 2]
+    assert [event["source"] for event in view.events("notice")] == [SOURCE]
+    told = view.events("window")[0]
+    assert told["window_s"] == 30.0
+    assert told["holds"] == "yes"
+    monkeypatch.setenv("FAKE_WORKER", "")
+    assert run(request_, Notice()) == ExitCode.DONE
+    assert [event["step"] for event in view.events("step")] == [1, 2, 3, 4, 5, 6]
+    second = [event for event in view.events("window") if event["attempt"] == 2]
+    assert [event["window_s"] for event in second] == [None] * 2
+
+
+def test_the_command_watches_by_itself(tmp_path: Path) -> None:
+    """`python -m trainer run` on a machine that is going ends with the code that asks for recovery."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.model_dump_json(exclude_defaults=True))
+    with MetadataServer() as server:
+        server.preempt()
+        command = [sys.executable, "-m", "trainer", "run", str(recipe), "--run-id", "r"]
+        command += ["--checkpoints", str(tmp_path / "runs"), "--work", str(tmp_path / "work")]
+        environ = {**os.environ, HOST_VARIABLE: server.host, "AEOLUS_TRAINER_PYTHON": sys.executable}
+        ended = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert ended.returncode == ExitCode.RECOVER, ended.stdout + ended.stderr
+    assert server.asked[0].key == "instance/preempted"

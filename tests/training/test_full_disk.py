@@ -1,0 +1,56 @@
+"""A real save onto a file system that is too small for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.training.jobs import SMALL, make_job
+from trainer.room import take_on_ballast
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB, which holds one checkpoint of the smallest model and no second one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if (
+        mount is None
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("mounting a tmpfs of 1 MiB is not permitted here: needs root and CAP_SYS_ADMIN")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_save_that_does_not_fit_is_an_outcome_and_leaves_nothing_half_written(small: Path) -> None:
+    """Whatever package hits the end of the disk: no traceback, no unfinished folder, the numbers."""
+    job = make_job(small / "work", "zephyr-tiny/sft", *SMALL, "save_steps=1", "max_steps=20")
+    take_on_ballast(job.work)
+    file = job.work / "job.json"
+    file.write_text(job.model_dump_json())
+    ended = subprocess.run(
+        [sys.executable, "-m", "trainer.worker", str(file)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 1
+    outcome = json.loads(job.outcome.read_text())
+    assert outcome["status"] == "no_room"
+    assert f"no room left in {job.staging}" in outcome["message"]
+    folders = {path.name for path in job.staging.iterdir() if path.is_dir()}
+    assert folders == {path.name.removesuffix(".staged") for path in job.staging.glob("*.staged")}

@@ -1,0 +1,113 @@
+"""Large objects come in order and in bounded memory, also from servers that know no ranges."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from obstore.exceptions import GenericError
+from obstore.store import MemoryStore
+
+from trainer.bucket.pieces import WINDOW_BYTES, WINDOWS_AT_ONCE, Pieces
+from trainer.bucket.store import in_parallel
+
+SIZE = 3 * WINDOW_BYTES + 7
+
+
+class Watched:
+    """A store that counts the ranges asked for and not yet taken; from `fails_at` on, ranges fail."""
+
+    def __init__(self, data: bytes, *, fails_at: int | None = None) -> None:
+        self._store = MemoryStore()
+        self._store.put("key", data)
+        self._fails_at = fails_at
+        self._lock = threading.Lock()
+        self.ranges: list[int] = []
+
+    def get(self, key: str) -> Any:
+        return self._store.get(key)
+
+    def get_range(self, key: str, **where: int) -> Any:
+        with self._lock:
+            self.ranges.append(where["start"])
+        if self._fails_at is not None and where["start"] >= self._fails_at:
+            raise GenericError("the fault")
+        return self._store.get_range(key, **where)
+
+
+class KnowsNoRanges(Watched):
+    """As `rclone serve s3`: a part is answered with status 200."""
+
+    def get_range(self, key: str, **where: int) -> Any:
+        self.ranges.append(where["start"])
+        raise GenericError("Generic S3 error: Received non-partial response when range requested")
+
+
+def pieces_of(store: Watched) -> Pieces:
+    return Pieces(store)  # type: ignore[arg-type]
+
+
+def data(size: int = SIZE) -> bytes:
+    return random.Random(size).randbytes(size)
+
+
+@pytest.mark.parametrize("kind", [Watched, KnowsNoRanges])
+def test_pieces_are_the_object_in_order(kind: type[Watched]) -> None:
+    """Whether the server knows ranges or not, the pieces joined are the object."""
+    pieces = pieces_of(kind(data()))
+    assert b"".join(pieces.of("key")) == data()
+
+
+def test_a_server_without_ranges_is_asked_once() -> None:
+    """Each further object is read whole, without another look."""
+    store = KnowsNoRanges(data())
+    pieces = pieces_of(store)
+    for _ in range(3):
+        assert sum(map(len, pieces.of("key"))) == SIZE
+    assert store.ranges == [0]
+
+
+def test_small_objects_take_no_range() -> None:
+    """One request is all that an object of a window or less costs."""
+    store = Watched(data(WINDOW_BYTES))
+    assert [len(piece) for piece in pieces_of(store).of("key")] == [WINDOW_BYTES]
+    assert store.ranges == []
+
+
+def test_more_readers_than_room_all_finish() -> None:
+    """Readers share a bounded number of windows, and none waits for another for ever."""
+    pieces = pieces_of(Watched(data()))
+    sizes = in_parallel(
+        lambda _: sum(map(len, pieces.of("key"))), range(WINDOWS_AT_ONCE + 4), threads=WINDOWS_AT_ONCE + 4
+    )
+    assert sizes == [SIZE] * (WINDOWS_AT_ONCE + 4)
+
+
+def test_a_reader_that_is_not_read_on_stops_at_the_room_there_is() -> None:
+    """Memory is bounded by the room, however large the object."""
+    store = Watched(bytes((WINDOWS_AT_ONCE + 4) * WINDOW_BYTES))
+    reader = pieces_of(store).of("key")
+    next(reader)
+    reader.close()
+    assert len([start for start in store.ranges if start]) < WINDOWS_AT_ONCE + 1
+
+
+@pytest.mark.parametrize("times", [WINDOWS_AT_ONCE + 1])
+def test_a_failed_read_gives_its_room_back(times: int) -> None:
+    """After any number of failures there is room for the next reader."""
+    store = Watched(data(), fails_at=WINDOW_BYTES)
+    pieces = pieces_of(store)
+    for _ in range(times):
+        with pytest.raises(GenericError, match="the fault"):
+            list(pieces.of("key"))
+    store._fails_at = None
+    assert b"".join(pieces.of("key")) == data()
+
+
+def test_a_missing_object_is_not_found(tmp_path: Path) -> None:
+    """What the store says of a missing key is passed on."""
+    with pytest.raises(FileNotFoundError):
+        list(Pieces(MemoryStore()).of(tmp_path.name))

@@ -1,0 +1,207 @@
+"""Where checkpoints wait for their upload: chosen from sizes, refused with numbers, cleaned up after."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.servers.stores import MemoryBucket
+from trainer.bucket.attempt import claim
+from trainer.bucket.commit import commit
+from trainer.errors import ExitCode, NoRoom
+from trainer.hardware import available_bytes
+from trainer.job import Staged
+from trainer.room import is_full, room_in
+from trainer.supervisor.staging import Folders, Room, Size, Wanted, expected_size, folders, place
+
+GB = 10**9
+COMMITTED = Size(10 * GB, "as committed at step 100", measured=True)
+BOUND = Size(10 * GB, "at most", measured=False)
+PLENTY = Room(disk=1000 * GB, tmpfs=500 * GB, memory=400 * GB)
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "wanted", "staging", "restored"),
+    [
+        (COMMITTED, PLENTY, "auto", "tmpfs", "disk"),
+        (BOUND, PLENTY, "auto", "tmpfs", "disk"),
+        (None, PLENTY, "auto", "disk", "disk"),
+        (None, PLENTY, "tmpfs", "tmpfs", "tmpfs"),
+        (COMMITTED, PLENTY, "disk", "disk", "disk"),
+        (COMMITTED, PLENTY, "tmpfs", "tmpfs", "tmpfs"),
+        (COMMITTED, PLENTY._replace(memory=30 * GB), "auto", "tmpfs", "disk"),
+        (COMMITTED, PLENTY._replace(memory=30 * GB - 1), "auto", "disk", "disk"),
+        (COMMITTED, PLENTY._replace(tmpfs=30 * GB - 1), "auto", "disk", "disk"),
+        (COMMITTED, PLENTY._replace(tmpfs=0), "auto", "disk", "disk"),
+        (COMMITTED, PLENTY._replace(memory=-GB, disk=40 * GB), "auto", "disk", "disk"),
+        (BOUND, PLENTY._replace(memory=GB, disk=GB), "auto", "disk", "disk"),
+        (BOUND, PLENTY._replace(memory=GB), "tmpfs", "tmpfs", "tmpfs"),
+    ],
+)
+def test_memory_is_taken_if_three_checkpoints_fit(
+    size: Size | None, room: Room, wanted: Wanted, staging: str, restored: str
+) -> None:
+    """Else disk; what was asked for by name is kept to, and a bound that is too large refuses nothing."""
+    placed = place(size, room, wanted)
+    assert (placed.staging, placed.restored) == (staging, restored)
+
+
+@pytest.mark.parametrize(
+    ("room", "wanted"),
+    [
+        (Room(disk=40 * GB - 1, tmpfs=29 * GB, memory=100 * GB), "auto"),
+        (Room(disk=9 * GB, tmpfs=100 * GB, memory=100 * GB), "auto"),
+        (Room(disk=40 * GB - 1, tmpfs=100 * GB, memory=100 * GB), "disk"),
+        (Room(disk=400 * GB, tmpfs=100 * GB, memory=40 * GB - 1), "tmpfs"),
+    ],
+)
+def test_a_checkpoint_that_fits_nowhere_is_refused_with_the_numbers(room: Room, wanted: Wanted) -> None:
+    """Before training, for another machine to do better: what is needed, what there is, what to do."""
+    with pytest.raises(NoRoom, match=r"3 checkpoints of 10\.00 GB \(as committed at step 100\)") as caught:
+        place(COMMITTED, room, wanted)
+    assert f"{room.disk / 1e9:,.2f} GB of disk" in caught.value.message
+    assert "--work" in str(caught.value.hint)
+    assert caught.value.exit_code == ExitCode.RECOVER
+
+
+def test_an_adapter_is_staged_on_disk() -> None:
+    """Its checkpoints are small and do not tell the size of the model that may be merged from it."""
+    assert place(COMMITTED, PLENTY, "auto", adapter=True).staging == "disk"
+    assert place(COMMITTED, PLENTY, "tmpfs", adapter=True).staging == "tmpfs"
+
+
+def test_the_size_is_that_of_the_newest_commit(tmp_path: Path) -> None:
+    """Else a bound from the model's files, else nothing is claimed."""
+    bucket = MemoryBucket()
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_bytes(bytes(1000))
+    assert expected_size(bucket, None) is None
+    assert expected_size(bucket, "some/model-of-the-hub") is None
+    assert expected_size(bucket, str(model)) == Size(
+        7000, "at most, 7 times the model's files", measured=False
+    )
+    attempt = claim(bucket, {})
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(bytes(100 * step))
+        commit(bucket, attempt, tmp_path, Staged(folder=f"checkpoint-{step}", step=step), "digest")
+    assert expected_size(bucket, str(model)) == Size(200, "as committed at step 2", measured=True)
+
+
+def staged_in(found: Folders, room: Room, wanted: Wanted = "auto") -> Path:
+    found.make(place(COMMITTED, room, wanted))
+    staging = found.work / "staging"
+    (staging / "checkpoint-1").mkdir()
+    return staging
+
+
+def test_both_places_are_emptied_when_the_attempt_ends(tmp_path: Path) -> None:
+    """Training finds `staging/` in its work folder, wherever that lies; memory is given back."""
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    with folders(tmp_path / "work", 1, shm) as found:
+        staging = staged_in(found, PLENTY)
+        assert staging.resolve().is_relative_to(shm)
+        assert next(shm.iterdir()).stat().st_mode & 0o077 == 0
+    assert not list(shm.glob("*/*"))
+    assert not list((tmp_path / "work").glob("*"))
+
+
+def test_what_a_killed_attempt_left_is_removed_from_both_places(tmp_path: Path) -> None:
+    """It cannot clean up, so the next one does: on tmpfs it would cost memory for ever."""
+    shm, work = tmp_path / "shm", tmp_path / "work"
+    shm.mkdir()
+    left = [folders(work, 1, shm), folders(tmp_path / "another run", 1, shm)]
+    for killed in left:
+        staged_in(killed.__enter__(), PLENTY)
+    with folders(work, 2, shm) as found:
+        assert [path.name for path in work.iterdir()] == ["attempt-0002"]
+        assert [path.name.rpartition("-")[0] for path in shm.glob("*/*")] == ["another run"]
+        assert not (staged_in(found, PLENTY, "disk")).is_symlink()
+
+
+def test_a_machine_without_tmpfs_stages_on_disk(tmp_path: Path) -> None:
+    """A Mac has no /dev/shm; who asks for it by name is told."""
+    with folders(tmp_path / "work", 1, tmp_path / "missing") as found:
+        room = found.look(kept=0)
+        assert room.tmpfs == 0
+        assert room.disk > 0
+        assert place(Size(1, "", measured=True), room, "auto").staging == "disk"
+        with pytest.raises(NoRoom, match="missing"):
+            found.make(place(None, room, "tmpfs"))
+
+
+def test_a_folder_on_tmpfs_that_is_not_ours_is_not_used(tmp_path: Path) -> None:
+    """Everybody can write to /dev/shm: a link that lies there under our name leads elsewhere."""
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    (shm / f"aeolus-{os.getuid()}").symlink_to(tmp_path)
+    with folders(tmp_path / "work", 1, shm) as found:
+        assert found.look(kept=0).tmpfs == 0
+
+
+def test_what_is_kept_is_taken_off_the_memory(tmp_path: Path) -> None:
+    """Data loaders and an offloaded optimizer need theirs."""
+    with folders(tmp_path / "work", 1, tmp_path) as found:
+        assert found.look(kept=2**60).memory < 0
+        assert found.look(kept=2**60).in_memory == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 1000),
+        ({"/proc/self/cgroup": "0::/job", "/sys/fs/cgroup/job/memory.max": "max"}, 1000),
+        (
+            {
+                "/proc/self/cgroup": "0::/job",
+                "/sys/fs/cgroup/job/memory.max": "800",
+                "/sys/fs/cgroup/job/memory.current": "500",
+                "/sys/fs/cgroup/job/memory.stat": "anon 300\ninactive_file 100\nactive_file 50",
+            },
+            400,
+        ),
+        (
+            {
+                "/proc/self/cgroup": "4:memory:/job",
+                "/sys/fs/cgroup/memory/job/memory.limit_in_bytes": "700",
+                "/sys/fs/cgroup/memory/job/memory.usage_in_bytes": "500",
+            },
+            200,
+        ),
+    ],
+)
+def test_memory_left_is_the_containers(files: dict[str, str], expected: int) -> None:
+    """What the host has free is not ours if the container's limit is nearer."""
+    assert available_bytes(read=files.get, memory=lambda: 1000) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (RuntimeError("CUDA out of memory"), False),
+    ],
+)
+def test_a_full_disk_is_known_by_its_error(error: Exception, full: bool) -> None:
+    """Also from below another error, as `torch.save` raises it."""
+    assert is_full(error) is full
+    above = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    above.__context__ = error
+    assert is_full(above) is full
+
+
+def test_a_full_disk_becomes_words(tmp_path: Path) -> None:
+    """Which folder, and what is free; any other error passes."""
+    with pytest.raises(NoRoom, match=str(tmp_path)) as caught, room_in(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "MB are free" in caught.value.message
+    with pytest.raises(PermissionError), room_in(tmp_path):
+        raise PermissionError(errno.EACCES, "no")
