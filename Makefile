@@ -26,9 +26,10 @@ check: setup  ## lint, format, types
 	.venv/bin/mypy
 
 test: setup  ## every test that this machine can run; what it lacks is skipped with the reason
-	$(LAUNCHER) -m pytest tests/unit tests/faults tests/e2e
-	$(TRAINER) -m pytest tests/unit -q
+	$(LAUNCHER) -m pytest tests/unit tests/faults -n 2
+	$(TRAINER) -m pytest tests/unit -n 2
 	$(TRAINER) -m pytest tests/training -n 2
+	$(LAUNCHER) -m pytest tests/e2e
 
 lock: setup  ## compile the exact pins again
 	requirements/lock.sh

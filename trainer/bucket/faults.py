@@ -45,10 +45,6 @@ HOW_TO_GIVE_CREDENTIALS = (
 )
 
 
-class NoRanges(Unavailable):
-    """A store that answers a request for a part of an object with status 200 (`rclone serve s3` does)."""
-
-
 def no_such_bucket(error: Exception) -> bool:
     """Whether a "not found" means the bucket and not the key."""
     return _code(str(error)) in MISSING_BUCKET
@@ -69,8 +65,6 @@ def sort_fault(error: Exception, doing: str, *, opening: bool = False) -> UserEr
     code = _code(text)
     status = _first(r"status code: (\d{3})", text)
     cannot = f"cannot {doing}: {_reason(text, code, status)}"
-    if "non-partial response" in text:
-        return NoRanges(cannot)
     hint = _what_to_mend(error, text, code, status, opening=opening)
     return BucketError(cannot, hint=hint) if hint else Unavailable(cannot, hint=_what_to_wait_for(text))
 
