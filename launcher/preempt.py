@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from launcher.runs import Attempt
 
+LATEST = 0.9
+"""Share of what is left to train, beyond which no machine is taken away."""
+
 
 @dataclass(frozen=True)
 class Spot:
@@ -19,12 +22,14 @@ class Spot:
 def plan(*, after: int, total_steps: int, times: int, seed: int) -> tuple[Spot, ...]:
     """One spot in each of `times` equal parts of what is left to train, in order, no two at one step.
 
+    The last tenth is spared: a run that is nearly over is over before it could be stopped.
+
     Fewer than `times` if there are not as many steps between the first and the last.
     """
     generator = random.Random(seed)
     spots: list[Spot] = []
     for part in range(times):
-        fraction = (part + generator.random()) / times
+        fraction = LATEST * (part + generator.random()) / times
         earliest = (spots[-1].step if spots else after) + 1
         step = max(earliest, after + round(fraction * (total_steps - after)))
         spot = Spot(min(step, total_steps - 1), generator.random())

@@ -36,6 +36,8 @@ Kind = Literal[
 """The kinds of events, with their fields; every event also has `time` (UTC, ISO 8601) and `attempt`."""
 
 Event = dict[str, Any]
+AT_FULL_PACE_BYTES = 128 * 1024
+"""A log longer than this is written less often in proportion: it is always written whole."""
 
 
 class EventLog:
@@ -75,9 +77,13 @@ class EventLog:
         with self._writing:  # a newer log must never be overwritten by an older one
             with self._adding:
                 lines = list(self._lines)
-            due = now or self._clock() - self._written_at >= self._every_s
+            if not now and self._clock() - self._written_at < self._every_s:
+                return
+            data = b"".join(lines)
+            waits_s = self._every_s * max(1.0, len(data) / AT_FULL_PACE_BYTES)
+            due = now or self._clock() - self._written_at >= waits_s
             if due and len(lines) > self._written:
-                self._write(b"".join(lines))
+                self._write(data)
                 self._written = len(lines)
                 self._written_at = self._clock()
 

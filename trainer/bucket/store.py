@@ -74,6 +74,11 @@ class Bucket:
     def run_id(self) -> str:
         return self.uri.rpartition("/")[2]
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether it lies in a file system, where a request costs nothing."""
+        return self._folder is not None
+
     def get(self, key: str) -> bytes:
         """The whole object.
 

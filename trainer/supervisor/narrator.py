@@ -106,6 +106,7 @@ class Narrator:
         now = verdict(save, window)
         if self._said and self._said.holds == now.holds and self._commits != 1:
             return
+        news = self._said is None or self._said.holds != now.holds
         self._said = now
         self._events.add(
             "window",
@@ -115,7 +116,8 @@ class Narrator:
             bytes_per_s=save.bytes_per_s,
             window_s=window.seconds if window else None,
         )
-        log.log(logging.INFO if now.holds in ("yes", "unknown") else logging.WARNING, "%s", now.text)
+        if news:
+            log.log(logging.INFO if now.holds in ("yes", "unknown") else logging.WARNING, "%s", now.text)
 
     def listen(self) -> None:
         """Pass on what the workers have said since the last time."""

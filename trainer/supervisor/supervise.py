@@ -34,6 +34,9 @@ from trainer.supervisor.workers import PROGRAM, Workers, worker_python
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
+FOLDER_EVERY_S = 0.25
+STORE_EVERY_S = 2.0
+"""Seconds between two writes of the events: a store is paid by the request."""
 MAX_FRUITLESS = 2
 """Attempts in a row that were killed before they committed anything, after which it is no accident."""
 
@@ -73,10 +76,12 @@ def run(request: Request, notice: Notice) -> ExitCode:
     if notice.given:
         return ExitCode.RECOVER
     attempt = attempts.claim(bucket, {"node": shape.node, "shape": str(shape)})
-    events = EventLog(attempt.number, lambda data: bucket.put(f"events/{attempt.number:04d}.jsonl", data))
+    every_s = FOLDER_EVERY_S if bucket.is_folder else STORE_EVERY_S
+    key = f"events/{attempt.number:04d}.jsonl"
+    events = EventLog(attempt.number, lambda data: bucket.put(key, data), every_s=every_s)
     with (
         folders(request.work, attempt.number, request.tmpfs) as mine,
-        Heartbeat(events, attempt) as heartbeat,
+        Heartbeat(events, attempt, every_s=min(1.0, every_s)) as heartbeat,
     ):
         narrator = Narrator(events, request.recipe, mine.work / STEPS, window=lambda: notice.window)
         narrator.claimed(shape, planned, bucket.uri)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -59,12 +60,12 @@ def verdict(save: Save, window: Window | None) -> Verdict:
         " an upload is under way)"
     )
     if window is None:
-        known = GCP_SPOT
-        would = "would hold" if _holds(save, known) == "yes" else "would not surely hold"
+        would = "would hold" if _holds(save, GCP_SPOT) == "yes" else "would not surely hold"
         return Verdict(
             "unknown",
-            f"{takes}: how long a notice is here is not known; {known.seconds:.0f} s, as GCP gives spot machines,"
-            f" {would} it. Slurm's GraceTime or `--signal` should leave {save.seconds / SURE:.0f} s",
+            f"saving on notice takes {save.seconds:.1f} s ({_size(save.bytes)} at {save.bytes_per_s / MB:,.1f} MB/s);"
+            f" the {GCP_SPOT.seconds:.0f} s that GCP gives spot machines {would} it; a grace time set by hand"
+            f" (Slurm's GraceTime) should leave {math.ceil(save.seconds / SURE)} s",
         )
     holds = _holds(save, window)
     says = {
