@@ -27,7 +27,7 @@ check: setup  ## lint, format, types
 
 test: setup  ## every test that this machine can run; what it lacks is skipped with the reason
 	$(LAUNCHER) -m pytest tests/unit tests/faults -n 2
-	$(TRAINER) -m pytest tests/unit -n 2
+	$(TRAINER) -m pytest tests/unit -n 2 -k "not bucket and not sync and not uploader and not checkpoints and not local"
 	$(TRAINER) -m pytest tests/training -n 2
 	$(LAUNCHER) -m pytest tests/e2e
 

@@ -103,4 +103,4 @@ PEERS: dict[str, Callable[[str, Path, str], Spent]] = {
 if __name__ == "__main__":
     peer, way, folder, uri = sys.argv[1:]
     print(*PEERS[peer](way, Path(folder), uri), flush=True)
-    os._exit(0)  # obstore's threads may still hold bytes of ours, and abort when Python goes from under them
+    os._exit(0)  # without it a child once aborted on its way out; why was not found

@@ -59,12 +59,6 @@ def launcher(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     return run
 
 
-@pytest.fixture
-def uri(uri: str) -> str:
-    """A folder, S3, GCS: what the commands ask of a store is the same for every other."""
-    return uri
-
-
 def save(
     bucket: Bucket, attempt: attempts.Attempt, staging: Path, step: int, kind: str = "checkpoint"
 ) -> None:
