@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 
 from tests.faults.test_supervisor import RECIPE
 from tests.harness import RunView
+from tests.mounts import tmpfs
 from trainer.errors import ExitCode, NoRoom, UserError
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.staging import Wanted
@@ -21,18 +20,8 @@ from trainer.supervisor.supervise import Request, run
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if (
-        mount is None
-        or subprocess.run(
-            [mount, "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("mounting a tmpfs of 8 MiB is not permitted here: needs root and CAP_SYS_ADMIN")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with tmpfs(tmp_path / "small", mib=8) as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mounts import tmpfs
 from tests.training.jobs import SMALL, make_job
 from trainer.room import take_on_ballast
 
@@ -20,18 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB, which holds one checkpoint of the smallest model and no second one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if (
-        mount is None
-        or subprocess.run(
-            [mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("mounting a tmpfs of 1 MiB is not permitted here: needs root and CAP_SYS_ADMIN")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with tmpfs(tmp_path / "small", mib=1) as folder:
+        yield folder
 
 
 def test_a_save_that_does_not_fit_is_an_outcome_and_leaves_nothing_half_written(small: Path) -> None:
