@@ -43,7 +43,7 @@ soak: setup  ## 1,000 kills at random moments, some 25 minutes; KILLS=, SEED=, S
 bench: setup .venv-bench/.ready  ## beside the peers: start-up, transfers, stall; some GiB of /dev/shm
 	$(LAUNCHER) bench/startup.py
 	.venv-bench/bin/python bench/checkpoint.py
-	$(TRAINER) bench/stall.py
+	$(TRAINER) bench/stall.py --rclone .venv-bench/bin/rclone
 
 .venv-bench/.ready: requirements/bench.txt requirements/install.sh
 	requirements/install.sh .venv-bench bench

@@ -15,17 +15,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from servers import mounted, touch_memory
 
 from trainer.job import Staged, mark_staged
 
 Tensors = dict[str, torch.Tensor]
 LAYERS = 12
+MOUNTED = "Trainer's save to a bucket mounted as MOUNT_CACHED"
 
 
 def state(mib: int) -> tuple[Tensors, dict[str, object]]:
@@ -75,13 +78,14 @@ def asynchronous(folder: Path, weights: Tensors, optimizer: dict[str, object]) -
     return writing
 
 
-def cases(tmpfs: Path, disk: Path) -> dict[str, tuple[Callable[..., object], Path]]:
-    return {
+def cases(tmpfs: Path, disk: Path, mount: Path | None) -> dict[str, tuple[Callable[..., object], Path]]:
+    plain = {
         "copy of the same bytes to tmpfs (limit)": (copy, tmpfs / "copy" / "checkpoint-1"),
         "ours: save into staging on tmpfs, marker": (stage, tmpfs / "staging" / "checkpoint-1"),
         "Trainer's save to disk": (save, disk / "checkpoint-1"),
         "dcp.async_save, until it returns": (asynchronous, disk / "dcp"),
     }
+    return plain | ({MOUNTED: (save, mount / "run" / "checkpoint-1")} if mount else {})
 
 
 def stall_s(call: Callable[..., object], folder: Path, *arguments: object) -> float:
@@ -101,6 +105,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"))  # noqa: S108 (the point of it)
     parser.add_argument("--disk", type=Path, default=Path())
+    parser.add_argument("--rclone", help="the program, for the case of a mounted bucket")
     options = parser.parse_args()
     arguments = state(options.mib)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -108,19 +113,21 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory(dir=options.tmpfs) as tmpfs,
         tempfile.TemporaryDirectory(dir=options.disk, prefix=".bench-") as disk,
+        mounted(Path(tmpfs), rclone=options.rclone) if options.rclone else nullcontext() as mount,
     ):
         for repeat in range(options.repeats):
-            turned = list(cases(Path(tmpfs), Path(disk) / "plain").items())
+            turned = list(cases(Path(tmpfs), Path(disk) / "plain", mount).items())
             at = repeat % len(turned)
             for name, (call, folder) in turned[at:] + turned[:at]:
+                touch_memory(Path(tmpfs), 2 * options.mib)
                 found.setdefault(name, []).append(stall_s(call, folder, *arguments))
     dist.destroy_process_group()
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"{options.mib} MiB, {os.cpu_count()} cores, torch {torch.__version__}, load {load}\n")
     print("| stall per checkpoint | median s | best-worst s | of the copy |\n|---|--:|--:|--:|")
-    names = list(cases(Path(), Path()))
+    names = list(cases(Path(), Path(), Path()))
     limit = statistics.median(found[names[0]])
-    for name in names:
+    for name in filter(found.__contains__, names):
         times = found[name]
         print(
             f"| {name} | {statistics.median(times):.2f} | {min(times):.2f}-{max(times):.2f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 MIN_KEPT = 2
 
 
-def commit(
+def commit(  # noqa: PLR0913 (what is saved, for whom, and two moments in between)
     bucket: Bucket,
     attempt: Attempt,
     staging: Path,
@@ -38,6 +38,7 @@ def commit(
     recipe_digest: str,
     *,
     ready: Callable[[], None] = lambda: None,
+    others: Callable[[], tuple[File, ...]] = tuple,
 ) -> Manifest:
     """Upload a staged folder and make it a checkpoint, or the final model.
 
@@ -51,30 +52,21 @@ def commit(
       perhaps for a checksum that a listing cannot show. Ours goes into our own folder and replaces
       the manifest in one write. Both are the same step, whichever manifest a reader sees.
 
-    `ready` is called between the two: what a reader of the commit must find in the bucket besides its
-    files is written there.
+    `others` is called when ours are uploaded: it waits for those of the other nodes (`trainer.bucket.parts`).
+    Then `ready` is: what a reader of the commit must find in the bucket besides its files is written there.
 
     Raises:
         Superseded: a newer attempt has claimed the run; nothing was committed.
-        ValueError: the staged folder holds no files.
+        ValueError: the staged folder holds no files; or two nodes wrote different ones under one name.
         BucketError, Unavailable: as in `Bucket`; nothing was committed, and the same call may be made again.
     """
-    folder = staging / staged.folder
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    if not paths:
-        raise ValueError(f"{folder} holds no files to commit")
     prefix = files_prefix(staged.kind, staged.step, attempt.number)
     attempt.check()  # an attempt that slept while another took over uploads nothing
     if done := _already_committed(bucket, attempt, staged):
         return done
-
-    def upload(path: Path) -> File:
-        if staged.kind == "final":
-            attempt.check()  # `final/` is shared by all attempts: see trainer.bucket.manifest
-        name = path.relative_to(folder).as_posix()
-        sent = bucket.upload(prefix + name, path)
-        return File(path=name, size=sent.size, xxh3=sent.xxh3)
-
+    # `final/` is shared by all attempts: see trainer.bucket.manifest
+    each = attempt.check if staged.kind == "final" else _nothing
+    ours = upload_files(bucket, prefix, staging / staged.folder, before_each=each)
     manifest = Manifest(
         run_id=bucket.run_id,
         attempt=attempt.number,
@@ -83,7 +75,7 @@ def commit(
         created=datetime.now(UTC),
         recipe=recipe_digest,
         details=staged.details,
-        files=tuple(_upload_all(upload, paths)),
+        files=merged((ours, others())),
     )
     ready()
     attempt.check()
@@ -91,13 +83,49 @@ def commit(
     return manifest
 
 
-def _upload_all(upload: Callable[[Path], File], paths: list[Path]) -> list[File]:
-    """Large files few at a time, each in many parts; then the others, many at a time: bounded memory."""
+def _nothing() -> None:
+    """Nothing has to be looked at."""
+
+
+def upload_files(
+    bucket: Bucket, prefix: str, folder: Path, *, before_each: Callable[[], None] = _nothing
+) -> tuple[File, ...]:
+    """Bring all files of a folder, by path: large ones few at a time, each in many parts; then the others, many
+    at a time. Memory is bounded.
+
+    Raises:
+        ValueError: there are none.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not paths:
+        raise ValueError(f"{folder} holds no files to commit")
+
+    def upload(path: Path) -> File:
+        before_each()
+        name = path.relative_to(folder).as_posix()
+        sent = bucket.upload(prefix + name, path)
+        return File(path=name, size=sent.size, xxh3=sent.xxh3)
+
     large = [path for path in paths if path.stat().st_size > PART_BYTES]
     small = [path for path in paths if path not in set(large)]
     files = in_parallel(upload, large, threads=LARGE_AT_ONCE)
     files += in_parallel(upload, small, threads=SMALL_AT_ONCE)
-    return sorted(files, key=lambda file: file.path)
+    return tuple(sorted(files, key=lambda file: file.path))
+
+
+def merged(parts: Iterable[tuple[File, ...]]) -> tuple[File, ...]:
+    """The files of all nodes, by path; one that several nodes wrote alike counts once.
+
+    Raises:
+        ValueError: two nodes wrote different bytes under one name, of which the bucket holds one only.
+    """
+    files: dict[str, File] = {}
+    for file in (file for part in parts for file in part):
+        if (other := files.setdefault(file.path, file)) != file:
+            raise ValueError(
+                f"two nodes wrote {file.path}: {other.size} bytes with xxh3 {other.xxh3}, and {file.size} with {file.xxh3}"
+            )
+    return tuple(files[path] for path in sorted(files))
 
 
 def _already_committed(bucket: Bucket, attempt: Attempt, staged: Staged) -> Manifest | None:

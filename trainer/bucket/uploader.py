@@ -13,12 +13,14 @@ from typing import Protocol
 
 from trainer.bucket.attempt import Attempt
 from trainer.bucket.commit import commit, prune
-from trainer.bucket.manifest import Manifest
+from trainer.bucket.manifest import File, Manifest
+from trainer.bucket.parts import Node, Skipped, gather, upload_part
 from trainer.bucket.store import Bucket
 from trainer.errors import BucketError, Unavailable, UserError
 from trainer.job import STAGED_SUFFIX, Staged, pending
 
 log = logging.getLogger(__name__)
+ALONE = Node()
 FAULTS = (BucketError, Unavailable)
 """What is waited out while training goes on: the store worked when the run was claimed, so a refusal, such as
 that of expired credentials, is one that somebody may mend meanwhile."""
@@ -57,10 +59,14 @@ class Uploader(threading.Thread):
         recipe_digest: str,
         keep: int,
         tell: Listener,
+        node: Node = ALONE,
         poll_s: float = 0.2,
         backoff: Callable[[int], float] = backoff_s,
     ) -> None:
-        """Uploads from `staging`; keeps the newest `keep` checkpoints in the bucket; looks every `poll_s`."""
+        """Uploads from `staging`; keeps the newest `keep` checkpoints in the bucket; looks every `poll_s`.
+
+        Of several nodes each uploads its part, and node 0 commits and keeps order.
+        """
         super().__init__(name="uploader", daemon=True)  # a transfer that hangs must not hold up the exit
         self._bucket = bucket
         self._attempt = attempt
@@ -68,6 +74,7 @@ class Uploader(threading.Thread):
         self._recipe_digest = recipe_digest
         self._keep = keep
         self._tell = tell
+        self._node = node
         self._poll_s = poll_s
         self._backoff = backoff
         self._changed = threading.Condition()  # guards what follows, and what is removed from staging
@@ -154,18 +161,41 @@ class Uploader(threading.Thread):
 
     def _upload(self, staged: Staged) -> None:
         began = time.monotonic()
-        manifest = commit(
+        try:
+            manifest = self._bring(staged)
+        except Skipped as reason:
+            log.warning("%s: it is not committed", reason)
+            self._tell.dropped(staged.step)
+            manifest = None
+        with self._changed:
+            self._remove(staged)
+        self._failures = 0
+        if manifest:
+            self._tell.committed(manifest, time.monotonic() - began)
+            self._prune()
+
+    def _bring(self, staged: Staged) -> Manifest | None:
+        """The manifest that was committed; None from a node that only uploads its part."""
+        if self._node.rank:
+            upload_part(self._bucket, self._attempt, self._staging, staged, node=self._node.rank)
+            return None
+        return commit(
             self._bucket,
             self._attempt,
             self._staging,
             staged,
             self._recipe_digest,
             ready=self._tell.committing,
+            others=lambda: self._others(staged),
         )
-        with self._changed:
-            self._remove(staged)
-        self._failures = 0
-        self._tell.committed(manifest, time.monotonic() - began)
+
+    def _others(self, staged: Staged) -> tuple[File, ...]:
+        """What the other nodes wrote of it; the final model is node 0's alone."""
+        if self._node.nodes == 1 or staged.kind == "final":
+            return ()
+        return gather(self._bucket, self._attempt, staged, nodes=self._node.nodes)
+
+    def _prune(self) -> None:
         try:
             prune(self._bucket, self._attempt, self._keep)
         except FAULTS as error:  # the next commit prunes again

@@ -1,0 +1,197 @@
+"""Checkpoints of several nodes: every node's part is in the bucket before the commit is."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.servers.stores import MemoryBucket
+from trainer.bucket import Bucket, open_run
+from trainer.bucket.attempt import Attempt, claim
+from trainer.bucket.commit import commit, prune
+from trainer.bucket.manifest import Manifest, committed
+from trainer.bucket.parts import Node, Skipped, Waiting, gather, upload_part
+from trainer.bucket.restore import restore
+from trainer.bucket.uploader import Uploader
+from trainer.errors import Superseded, Unavailable
+from trainer.job import Staged, mark_staged
+
+NODES = 3
+
+
+def stage(root: Path, node: int, step: int, **files: str) -> Staged:
+    """What one node's ranks write: a file that is its own, and those given."""
+    folder = root / f"node-{node}" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    for name, text in {f"rng_state_{node}": f"node {node}, step {step}", **files}.items():
+        (folder / f"{name}.pth").write_text(text)
+    return Staged(folder=folder.name, step=step)
+
+
+def upload(bucket: Bucket, attempt: Attempt, root: Path, node: int, step: int, **files: str) -> None:
+    upload_part(bucket, attempt, root / f"node-{node}", stage(root, node, step, **files), node=node)
+
+
+def lead(bucket: Bucket, attempt: Attempt, root: Path, step: int, waiting: Waiting, **files: str) -> Manifest:
+    """Node 0's commit."""
+    staged = stage(root, 0, step, **files)
+    return commit(
+        bucket,
+        attempt,
+        root / "node-0",
+        staged,
+        "digest",
+        others=lambda: gather(bucket, attempt, staged, nodes=NODES, waiting=waiting),
+    )
+
+
+def never(_seconds: float) -> None:
+    pytest.fail("it waited")
+
+
+def test_a_commit_holds_every_nodes_files(uri: str, tmp_path: Path) -> None:
+    """What comes back is what all nodes wrote, each file once."""
+    bucket = open_run(uri, "run")
+    attempt = claim(bucket, {})
+    for node in (1, 2):
+        upload(bucket, attempt, tmp_path, node, 10, config="alike")
+    lead(bucket, attempt, tmp_path, 10, Waiting(sleep=never), config="alike")
+    restored = restore(bucket, tmp_path / "restored", lambda *why: pytest.fail(str(why)))
+    assert restored
+    assert {path.name: path.read_text() for path in restored.path.iterdir()} == {
+        "config.pth": "alike",
+        **{f"rng_state_{node}.pth": f"node {node}, step 10" for node in range(NODES)},
+    }
+
+
+def test_nothing_is_a_checkpoint_before_the_last_part(tmp_path: Path) -> None:
+    """While a node is still uploading there is no commit; once its part is there, there is one."""
+    bucket = MemoryBucket()
+    attempt = claim(bucket, {})
+    upload(bucket, attempt, tmp_path, 1, 10)
+    seen: list[list[Manifest]] = []
+
+    def slowly(_seconds: float) -> None:
+        seen.append(committed(bucket))
+        upload(bucket, attempt, tmp_path, 2, 10)
+
+    lead(bucket, attempt, tmp_path, 10, Waiting(sleep=slowly))
+    assert seen == [[]]
+    assert [manifest.step for manifest in committed(bucket)] == [10]
+
+
+def test_a_node_that_never_comes_is_named_and_nothing_is_committed(tmp_path: Path) -> None:
+    """The wait is bounded; the message has the node, the step and the time."""
+    bucket = MemoryBucket()
+    attempt = claim(bucket, {})
+    upload(bucket, attempt, tmp_path, 1, 10)
+    slept: list[float] = []
+    with pytest.raises(Unavailable, match="step 10 is not committed: no part of node 2 of 3 in 6 s"):
+        lead(bucket, attempt, tmp_path, 10, Waiting(patience_s=5, sleep=slept.append))
+    assert slept == [2.0] * 3
+    assert committed(bucket) == []
+
+
+def test_a_node_that_left_the_step_out_is_not_waited_for(tmp_path: Path) -> None:
+    """A slow node drops a checkpoint for a newer one; then that one is the next to be whole."""
+    bucket = MemoryBucket()
+    attempt = claim(bucket, {})
+    upload(bucket, attempt, tmp_path, 1, 10)
+    for node in (1, 2):
+        upload(bucket, attempt, tmp_path, node, 20)
+    with pytest.raises(Skipped, match="node 2 left step 10 out and uploaded step 20"):
+        lead(bucket, attempt, tmp_path, 10, Waiting(sleep=never))
+    lead(bucket, attempt, tmp_path, 20, Waiting(sleep=never))
+    assert [manifest.step for manifest in committed(bucket)] == [20]
+
+
+def test_two_nodes_that_write_one_name_differently_commit_nothing(tmp_path: Path) -> None:
+    """The bucket holds one of them only: the bug is told, with both sums, and not restored from."""
+    bucket = MemoryBucket()
+    attempt = claim(bucket, {})
+    for node in (1, 2):
+        upload(bucket, attempt, tmp_path, node, 10, model=f"of node {node}")
+    with pytest.raises(ValueError, match=r"two nodes wrote model.pth: 9 bytes with xxh3 \w+, and 9 with"):
+        lead(bucket, attempt, tmp_path, 10, Waiting(sleep=never))
+    assert committed(bucket) == []
+
+
+def test_a_superseded_attempt_neither_uploads_a_part_nor_waits_for_one(tmp_path: Path) -> None:
+    """Fencing holds on every node, and while node 0 waits."""
+    bucket = MemoryBucket()
+    attempt = claim(bucket, {})
+
+    def taken_over(_seconds: float) -> None:
+        claim(bucket, {})
+
+    with pytest.raises(Superseded):
+        lead(bucket, attempt, tmp_path, 10, Waiting(sleep=taken_over))
+    with pytest.raises(Superseded):
+        upload(bucket, attempt, tmp_path, 1, 10)
+    assert not [object_.key for object_ in bucket.list("checkpoints/") if ".parts" in object_.key]
+
+
+def test_parts_go_with_their_checkpoint(tmp_path: Path) -> None:
+    """Retention leaves no part of a checkpoint that it deletes, nor of one that was never whole."""
+    bucket = MemoryBucket()
+    attempt = claim(bucket, {})
+    upload(bucket, attempt, tmp_path, 1, 5)
+    for step in (10, 20, 30):
+        for node in (1, 2):
+            upload(bucket, attempt, tmp_path, node, step)
+        lead(bucket, attempt, tmp_path, step, Waiting(sleep=never))
+    prune(bucket, attempt, 2)
+    left = {object_.key.split("/")[1] for object_ in bucket.list("checkpoints/")}
+    assert left == {"step-00000020", "step-00000030"}
+
+
+class _Told:
+    """What the uploader says, in order."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def committing(self) -> None:
+        self.said.append("committing")
+
+    def committed(self, manifest: Manifest, seconds: float) -> None:
+        self.said.append(f"committed {manifest.step} with {len(manifest.files)} files")
+
+    def dropped(self, step: int) -> None:
+        self.said.append(f"dropped {step}")
+
+    def upload_failed(self, step: int, reason: str) -> None:
+        self.said.append(f"failed {step}: {reason}")
+
+
+def test_uploaders_of_two_nodes_make_one_checkpoint(uri: str, tmp_path: Path) -> None:
+    """Node 1 uploads its part and says nothing of a commit; node 0 commits both."""
+    buckets = [open_run(uri, "run"), open_run(uri, "run")]
+    attempt = claim(buckets[0], {})
+    told = [_Told(), _Told()]
+    for node in (0, 1):
+        mark_staged(tmp_path / f"node-{node}", stage(tmp_path, node, 10))
+    uploaders = [
+        Uploader(
+            buckets[node],
+            attempt,
+            tmp_path / f"node-{node}",
+            recipe_digest="digest",
+            keep=2,
+            tell=told[node],
+            node=Node(node, 2),
+        )
+        for node in (0, 1)
+    ]
+    for uploader in uploaders:
+        uploader.start()
+    threads = [threading.Thread(target=uploader.drain, args=(30,)) for uploader in uploaders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for uploader in uploaders:
+        uploader.stop()
+    assert [told_.said for told_ in told] == [["committing", "committed 10 with 2 files"], []]
