@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -89,8 +90,7 @@ class Runs(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         """Another machine takes over and goes on from what it can restore."""
-        self.superseded.append(self.owner)
-        self.owner = claim(self.bucket, {})
+        self._take_over()
         self.step = self._restore()
         assert self.step >= (self.promised[-1] if self.promised else 0)
         self._promise()
@@ -107,6 +107,20 @@ class Runs(RuleBasedStateMachine):
             prune(self.bucket, sleeper, 2)
         assert self._objects() == before
 
+    @rule()
+    def be_taken_over_in_a_save(self) -> None:
+        """Another machine claims the run between the upload and the commit: there is no commit."""
+        self.step += STEP
+        with pytest.raises(Superseded):
+            self._commit(self.bucket, self.owner, self.step, ready=self._take_over)
+        assert self.step not in {manifest.step for manifest in committed(self.bucket)}
+        self.step = self._restore()
+        self._promise()
+
+    def _take_over(self) -> None:
+        self.superseded.append(self.owner)
+        self.owner = claim(self.bucket, {})
+
     @invariant()
     def the_newest_checkpoint_verifies(self) -> None:
         assert self._restore() >= (self.promised[-1] if self.promised else 0)
@@ -117,13 +131,20 @@ class Runs(RuleBasedStateMachine):
         whole = [manifest.step for manifest in committed(self.bucket) if not manifest.fault(there)]
         assert set(self.promised[-2:]) <= set(whole)
 
-    def _commit(self, bucket: MemoryBucket, attempt: Attempt, step: int) -> None:
+    def _commit(
+        self,
+        bucket: MemoryBucket,
+        attempt: Attempt,
+        step: int,
+        *,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         self.saves += 1
         staging = Path(self.folder.name) / f"staging-{self.saves}"
         (staging / "checkpoint").mkdir(parents=True)
         (staging / "checkpoint" / "model.safetensors").write_bytes(content(step))
         (staging / "checkpoint" / "rank_0.pt").write_bytes(b"0")
-        commit(bucket, attempt, staging, Staged(folder="checkpoint", step=step), "digest")
+        commit(bucket, attempt, staging, Staged(folder="checkpoint", step=step), "digest", ready=ready)
 
     def _promise(self) -> None:
         self.promised = [step for step in self.promised if step != self.step] + [self.step] * bool(self.step)

@@ -367,3 +367,21 @@ def test_a_superseded_attempt_deletes_nothing(bucket: Bucket, tmp_path: Path) ->
     with pytest.raises(Superseded):
         prune(bucket, older, 2)
     assert bucket.list() == before
+
+
+def test_an_attempt_that_loses_its_run_while_it_uploads_commits_nothing(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    """The look at who owns the run that counts is the last one, after the upload."""
+    attempt = claim(bucket, {})
+    taken_over: list[Attempt] = []
+    with pytest.raises(Superseded):
+        commit(
+            bucket,
+            attempt,
+            tmp_path,
+            stage(tmp_path, 10),
+            "digest",
+            ready=lambda: taken_over.append(claim(bucket, {})),
+        )
+    assert committed(bucket) == []
