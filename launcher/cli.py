@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from launcher.checkpoints_cli import checkpoints
+from launcher.plan_cli import plan
 from trainer.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def cli() -> None:
 
 
 cli.add_command(checkpoints)
+cli.add_command(plan)
 
 
 @cli.command(epilog=TRAINING)

@@ -1,17 +1,31 @@
-"""The fit: a split of the global batch over a shape, exact on every shape that it accepts."""
+"""The fit: the fastest layout that memory holds, the global batch exact, and a refusal that names the way out."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.errors import NoFit
-from trainer.fit import LARGEST_MICRO_BATCH, Fit, fit
-from trainer.hardware import Shape
+from trainer.errors import NoFit, RecipeError
+from trainer.fit import LARGEST_GPU_MICRO_BATCH, LARGEST_MICRO_BATCH, Fit, fit
+from trainer.fit.ways import rank
+from trainer.hardware import Shape, gpu
+from trainer.memory import Architecture, known_architecture
 from trainer.recipe import DataSource, Mixture, Recipe
 
+ZEPHYR = "alignment-handbook/zephyr-7b-sft-full"
 sizes = st.integers(1, 512)
+
+
+def architecture(name: str = ZEPHYR) -> Architecture:
+    found = known_architecture(name)
+    assert found is not None
+    return found
+
+
+SMALL = architecture("HuggingFaceTB/SmolLM2-135M")
 
 
 def recipe(batch: int, micro: int | None = None) -> Recipe:
@@ -25,22 +39,55 @@ def recipe(batch: int, micro: int | None = None) -> Recipe:
     )
 
 
-def shape(count: int = 0, cores: int = 8) -> Shape:
+def dpo(*, offload: Any = None, batch: int = 64, **keys: Any) -> Recipe:
+    """Zephyr's full DPO, as the handbook has it, with other keys."""
+    of_model = ("dtype", "use_peft", "load_in_4bit", "use_bnb_nested_quant", "attn_implementation")
+    model = {"dtype": "bfloat16"} | {
+        key: value for key, value in keys.items() if key in of_model or key.startswith("lora_")
+    }
+    trainer = {"max_length": 1024, "bf16": True, "optim": "adamw_torch"}
+    return Recipe(
+        name="zephyr-7b/dpo",
+        method="dpo",
+        model_name_or_path=ZEPHYR,
+        dataset_mixture=Mixture(datasets=(DataSource(id="org/data"),)),
+        global_batch_size=batch,
+        offload=offload,
+        trainer_args=trainer | {key: value for key, value in keys.items() if key not in model},
+        model_args=model,
+    )
+
+
+def qlora(**keys: Any) -> Recipe:
+    """Zephyr's QLoRA DPO: rank 128 on every projection, 4-bit, paged AdamW."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    four_bits = {"use_peft": True, "load_in_4bit": True, "lora_r": 128, "lora_target_modules": targets}
+    return dpo(**{**four_bits, "optim": "paged_adamw_32bit", **keys})
+
+
+def shape(
+    count: int = 0, cores: int = 8, name: str = "A100-80GB", host_gib: float = 1360.0, nodes: int = 1
+) -> Shape:
     return Shape(
-        accelerator="A100-80GB" if count else None,
+        accelerator=name if count else None,
         count=count,
-        memory_gib=80.0 if count else None,
+        memory_gib=gpu(name).memory_gib if count else None,
         cores=cores,
-        host_memory_gib=64.0,
+        host_memory_gib=host_gib,
         node="a",
+        nodes=nodes,
     )
 
 
 def test_a_cpu_takes_the_whole_batch_with_all_its_cores() -> None:
-    """Without a GPU there is one process."""
-    assert fit(recipe(12), shape(cores=2)) == Fit(
+    """Without a GPU there is one process; without the model's numbers its memory is said not to be known."""
+    assert fit(recipe(12), shape(cores=2), None) == Fit(
         processes=1,
         micro_batch=6,
+        engine="single",
+        attention="sdpa",
+        activation_checkpointing=True,
+        reference="none",
         accumulation=2,
         threads=2,
         use_cpu=True,
@@ -49,51 +96,77 @@ def test_a_cpu_takes_the_whole_batch_with_all_its_cores() -> None:
             "micro batch 6: the largest up to 8 that divides a process's 12",
             "accumulation 2: 1 x 6 x 2 = 12",
             "2 threads each: 2 cores for 1",
+            "memory: not predicted, as the model's numbers or the sequences' length are not known",
         ),
     )
 
 
+def test_a_cpu_s_memory_is_predicted_where_the_model_is_known() -> None:
+    """It changes nothing of how the recipe runs."""
+    known, unknown = fit(recipe(12), shape(), SMALL), fit(recipe(12), shape(), None)
+    same = {"host": known.host, "reasons": known.reasons}
+    assert known == unknown.model_copy(update=same)
+    assert known.host.gib > 0
+    assert not known.gpu.terms
+
+
+def test_a_model_too_large_for_a_cpu_is_refused() -> None:
+    """A run that the system would kill is not begun."""
+    with pytest.raises(NoFit, match=r"needs .* GiB of memory; cpu"):
+        fit(dpo(bf16=False), shape(host_gib=24.0), architecture())
+
+
 def test_gpus_share_the_batch_and_the_cores() -> None:
     """Each GPU has a process, and each process its part."""
-    planned = fit(recipe(128), shape(8, cores=96))
-    assert (planned.processes, planned.micro_batch, planned.accumulation, planned.threads) == (8, 8, 2, 12)
+    planned = fit(recipe(128), shape(8, cores=96), SMALL)
+    assert (planned.processes, planned.micro_batch, planned.accumulation, planned.threads) == (8, 16, 1, 12)
     assert not planned.use_cpu
 
 
-@given(batch=sizes, count=st.integers(0, 16), cores=st.integers(1, 256))
-def test_the_global_batch_is_exact_on_any_shape_that_fits(batch: int, count: int, cores: int) -> None:
+@settings(deadline=None)
+@given(
+    batch=sizes,
+    count=st.integers(0, 16),
+    cores=st.integers(1, 256),
+    nodes=st.integers(1, 4),
+)
+def test_the_global_batch_is_exact_on_any_shape_that_fits(
+    batch: int, count: int, cores: int, nodes: int
+) -> None:
     """A shape changes the split and never the batch; a refusal is for uneven shares only."""
+    nodes = nodes if count else 1
     try:
-        planned = fit(recipe(batch), shape(count, cores))
+        planned = fit(recipe(batch), shape(count, cores, nodes=nodes), SMALL)
     except NoFit:
-        assert batch % count
+        assert batch % (count * nodes)
         return
     assert planned.processes * planned.micro_batch * planned.accumulation == batch
-    assert planned.processes == max(count, 1)
-    assert planned.micro_batch <= LARGEST_MICRO_BATCH
+    assert planned.processes == max(count * nodes, 1)
+    assert planned.micro_batch <= (LARGEST_GPU_MICRO_BATCH if count else LARGEST_MICRO_BATCH)
     assert planned.threads >= 1
 
 
-@given(micro=st.integers(1, 64), parts=st.integers(1, 16), count=st.sampled_from([0, 1, 2, 4, 8]))
+@settings(deadline=None)
+@given(micro=st.integers(1, 32), parts=st.integers(1, 16), count=st.sampled_from([0, 1, 2, 4, 8]))
 def test_a_wish_for_the_micro_batch_is_never_exceeded(micro: int, parts: int, count: int) -> None:
     """It is what memory holds; with more GPUs a process may have less to do."""
     batch = micro * parts * max(count, 1)
-    planned = fit(recipe(batch, micro), shape(count))
+    planned = fit(recipe(batch, micro), shape(count), SMALL)
     assert planned.micro_batch == micro
     assert planned.processes * planned.micro_batch * planned.accumulation == batch
 
 
 def test_a_wish_too_large_for_a_share_gives_way() -> None:
     """The same recipe runs on one GPU and on eight."""
-    planned = fit(recipe(16, 16), shape(8))
+    planned = fit(recipe(16, 16), shape(8), SMALL)
     assert (planned.micro_batch, planned.accumulation) == (2, 1)
-    assert "the recipe's 16 does not divide a process's 2" in planned.reasons[1]
+    assert "micro batch 2: a process's whole share" in planned.reasons
 
 
 def test_an_uneven_share_names_the_nearest_that_works() -> None:
     """The way out is more or fewer GPUs; another batch is another model."""
     with pytest.raises(NoFit) as caught:
-        fit(recipe(128), shape(3))
+        fit(recipe(128), shape(3), SMALL)
     assert caught.value.message == (
         "recipe a has global_batch_size 128, which 3 GPUs (A100-80GB:3) cannot share evenly"
     )
@@ -105,4 +178,203 @@ def test_an_uneven_share_names_the_nearest_that_works() -> None:
 def test_more_gpus_than_samples_do_not_fit() -> None:
     """A GPU without a sample has nothing to do."""
     with pytest.raises(NoFit, match="take 4 GPUs, or `global_batch_size=8`"):
-        fit(recipe(4), shape(8))
+        fit(recipe(4), shape(8), SMALL)
+
+
+def test_a_gpu_needs_the_model_s_numbers() -> None:
+    """Money is not spent on what may not fit."""
+    with pytest.raises(NoFit, match="nothing is known of the model"):
+        fit(dpo(), shape(8), None)
+
+
+def test_sequences_of_any_length_need_any_memory() -> None:
+    """A limit is asked for rather than guessed."""
+    with pytest.raises(RecipeError, match="max_length: null"):
+        fit(dpo(max_length=None), shape(8), architecture())
+
+
+# The seeds' cases
+
+
+def test_full_dpo_of_7b_needs_no_offload_on_eight_of_80_gb() -> None:
+    """Zephyr's own shape."""
+    planned = fit(dpo(), shape(8, 96), architecture())
+    assert planned.engine in ("zero2", "zero3")
+    assert not planned.offload_optimizer
+    assert planned.reference == "model"
+    assert planned.attention == "flash_attention_2"
+    assert planned.gpu.gib < gpu("A100-80GB").usable_gib
+    assert planned.words().endswith("no offload")
+
+
+@pytest.mark.parametrize(("host_gib", "cores"), [(1800.0, 124), (680.0, 96)], ids=["Lambda", "GCP"])
+def test_full_dpo_of_7b_fits_eight_of_40_gb(host_gib: float, cores: int) -> None:
+    """Notus' shape: parameters cut too, and offload no further than needed, which is not at all."""
+    planned = fit(dpo(), shape(8, cores, "A100", host_gib), architecture())
+    assert planned.engine == "zero3"
+    assert not planned.offload_optimizer
+    assert planned.gpu.gib < gpu("A100").usable_gib
+
+
+def test_offload_goes_as_far_as_it_must() -> None:
+    """Four GPUs of 40 GB cannot hold the state of 7B; their host can."""
+    planned = fit(dpo(), shape(4, 48, "A100", 680.0), architecture())
+    assert (planned.offload_optimizer, planned.offload_parameters) == (True, False)
+    assert any("ZeRO-3 needs" in reason for reason in planned.reasons)
+
+
+def test_notus_own_setting_is_had_on_request() -> None:
+    """Everything offloaded, with RMSprop, though less would do."""
+    planned = fit(dpo(offload="all", optim="rmsprop"), shape(8, 96, "A100", 680.0), architecture())
+    assert planned.offload_optimizer
+    assert planned.offload_parameters
+    assert planned.host.gib_of("offloaded optimizer") == pytest.approx(8 * 7.241732096e9 / 2**30)
+    assert planned.host.gib_of("offloaded parameters") > 13.4
+    assert "`offload: all`, as the recipe says" in " ".join(planned.reasons)
+
+
+def test_a_recipe_may_forbid_offload() -> None:
+    """It is then said that leaving it out would do."""
+    with pytest.raises(NoFit, match="leave out `offload: none`"):
+        fit(dpo(offload="none"), shape(4, 48, "A100", 680.0), architecture())
+
+
+def test_a_host_too_small_for_what_is_offloaded_is_refused() -> None:
+    """Host memory counts as much as the GPU's."""
+    with pytest.raises(NoFit, match="of each host's memory"):
+        fit(dpo(offload="all"), shape(8, 96, "A100", 128.0), architecture())
+
+
+@pytest.mark.parametrize("name", ["L4", "A10", "RTX3090", "A100", "A6000"])
+def test_qlora_of_7b_fits_one_gpu_of_24_gb_and_up(name: str) -> None:
+    """The reference is the model without its adapter, so there is one model only."""
+    planned = fit(qlora(), shape(1, 8, name, 64.0), architecture())
+    assert (planned.engine, planned.reference, planned.processes) == ("single", "adapters_off", 1)
+
+
+@pytest.mark.parametrize("name", ["T4", "V100", "V100-32GB"])
+def test_what_computes_in_bf16_does_not_run_without(name: str) -> None:
+    """It is refused by name; the way out is other hardware, or another recipe, but not for QLoRA's bf16 adapters."""
+    with pytest.raises(NoFit, match="bfloat16, which") as caught:
+        fit(qlora(bf16=False, fp16=True, dtype="float16"), shape(1, 8, name, 64.0), architecture())
+    assert ", L4," in (caught.value.hint or "")
+    with pytest.raises(NoFit, match="or `bf16=false fp16=true dtype=float16`"):
+        fit(dpo(), shape(8, 96, name), architecture())
+
+
+def test_qlora_is_never_a_choice_of_ours() -> None:
+    """Full DPO does not fit one small GPU; 4 bits would be another model."""
+    with pytest.raises(NoFit):
+        fit(dpo(), shape(1, 8, "L4", 64.0), architecture())
+
+
+def test_a_refusal_has_what_is_needed_what_is_there_and_what_would_do() -> None:
+    """The nearest ways out are the smallest GPU that holds it, and what the recipe could leave out."""
+    small = shape(1, 8, "RTX5090", 64.0).model_copy(update={"memory_gib": 12.0})
+    with pytest.raises(NoFit) as caught:
+        fit(dpo(use_peft=True, lora_r=16, offload="none"), small, architecture())
+    assert "GiB of each GPU; RTX5090:1 has 11.8 to give (parameters 13.5 GiB" in caught.value.message
+    assert caught.value.hint == "take L4:1, or leave out `offload: none`"
+
+
+def test_a_refusal_names_how_many_of_the_same_would_do() -> None:
+    """More GPUs hold less each."""
+    with pytest.raises(NoFit, match="take RTX5090:1 or L4:2, or leave"):
+        fit(dpo(use_peft=True, offload="none"), shape(1, 8, "L4", 512.0), architecture("Qwen/Qwen2.5-14B"))
+
+
+def test_a_request_for_checkpointing_is_kept() -> None:
+    """On or off, by the new name or the old."""
+    on = fit(dpo(gradient_checkpointing=True), shape(8, 96), architecture())
+    off = fit(dpo(activation_checkpointing=False), shape(8, 96), architecture())
+    assert (on.activation_checkpointing, off.activation_checkpointing) == (True, False)
+
+
+def test_a_request_for_an_attention_is_kept() -> None:
+    """FlashAttention gives way on a GPU that cannot run it."""
+    asked = fit(dpo(attn_implementation="sdpa"), shape(8, 96), architecture())
+    assert asked.attention == "sdpa"
+    old = fit(
+        dpo(attn_implementation="flash_attention_2", use_peft=True, bf16=False, fp16=True, dtype="float16"),
+        shape(1, 8, "V100-32GB", 64.0),
+        architecture(),
+    )
+    assert old.attention == "sdpa"
+
+
+# Properties
+
+MODELS = ["HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen2.5-1.5B", ZEPHYR]
+recipes = st.builds(
+    lambda lora, checkpointing, offload, optim, length: dpo(
+        optim=optim,
+        max_length=length,
+        offload=offload,
+        **({"use_peft": True, "lora_r": 16} if lora else {}),
+        **({} if checkpointing is None else {"gradient_checkpointing": checkpointing}),
+    ),
+    st.booleans(),
+    st.sampled_from([None, None, True, False]),
+    st.sampled_from([None, None, "none"]),
+    st.sampled_from(["adamw_torch_fused", "rmsprop", "paged_adamw_8bit"]),
+    st.sampled_from([256, 1024, 4096]),
+)
+
+
+def with_memory(count: int, gpu_gib: float, host_gib: float) -> Shape:
+    return shape(count, 64, "A100-80GB", host_gib).model_copy(update={"memory_gib": gpu_gib})
+
+
+@settings(deadline=None)
+@given(
+    wanted=recipes,
+    model=st.sampled_from(MODELS),
+    count=st.sampled_from([1, 2, 4, 8]),
+    gpu_gib=st.floats(4, 200),
+    host_gib=st.floats(32, 2000),
+    more=st.tuples(st.floats(0, 100), st.floats(0, 1000)),
+)
+def test_more_memory_never_makes_it_worse(
+    wanted: Recipe, model: str, count: int, gpu_gib: float, host_gib: float, more: tuple[float, float]
+) -> None:
+    """What fitted still fits, and is at least as fast by our own ranking."""
+    try:
+        less = fit(wanted, with_memory(count, gpu_gib, host_gib), architecture(model))
+    except NoFit:
+        return
+    larger = fit(wanted, with_memory(count, gpu_gib + more[0], host_gib + more[1]), architecture(model))
+    assert rank(larger, wanted) <= rank(less, wanted)
+    assert (
+        larger.offload_optimizer + larger.offload_parameters
+        <= less.offload_optimizer + less.offload_parameters
+    )
+
+
+@settings(deadline=None)
+@given(
+    wanted=recipes,
+    model=st.sampled_from(MODELS),
+    count=st.sampled_from([1, 2, 4, 8]),
+    gpu_gib=st.floats(4, 200),
+)
+def test_what_fits_is_within_the_memory_that_is_there(
+    wanted: Recipe, model: str, count: int, gpu_gib: float
+) -> None:
+    """Each GPU's and each host's sum, with the share that is left alone."""
+    try:
+        planned = fit(wanted, with_memory(count, gpu_gib, 512.0), architecture(model))
+    except NoFit:
+        return
+    assert planned.gpu.gib <= gpu_gib
+    assert planned.host.gib <= 512.0 * 0.9
+
+
+@settings(deadline=None)
+@given(wanted=recipes, counts=st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8])))
+def test_a_shape_changes_no_hyperparameter(wanted: Recipe, counts: tuple[int, int]) -> None:
+    """Two shapes' fits differ in the split and the engine; the batch of a step is the recipe's on both."""
+    one, other = (fit(wanted, with_memory(count, 190.0, 2000.0), SMALL) for count in counts)
+    assert not set(Fit.model_fields) & set(wanted.trainer_args) - {"activation_checkpointing"}
+    for planned in (one, other):
+        assert planned.processes * planned.micro_batch * planned.accumulation == wanted.global_batch_size
+        assert planned.reference == one.reference

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,7 @@ def test_an_adapter_is_staged_on_disk() -> None:
 
 
 def test_the_size_is_that_of_the_newest_commit(tmp_path: Path) -> None:
-    """Else a bound from the model's files, else nothing is claimed."""
+    """Else as predicted, else a bound from the model's files, else nothing is claimed."""
     bucket = MemoryBucket()
     model = tmp_path / "model"
     model.mkdir()
@@ -84,12 +86,15 @@ def test_the_size_is_that_of_the_newest_commit(tmp_path: Path) -> None:
     assert expected_size(bucket, str(model)) == Size(
         7000, "at most, 7 times the model's files", measured=False
     )
+    assert expected_size(bucket, str(model), 300) == Size(
+        300, "as predicted from the model's numbers", measured=False
+    )
     attempt = claim(bucket, {})
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(bytes(100 * step))
         commit(bucket, attempt, tmp_path, Staged(folder=f"checkpoint-{step}", step=step), "digest")
-    assert expected_size(bucket, str(model)) == Size(200, "as committed at step 2", measured=True)
+    assert expected_size(bucket, str(model), 300) == Size(200, "as committed at step 2", measured=True)
 
 
 def staged_in(found: Folders, room: Room, wanted: Wanted = "auto") -> Path:
@@ -120,7 +125,8 @@ def test_what_a_killed_attempt_left_is_removed_from_both_places(tmp_path: Path) 
         staged_in(killed.__enter__(), PLENTY)
     with folders(work, 2, shm) as found:
         assert [path.name for path in work.iterdir()] == ["attempt-0002"]
-        assert [path.name.rpartition("-")[0] for path in shm.glob("*/*")] == ["another run"]
+        kept = [path.name.rpartition("-")[0] for path in shm.glob("*/*") if path.is_dir()]
+        assert kept == ["another run"]
         assert not (staged_in(found, PLENTY, "disk")).is_symlink()
 
 
@@ -133,15 +139,6 @@ def test_a_machine_without_tmpfs_stages_on_disk(tmp_path: Path) -> None:
         assert place(Size(1, "", measured=True), room, "auto").staging == "disk"
         with pytest.raises(NoRoom, match="missing"):
             found.make(place(None, room, "tmpfs"))
-
-
-def test_a_folder_on_tmpfs_that_is_not_ours_is_not_used(tmp_path: Path) -> None:
-    """Everybody can write to /dev/shm: a link that lies there under our name leads elsewhere."""
-    shm = tmp_path / "shm"
-    shm.mkdir()
-    (shm / f"aeolus-{os.getuid()}").symlink_to(tmp_path)
-    with folders(tmp_path / "work", 1, shm) as found:
-        assert found.look(kept=0).tmpfs == 0
 
 
 def test_what_is_kept_is_taken_off_the_memory(tmp_path: Path) -> None:
@@ -205,3 +202,41 @@ def test_a_full_disk_becomes_words(tmp_path: Path) -> None:
     assert "MB are free" in caught.value.message
     with pytest.raises(PermissionError), room_in(tmp_path):
         raise PermissionError(errno.EACCES, "no")
+
+
+def test_memory_that_killed_supervisors_left_is_given_back(tmp_path: Path) -> None:
+    """A run that never comes back must not hold memory until the machine is shut down."""
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    with folders(tmp_path / "alive", 1, shm) as alive:
+        kept = staged_in(alive, PLENTY)
+        script = (
+            "import os, sys\nfrom pathlib import Path\nfrom tests.unit.test_staging import PLENTY, folders, staged_in\n"
+            "with folders(Path(sys.argv[1]), 1, Path(sys.argv[2])) as mine:\n"
+            "    print(staged_in(mine, PLENTY).resolve(), flush=True)\n    os._exit(9)\n"
+        )
+        killed = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "killed"), str(shm)],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        left = Path(killed.stdout.strip())
+        assert left.is_dir()
+        with folders(tmp_path / "other", 1, shm):
+            assert not left.exists()
+            assert kept.is_dir()
+    assert not list(shm.glob("*/*"))
+
+
+def test_a_place_that_others_can_write_to_is_left_alone(tmp_path: Path) -> None:
+    """Somebody else's link where our folder should be could have us remove anything."""
+    shm, victim = tmp_path / "shm", tmp_path / "victim"
+    shm.mkdir()
+    (victim / "run").mkdir(parents=True)
+    (victim / "run.lock").touch()
+    (shm / f"aeolus-{os.getuid()}").symlink_to(victim)
+    with folders(tmp_path / "work", 1, shm) as found:
+        assert (victim / "run").is_dir()
+        assert found.look(kept=0).tmpfs == 0

@@ -57,6 +57,8 @@ class DataSource(_Frozen):
     weight: float = Field(default=1.0, gt=0, le=1)
     """Part of the data set's rows that is taken, after a shuffle."""
     revision: str | None = None
+    binarise: Literal["mean_rating"] | None = None
+    """Pairs made of UltraFeedback's rated answers, by the mean of an answer's ratings; None takes the rows as they are."""
 
 
 class Mixture(_Frozen):
@@ -118,6 +120,8 @@ class Recipe(_Frozen):
     """Sequences (SFT) or pairs (DPO) per optimizer step over all GPUs; a shape never changes it."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """The most that one process takes at a time; None leaves it to the fit."""
+    offload: Literal["none", "optimizer", "all"] | None = None
+    """What is kept in the host's memory: the optimizer, or all with the parameters; None leaves it to the fit."""
     max_prompt_length: int | None = Field(default=None, gt=0)
     """Tokens that a DPO prompt is cut to, on `truncation_side`; None cuts no prompts."""
     truncation_side: Literal["left", "right"] = "left"
@@ -208,11 +212,13 @@ class Recipe(_Frozen):
         ]
 
     def _trajectory(self) -> dict[str, Any]:
-        unused = {"name", "micro_batch_size", "max_test_samples", "trainer_args", "model_args"}
+        unused = {"name", "micro_batch_size", "offload", "max_test_samples", "trainer_args", "model_args"}
         data = self.model_dump(mode="json", exclude=unused | (set() if self.init else {"tiny"}))
         data["model_name_or_path"] = _portable(self.model_name_or_path)
         for source in (*data["dataset_mixture"]["datasets"], *data["dataset_mixture"]["test_datasets"]):
             source["id"] = _portable(source["id"])
+            if source["binarise"] is None:  # then the digest is the one from before there was such a key
+                del source["binarise"]
         arguments = {key: value for key, value in self.trainer_args.items() if key not in BOOKKEEPING}
         result: dict[str, Any] = _canonical({**data, **arguments, **self.model_args})
         return result

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
-    "max_seq_length": "max_length",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "text_column": "dataset_text_field",

@@ -111,6 +111,19 @@ def _warmup_ratio(value: Any, keys: Mapping[str, Any]) -> tuple[Keys, str]:
     return {"warmup_steps": ratio}, f"`warmup_ratio` is `warmup_steps: {ratio}` now (below 1 it is a ratio)"
 
 
+def _max_seq_length(value: Any, keys: Mapping[str, Any]) -> tuple[Keys, str]:
+    """The handbook's scripts for SFT packed whatever its files said, from 2023 to July 2025."""
+    new, note = {"max_length": value}, "`max_seq_length` is called `max_length` now"
+    if "dataset_mixer" not in keys or "packing" in keys:
+        return new, note
+    packed = {"packing": True, "packing_strategy": "wrapped"}
+    return {**new, **packed}, f"{note}; `packing: true`, as the handbook of the time did with every file"
+
+
+def _max_eval_samples(value: Any, _: Mapping[str, Any]) -> tuple[Keys, str]:
+    return {"max_test_samples": value}, "`max_eval_samples` is called `max_test_samples` now"
+
+
 def _adafactor(value: Any, _: Mapping[str, Any]) -> tuple[Keys, str]:
     if value is True:
         return {"optim": "adafactor"}, "`adafactor: true` is `optim: adafactor` now"
@@ -164,6 +177,8 @@ _SPECIAL: dict[str, Callable[[Any, Mapping[str, Any]], tuple[Keys, str]]] = {
     "dataset_kwargs": _dataset_kwargs,
     "gradient_checkpointing_use_reentrant": _reentrant,
     "group_by_length": _group_by_length,
+    "max_eval_samples": _max_eval_samples,
+    "max_seq_length": _max_seq_length,
     "save_strategy": _save_strategy,
     "tokenizer": _tokenizer,
     "tokenizer_name_or_path": _tokenizer,

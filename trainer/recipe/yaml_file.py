@@ -13,6 +13,8 @@ from trainer.recipe.fields import nearest
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
 COMMAND_LINE = "command line"
+FAMILY = "zephyr-7b"
+"""Whose recipes are found by their method alone: `dpo_full` is `zephyr-7b/dpo_full`."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,6 +64,8 @@ def find(source: str | Path) -> Path:
         return path.resolve()
     if str(source) in names():
         return shipped
+    if f"{FAMILY}/{source}" in names():
+        return RECIPES / FAMILY / f"{source}.yaml"
     if path.is_dir():
         raise RecipeError(f"recipe {source} is a folder", hint=_suggest(str(source)))
     raise RecipeError(

@@ -14,6 +14,7 @@ from trainer.bucket import Bucket
 from trainer.bucket.manifest import Manifest, commits
 from trainer.errors import NoRoom
 from trainer.hardware import available_bytes
+from trainer.supervisor.orphans import claimed, is_ours
 
 Wanted = Literal["auto", "tmpfs", "disk"]
 TMPFS = Path("/dev/shm")  # noqa: S108 (a folder of our own in it, checked to be ours)
@@ -95,8 +96,8 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
 
 
-def expected_size(bucket: Bucket, model: str | None) -> Size | None:
-    """From the newest commit; else a bound from the model's folder; None if neither is here.
+def expected_size(bucket: Bucket, model: str | None, predicted: int | None = None) -> Size | None:
+    """From the newest commit; else from the model's numbers; else a bound from its folder; None without any.
 
     Raises:
         BucketError, Unavailable: as in `Bucket`.
@@ -104,6 +105,8 @@ def expected_size(bucket: Bucket, model: str | None) -> Size | None:
     newest = next((found for found in commits(bucket) if isinstance(found, Manifest)), None)
     if newest:
         return Size(newest.size, f"as committed at step {newest.step}", measured=True)
+    if predicted:
+        return Size(predicted, "as predicted from the model's numbers", measured=False)
     if model and Path(model).is_dir():
         held = sum(path.stat().st_size for path in Path(model).rglob("*") if path.is_file())
         return Size(
@@ -144,14 +147,7 @@ class Folders:
         return (self._in_memory if placement.restored == "tmpfs" else self.work) / "restored"
 
     def _is_ours(self) -> bool:
-        """Whether tmpfs has, or lets us make, a folder that nobody else can write to."""
-        ours = self._in_memory.parent
-        try:
-            ours.mkdir(mode=0o700, exist_ok=True)
-            status = ours.lstat()
-        except OSError:
-            return False
-        return ours.is_dir() and not ours.is_symlink() and status.st_uid == os.getuid()
+        return is_ours(self._in_memory.parent)
 
 
 @contextmanager
@@ -167,8 +163,9 @@ def folders(run_folder: Path, attempt: int, tmpfs: Path = TMPFS) -> Iterator[Fol
     for stale in (run_folder, in_memory):
         shutil.rmtree(stale, ignore_errors=True)
     work.mkdir(parents=True)
-    try:
-        yield Folders(work, in_memory)
-    finally:
-        for mine in (work, in_memory):
-            shutil.rmtree(mine, ignore_errors=True)
+    with claimed(in_memory):
+        try:
+            yield Folders(work, in_memory)
+        finally:
+            for mine in (work, in_memory):
+                shutil.rmtree(mine, ignore_errors=True)

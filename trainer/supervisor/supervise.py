@@ -22,7 +22,9 @@ from trainer.events import EventLog
 from trainer.fit import Fit, fit
 from trainer.hardware import Shape, detect
 from trainer.job import STEPS, Job, Outcome
+from trainer.memory import checkpoint_bytes
 from trainer.recipe import Recipe
+from trainer.recipe.architecture import architecture_for
 from trainer.room import room_in, take_on_ballast
 from trainer.supervisor import record
 from trainer.supervisor.heartbeat import Heartbeat
@@ -71,7 +73,9 @@ def run(request: Request, notice: Notice) -> ExitCode:
         return ExitCode.DONE
     record.write_or_compare(bucket, request.run_id, request.recipe, request.notes)
     shape = detect()
-    planned = fit(request.recipe, shape)
+    architecture = architecture_for(request.recipe, shape)
+    planned = fit(request.recipe, shape, architecture)
+    predicted = checkpoint_bytes(request.recipe, architecture, planned) if architecture else None
     python = worker_python()
     if notice.given:
         return ExitCode.RECOVER
@@ -88,9 +92,9 @@ def run(request: Request, notice: Notice) -> ExitCode:
         if not attempt.exclusive:
             narrator.warned(attempts.NOT_EXCLUSIVE)
         try:
-            return _Attempt(request, bucket, attempt, heartbeat, narrator, mine=mine, shape=shape).run(
-                planned, python, notice
-            )
+            return _Attempt(
+                request, bucket, attempt, heartbeat, narrator, mine=mine, shape=shape, predicted=predicted
+            ).run(planned, python, notice)
         except Superseded as error:
             narrator.superseded(error)
             raise
@@ -112,6 +116,7 @@ class _Attempt:
         *,
         mine: Folders,
         shape: Shape,
+        predicted: int | None,
     ) -> None:
         self._request = request
         self._bucket = bucket
@@ -120,6 +125,7 @@ class _Attempt:
         self._narrator = narrator
         self._folders = mine
         self._shape = shape
+        self._predicted = predicted  # bytes of a checkpoint
         self._work = mine.work
 
     def run(self, planned: Fit, python: str, notice: Notice) -> ExitCode:
@@ -147,8 +153,10 @@ class _Attempt:
         take_on_ballast(self._work)
         model = fetch_model(recipe.model_name_or_path, self._work / "input-model")
         placement = place(
-            expected_size(self._bucket, model),
-            self._folders.look(kept=int(RESERVE * self._shape.host_memory_gib * 2**30)),
+            expected_size(self._bucket, model, self._predicted),
+            self._folders.look(
+                kept=int((RESERVE * self._shape.host_memory_gib + planned.offloaded_gib) * 2**30)
+            ),
             self._request.staging,
             adapter=bool(recipe.model_args.get("use_peft")),
         )

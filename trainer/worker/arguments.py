@@ -6,6 +6,7 @@ from typing import Any
 
 from trainer.errors import RecipeError
 from trainer.fit import Fit
+from trainer.fit.wishes import checkpointing_of
 from trainer.job import Job
 
 REFUSED = {
@@ -29,7 +30,7 @@ def training_arguments(config_class: Any, job: Job) -> Any:
     for key, reason in REFUSED.items():
         if settings.get(key):
             raise RecipeError(f"`{key}` cannot be used: {reason}", hint=f"take `{key}` out of the recipe")
-    settings = {**_defaults(settings, job.fit), **settings, **_owned(job)}
+    settings = {**_defaults(settings, job.fit), **_fitted(job), **settings, **_owned(job)}
     try:
         arguments = config_class(**settings)
     except (TypeError, ValueError) as error:
@@ -49,6 +50,13 @@ def _defaults(settings: dict[str, Any], fit: Fit) -> dict[str, Any]:
         "per_device_eval_batch_size": fit.micro_batch,
         "logging_nan_inf_filter": False,  # it would write the loss of a broken step as 0
     }
+
+
+def _fitted(job: Job) -> dict[str, Any]:
+    """What the fit chose where the recipe is silent; on a CPU nothing, and TRL's default stands."""
+    if job.fit.use_cpu or checkpointing_of(job.recipe) is not None:
+        return {}
+    return {"gradient_checkpointing": job.fit.activation_checkpointing}
 
 
 def _owned(job: Job) -> dict[str, Any]:

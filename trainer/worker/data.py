@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +25,8 @@ Item = TypeVar("Item")
 IGNORED = -100
 """The label that PyTorch's cross entropy leaves out."""
 DEFAULT_MAX_LENGTH = 1024  # TRL's, for SFT and DPO
+KEEP_ALL = ("wrapped", "bfd_split")
+"""Ways of TRL's to pack that carry on in another sequence what does not fit into one."""
 ROWS_AT_ONCE = 1000
 SEPARATOR = np.array([-1], dtype=np.int32)  # no token id, so that moved boundaries change the fingerprint
 
@@ -38,6 +40,7 @@ class Tokens:
     dataset: Any
     """`datasets.Dataset`: input_ids, labels; or prompt_ids, chosen_ids, rejected_ids."""
     tokens: int
+    """Of all rows; a pair's prompt counts once."""
     fingerprint: str
     """xxh3_128 over every token id, in order: what a resumed run must find again."""
 
@@ -49,7 +52,7 @@ class _Encoded(NamedTuple):
 
 
 def for_sft(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str) -> Tokens:
-    """`input_ids` and `labels`, cut to `max_length`.
+    """`input_ids` and `labels`, cut to `max_length` unless TRL packs what is beyond it elsewhere.
 
     Raises:
         DataError: the columns are of no form for SFT, or not one row can be used.
@@ -66,11 +69,7 @@ def for_sft(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str
         return [written if completion_only else _learn_all(written)]
 
     def tokens(texts: list[Text], encoded: list[_Encoded]) -> TokenRow:
-        return sft_row(
-            encoded[0],
-            texts[0].learned,
-            cut=_cut(settings.get("max_length", DEFAULT_MAX_LENGTH), settings.get("truncation_mode")),
-        )
+        return sft_row(encoded[0], texts[0].learned, cut=_cut(settings))
 
     return _tokenise(rows, tokenizer, "sft", name, text, tokens)
 
@@ -154,10 +153,11 @@ def _learn_all(text: Text) -> Text:
     return Text(text.text, ((0, len(text.text)),), text.add_special_tokens)
 
 
-def _cut(max_length: int | None, truncation_mode: str | None) -> slice:
-    if max_length is None:
+def _cut(settings: Mapping[str, Any]) -> slice:
+    max_length = settings.get("max_length", DEFAULT_MAX_LENGTH)
+    if max_length is None or (settings.get("packing") and settings.get("packing_strategy") in KEEP_ALL):
         return slice(None)
-    return slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
+    return slice(-max_length, None) if settings.get("truncation_mode") == "keep_end" else slice(max_length)
 
 
 def _first_token(encoded: _Encoded, character: int) -> int:
@@ -186,8 +186,8 @@ def _tokenise(
         encoded = iter(_encode([one for texts in written for one in texts], tokenizer))
         pieces = ((texts, [next(encoded) for _ in texts]) for texts in written)
         kept = list(_usable(tokens, pieces, reasons))
-        for array in (array for row in kept for array in row.values()):
-            count += len(array)
+        for column, array in ((column, array) for row in kept for column, array in row.items()):
+            count += len(array) if column != "labels" else 0
             digest.update(array.tobytes())
             digest.update(SEPARATOR.tobytes())
         if kept:

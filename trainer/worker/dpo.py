@@ -41,7 +41,7 @@ def train(job: Job, channel: Channel) -> Outcome:
     about = identity(job, train_tokens, model.digest(policy))
     lora = model.lora(recipe)
     in_memory = lora is None and not recipe.trainer_args.get("precompute_ref_log_probs")
-    reference = model.load(base, recipe, job.fit) if in_memory else None
+    reference = model.load(base, recipe, job.fit, trained=False) if in_memory else None
 
     # Training
     trainer = training.build(

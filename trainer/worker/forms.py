@@ -14,8 +14,11 @@ ROLES = ("system", "user", "assistant")
 Method = Literal["sft", "dpo"]
 NEEDED = {
     "sft": "`messages`, or `prompt` and `completion`",
-    "dpo": "`chosen` and `rejected` (whole chats), or `prompt`, `chosen` and `rejected`",
+    "dpo": "`chosen` and `rejected` (whole chats), or `prompt`, `chosen` and `rejected`, or `instruction`, "
+    "`chosen_response` and `rejected_response`",
 }
+RESPONSES = ("instruction", "chosen_response", "rejected_response")
+"""A question and two answers of a chat: https://huggingface.co/datasets/argilla/ultrafeedback-binarized-preferences."""
 
 
 class Malformed(ValueError):
@@ -44,7 +47,7 @@ class Pair(NamedTuple):
 def check_columns(row: Row, method: Method) -> None:
     """Raise `DataError` if the data are of no form that the method can read."""
     has_pair = "chosen" in row and "rejected" in row
-    if method == "dpo" and has_pair:
+    if method == "dpo" and (has_pair or all(name in row for name in RESPONSES)):
         return
     if method == "sft" and ("messages" in row or ("prompt" in row and "completion" in row)):
         return
@@ -72,13 +75,20 @@ def sft_form(row: Row) -> Chat | Completion:
 def dpo_form(row: Row) -> Pair:
     """Raises `Malformed`."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, str) or isinstance(rejected, str):
+    if "chosen" not in row and "chosen_response" in row:
+        pair = Pair(*(_turn(row, name) for name in RESPONSES))
+    elif isinstance(chosen, str) or isinstance(rejected, str):
         pair = Pair(_text(prompt, "prompt"), _text(chosen, "chosen"), _text(rejected, "rejected"))
     else:
         pair = _message_pair(prompt, _answer(chosen, "chosen"), _answer(rejected, "rejected"))
     if pair.chosen == pair.rejected:
         raise Malformed("chosen and rejected are the same")
     return pair
+
+
+def _turn(row: Row, name: str) -> list[Message]:
+    role = "user" if name == "instruction" else "assistant"
+    return [{"role": role, "content": _text(row.get(name), name)}]
 
 
 def _message_pair(prompt: Any, chosen: list[Message], rejected: list[Message]) -> Pair:

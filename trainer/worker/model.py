@@ -15,7 +15,9 @@ import xxhash
 from trainer.errors import ModelError, RecipeError
 from trainer.fit import Fit
 from trainer.job import Job
+from trainer.memory.precision import half_precision, trains_in_float32
 from trainer.recipe import Recipe
+from trainer.worker import adapters
 from trainer.worker.sources import Row
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,8 @@ def locate(job: Job, rows: Iterable[Row]) -> Base:
         return _folder(local, name, job)
     if local.is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1:
         raise ModelError(f"there is no model folder {path}")
+    if adapter := adapters.from_hub(path, str(hub_arguments(recipe)["revision"])):
+        return _folder(adapter, name, job)
     return Base(path, name)
 
 
@@ -88,8 +92,10 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def load(base: Base, recipe: Recipe, fit: Fit) -> Any:
+def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
     """A causal language model with its weights, on the CPU (quantised: where it is to run).
+
+    One whose weights are all `trained` is in float32 where mixed precision needs it so.
 
     Raises:
         ModelError: missing, broken, gated, or on a Hub that cannot be reached.
@@ -97,7 +103,7 @@ def load(base: Base, recipe: Recipe, fit: Fit) -> Any:
     from transformers import AutoModelForCausalLM
 
     settings: dict[str, Any] = {
-        "dtype": dtype_name(recipe),
+        "dtype": "float32" if trained and _keeps_float32(recipe, fit) else dtype_name(recipe),
         "attn_implementation": attention(recipe, fit),
         **hub_arguments(recipe),
     }
@@ -136,13 +142,23 @@ def dtype_name(recipe: Recipe) -> str:
     return str(recipe.model_args.get("dtype") or "float32")  # TRL's default
 
 
+def _keeps_float32(recipe: Recipe, fit: Fit) -> bool:
+    if fit.use_cpu:
+        return False
+    from trainer.worker.arguments import has_bf16
+
+    has_half = half_precision(recipe, has_bf16=has_bf16(fit)) is not None
+    return trains_in_float32(recipe, fit.engine, has_half=has_half)
+
+
 def attention(recipe: Recipe, fit: Fit) -> str | None:
-    """The recipe's choice, or `sdpa` where FlashAttention cannot run; None leaves it to Transformers."""
-    wanted: str | None = recipe.model_args.get("attn_implementation")
+    """The recipe's choice, or the fit's FlashAttention; `sdpa` where that cannot run; None leaves it to Transformers."""
+    said: str | None = recipe.model_args.get("attn_implementation")
+    wanted = said if said or fit.use_cpu or fit.attention != FLASH_ATTENTION else FLASH_ATTENTION
     if wanted != FLASH_ATTENTION or (reason := _no_flash_attention(fit)) is None:
         return wanted
     log.info("attention is sdpa, not %s: %s", FLASH_ATTENTION, reason)
-    return "sdpa"
+    return "sdpa" if said else None
 
 
 def _no_flash_attention(fit: Fit) -> str | None:
@@ -151,6 +167,8 @@ def _no_flash_attention(fit: Fit) -> str | None:
 
     if fit.use_cpu or not torch.cuda.is_available():
         return "there is no CUDA device"
+    if fit.attention != FLASH_ATTENTION:
+        return "it knows no float32"
     if torch.cuda.get_device_capability() < FLASH_ATTENTION_CAPABILITY:
         return f"{torch.cuda.get_device_name()} is older than Ampere"
     return None if is_flash_attn_2_available() else "the package flash-attn is not installed"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, overload
 
 from trainer.errors import DataError
 from trainer.recipe import DataSource, Mixture, Recipe
-from trainer.worker import synthetic
+from trainer.worker import synthetic, ultrafeedback
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -81,7 +81,7 @@ def read(recipe: Recipe) -> Rows:
 
 
 def _mix(sources: Sequence[DataSource], seed: int) -> Mixed:
-    parts = [_read(source) for source in sources]
+    parts = [_read(source, seed) for source in sources]
     order = [
         (number, row)
         for number, (source, part) in enumerate(zip(sources, parts, strict=True))
@@ -117,10 +117,12 @@ def _split(rows: Mixed, mixture: Mixture) -> tuple[Mixed, Mixed]:
     )
 
 
-def _read(source: DataSource) -> Sequence[Row]:
+def _read(source: DataSource, seed: int) -> Sequence[Row]:
     rows = _raw(source)
     if not rows:
         raise DataError(f"{source.id} ({source.split}) has no rows")
+    if source.binarise:
+        rows = ultrafeedback.binarise(rows, name=f"{source.id} ({source.split})", seed=seed)
     if missing := [name for name in source.columns if name not in rows[0]]:
         raise DataError(
             f"{source.id} has no column {missing[0]}, which `columns` names; it has {', '.join(sorted(rows[0]))}"

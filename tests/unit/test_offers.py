@@ -1,0 +1,248 @@
+"""Offers: a fresh cache, else SkyPilot's catalog, else the newest prices that are known."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from launcher.offers import Offer, Prices, load_prices
+from launcher.prices import store
+from launcher.prices.fake import FakeCatalogs
+from launcher.prices.offer import Row
+from launcher.prices.table import Table
+from launcher.skypilot import Fetched
+from trainer.errors import Unavailable, UserError
+from trainer.hardware import Shape
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+SNAPSHOT_DAY = date(2026, 11, 21)
+ROOT = Path(__file__).resolve().parents[2]
+A100 = Row("gcp", "us-central1", "a2-highgpu-8g", "A100", 8, 96, 680.0, 30.0, 15.0)
+H100 = Row("lambda", "us-east-1", "gpu_8x_h100_sxm5", "H100", 8, 208, 1800.0, 31.92, None)
+L40S = Row("aws", "us-east-2", "g6e.2xlarge", "L40S", 1, 8, 64.0, 2.24, 1.1)
+ALL = {row.infra: Fetched((row,)) for row in (A100, H100, L40S)}
+OFFER = Offer(
+    infra="gcp",
+    region="us-central1",
+    zone=None,
+    instance_type="a2-highgpu-8g",
+    shape=Shape(
+        accelerator="A100", count=8, memory_gib=40.0, cores=96, host_memory_gib=680.0, node="a2-highgpu-8g"
+    ),
+    usd_per_h=30.0,
+    spot_usd_per_h=15.0,
+)
+
+Load = Callable[..., Prices]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    def load(catalogs: FakeCatalogs, **given: object) -> Prices:
+        return load_prices(**{"now": NOW, "folder": tmp_path, "catalogs": catalogs, **given})  # type: ignore[arg-type]
+
+    return load
+
+
+def test_skypilots_catalog_becomes_offers(load: Load) -> None:
+    """A row is an offer with the shape that a fit takes."""
+    prices = load(FakeCatalogs(ALL), infra=["gcp"])
+    assert prices == Prices(offers=(OFFER,), as_of=NOW.date(), source="skypilot")
+
+
+def test_gcp_and_lambda_are_asked_for_unless_others_are_named(load: Load) -> None:
+    """The two clouds that the project is about, both in one question."""
+    catalogs = FakeCatalogs(ALL)
+    assert [offer.infra for offer in load(catalogs).offers] == ["gcp", "lambda"]
+    assert catalogs.asked == [("gcp", "lambda")]
+
+
+def test_skypilot_is_asked_once_a_day(load: Load) -> None:
+    """A fresh cache answers alone; a day later it does not."""
+    catalogs = FakeCatalogs(ALL)
+    load(catalogs)
+    again = load(catalogs, now=NOW + timedelta(hours=23))
+    assert (again.source, again.as_of, again.notes) == ("cache", NOW.date(), ())
+    assert len(catalogs.asked) == 1
+    assert load(catalogs, now=NOW + timedelta(hours=24)).source == "skypilot"
+    assert len(catalogs.asked) == 2
+
+
+def test_only_what_is_not_cached_is_asked_for(load: Load) -> None:
+    """Each cloud's prices have an age of their own; the oldest is told."""
+    catalogs = FakeCatalogs(ALL)
+    load(catalogs, infra=["gcp"])
+    prices = load(catalogs, infra=["gcp", "aws"], now=NOW + timedelta(hours=20))
+    assert catalogs.asked == [("gcp",), ("aws",)]
+    assert (prices.source, prices.as_of) == ("cache", NOW.date())
+
+
+def test_a_refresh_asks_again(load: Load) -> None:
+    """For those who do not want to wait a day."""
+    catalogs = FakeCatalogs(ALL)
+    load(catalogs)
+    assert load(catalogs, refresh=True).source == "skypilot"
+    assert len(catalogs.asked) == 2
+
+
+def test_without_skypilot_the_snapshot_is_used_and_said(load: Load) -> None:
+    """Nobody has to install SkyPilot, or be online, to see a plan; the date says what the prices are worth."""
+    prices = load(FakeCatalogs())
+    assert (prices.source, prices.as_of) == ("snapshot", SNAPSHOT_DAY)
+    assert prices.notes == (
+        "gcp: prices of 2026-11-21, from the shipped snapshot: the network is down",
+        "lambda: prices of 2026-11-21, from the shipped snapshot: the network is down",
+    )
+    assert len(prices.offers) > 200
+
+
+def test_the_snapshot_is_never_taken_for_fresh(load: Load, tmp_path: Path) -> None:
+    """It is not put into the cache: SkyPilot is asked again before long."""
+    catalogs = FakeCatalogs()
+    load(catalogs)
+    assert not list(tmp_path.glob("*.json"))
+    catalogs.answers = dict(ALL)
+    assert load(catalogs, now=NOW + store.RETRY).source == "skypilot"
+
+
+def test_a_failure_is_not_tried_again_at_once(load: Load) -> None:
+    """Offline, the next plan does not wait for SkyPilot's import and the network once more; the note stays."""
+    catalogs = FakeCatalogs()
+    first = load(catalogs)
+    soon = NOW + store.RETRY - timedelta(seconds=1)
+    assert load(catalogs, now=soon) == first
+    assert len(catalogs.asked) == 1
+    load(catalogs, now=soon, refresh=True)
+    assert len(catalogs.asked) == 2
+
+
+def test_a_missing_skypilot_is_not_remembered(load: Load) -> None:
+    """Who installs it at the error's advice has live prices at once."""
+    missing = UserError("SkyPilot is not installed")
+    load(FakeCatalogs({"gcp": missing}), infra=["gcp"])
+    assert load(FakeCatalogs(ALL), infra=["gcp"]).source == "skypilot"
+
+
+@pytest.mark.parametrize("text", ["", "yesterday\ndown", "2026-11-22T12:00:00\ndown", "\xff"])
+def test_a_damaged_record_of_a_failure_is_none(load: Load, tmp_path: Path, text: str) -> None:
+    """It stands in nobody's way."""
+    (tmp_path / "gcp.failed").write_text(text, encoding="latin-1")
+    assert load(FakeCatalogs(ALL), infra=["gcp"]).source == "skypilot"
+
+
+def test_an_old_cache_is_better_than_an_older_snapshot(load: Load) -> None:
+    """When SkyPilot cannot be asked, the newest prices win."""
+    load(FakeCatalogs(ALL))
+    prices = load(FakeCatalogs(), infra=["lambda"], now=NOW + timedelta(days=3))
+    assert (prices.source, prices.as_of) == ("cache", NOW.date())
+    assert prices.notes == ("lambda: prices of 2026-11-22, from the cache: the network is down",)
+
+
+def test_a_new_snapshot_is_better_than_an_older_cache(load: Load, tmp_path: Path) -> None:
+    """A cache that was left behind by an earlier version does not stand in the way."""
+    store.keep("gcp", Table(NOW - timedelta(days=99), "long ago", (A100,)), folder=tmp_path)
+    assert load(FakeCatalogs(), infra=["gcp"]).source == "snapshot"
+
+
+def test_a_damaged_cache_is_asked_for_again(load: Load, tmp_path: Path) -> None:
+    """And mended on the way."""
+    (tmp_path / "gcp.json").write_text("{")
+    catalogs = FakeCatalogs(ALL)
+    assert load(catalogs, infra=["gcp"]).source == "skypilot"
+    assert load(catalogs, infra=["gcp"]).source == "cache"
+
+
+def test_the_least_live_source_is_told(load: Load) -> None:
+    """One cloud's fallback is not hidden behind the other's fresh prices."""
+    prices = load(FakeCatalogs({"gcp": Fetched((A100,))}))
+    assert (prices.source, prices.as_of) == ("snapshot", SNAPSHOT_DAY)
+    assert OFFER in prices.offers
+    assert len(prices.notes) == 1
+
+
+def test_an_empty_catalog_is_no_answer(load: Load, tmp_path: Path) -> None:
+    """A cloud with no GPU at all is a catalog gone wrong; it does not empty the cache."""
+    prices = load(FakeCatalogs({"gcp": Fetched(())}), infra=["gcp"])
+    assert prices.source == "snapshot"
+    assert "SkyPilot lists no GPUs of gcp" in prices.notes[0]
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_what_skypilot_warns_of_is_passed_on(load: Load) -> None:
+    """It may have used a catalog of its own that is older than it should be."""
+    said = "Failed to fetch gcp catalog gcp/vms.csv. Using cached catalog files."
+    prices = load(FakeCatalogs({"gcp": Fetched((A100,), (said,))}), infra=["gcp"])
+    assert prices.notes == (f"SkyPilot: {said}",)
+    assert (
+        load(FakeCatalogs(ALL), infra=["gcp"]).source == "skypilot"
+    )  # what is of no certain age is not kept
+
+
+def test_another_cloud_is_skypilots_alone_to_price(load: Load) -> None:
+    """`--infra aws` works while SkyPilot does; else its reason is the error."""
+    assert load(FakeCatalogs(ALL), infra=["aws"]).offers[0].shape.accelerator == "L40S"
+    with pytest.raises(Unavailable, match="the network is down"):
+        load(FakeCatalogs(), infra=["runpod"])
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("gpc", "did you mean `gcp`"), ("lamda", "`lambda`"), ("x", "known: aws")]
+)
+def test_an_infrastructure_that_nobody_knows_is_an_error(load: Load, name: str, hint: str) -> None:
+    """It names what was meant, and asks nobody."""
+    catalogs = FakeCatalogs(ALL)
+    with pytest.raises(UserError, match=f"no infrastructure is called `{name}`") as caught:
+        load(catalogs, infra=[name])
+    assert hint in (caught.value.hint or "")
+    assert not catalogs.asked
+
+
+def test_what_one_owns_has_no_price(load: Load) -> None:
+    """A cluster, or this machine, is planned for without offers, and that is said."""
+    catalogs = FakeCatalogs(ALL)
+    prices = load(catalogs, infra=["k8s", "slurm", "local"])
+    assert (prices.offers, catalogs.asked) == ((), [])
+    assert prices.notes[0] == "kubernetes has no prices: its machines are not rented"
+    assert load(catalogs, infra=["slurm", "GCP"]).offers == (OFFER,)
+
+
+def test_a_region_narrows_a_cloud(load: Load) -> None:
+    """As SkyPilot writes it; a region without GPUs is an error that names the others."""
+    prices = load(FakeCatalogs(), infra=["gcp/us-central1"])
+    assert {offer.region for offer in prices.offers} == {"us-central1"}
+    with pytest.raises(UserError, match="no GPUs in a region `us-centrall`") as caught:
+        load(FakeCatalogs(), infra=["gcp/us-centrall"])
+    assert "`us-central1`" in (caught.value.hint or "")
+
+
+def test_a_cloud_that_is_named_twice_is_offered_once(load: Load) -> None:
+    """Whole and in part, the part is not doubled."""
+    catalogs = FakeCatalogs(ALL)
+    assert load(catalogs, infra=["gcp", "gcp", "gcp/us-central1"]).offers == (OFFER,)
+    assert catalogs.asked == [("gcp",)]
+
+
+def test_prices_survive_json() -> None:
+    """They are part of what `--json` prints."""
+    prices = Prices(offers=(OFFER,), as_of=NOW.date(), source="cache", notes=("old",))
+    assert Prices.model_validate_json(prices.model_dump_json()) == prices
+
+
+def test_prices_that_are_at_hand_are_read_without_skypilot() -> None:
+    """`import sky` takes seconds; a plan with a fresh cache is to take less than one."""
+    script = (
+        "import sys, tempfile\n"
+        "from datetime import UTC, datetime\n"
+        "from pathlib import Path\n"
+        "from launcher.offers import load_prices\n"
+        "from launcher.prices.fake import FakeCatalogs\n"
+        "prices = load_prices(now=datetime.now(UTC), folder=Path(tempfile.mkdtemp()), catalogs=FakeCatalogs())\n"
+        "assert prices.source == 'snapshot' and prices.offers\n"
+        "assert not {'sky', 'pandas', 'numpy', 'requests'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

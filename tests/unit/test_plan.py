@@ -1,0 +1,183 @@
+"""The plan: everything that could run a recipe, ranked, and why the rest is not in it."""
+
+from __future__ import annotations
+
+from datetime import date
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.plan import Plan, Wishes, parse_gpus, plan
+from launcher.prices.offer import Offer, Prices, offer_of
+from launcher.prices.store import snapshot
+from trainer.errors import UserError
+from trainer.estimate import Workload, known_workload
+from trainer.hardware import usable_gib
+from trainer.memory import known_architecture
+from trainer.recipe import Recipe, load
+
+
+def shipped_prices() -> Prices:
+    tables = [table for infra in ("gcp", "lambda") if (table := snapshot(infra))]
+    offers = [offer for table in tables for row in table.rows if (offer := offer_of(row))]
+    return Prices(offers=tuple(offers), as_of=date(2026, 11, 21), source="snapshot")
+
+
+PRICES = shipped_prices()
+
+
+def recipe(name: str = "zephyr-7b/dpo_full", *overrides: str) -> Recipe:
+    return load(name, overrides).recipe
+
+
+def planned(
+    name: str = "zephyr-7b/dpo_full", *overrides: str, prices: Prices = PRICES, **wishes: object
+) -> Plan:
+    what = recipe(name, *overrides)
+    architecture = known_architecture(str(what.model_name_or_path))
+    workload = known_workload(what) or Workload(rows=1000, tokens=512, source="a test")
+    return plan(what, architecture, prices, workload, Wishes.model_validate(wishes))
+
+
+def test_rows_are_ranked_by_expected_dollars_and_the_first_is_chosen() -> None:
+    """What people pay is what they compare."""
+    found = planned()
+    assert [row.usd for row in found.rows] == sorted(row.usd for row in found.rows)
+    assert found.chosen == found.rows[0]
+    assert found.rows[0].names() in found.why
+
+
+def test_or_by_hours() -> None:
+    """Whoever is in a hurry asks for that."""
+    found = planned(by="hours")
+    assert [row.hours for row in found.rows] == sorted(row.hours for row in found.rows)
+    assert "fewest expected hours" in found.why
+
+
+def test_every_row_fits_and_keeps_the_global_batch() -> None:
+    """No row promises memory that is not there, or trains another batch."""
+    for row in planned().rows:
+        assert row.fit.gpu.gib <= (usable_gib(row.shape) or 0)
+        assert row.fit.host.gib <= row.shape.host_memory_gib
+        assert row.fit.processes * row.fit.micro_batch * row.fit.accumulation == 128
+
+
+def test_each_offer_is_in_its_cheapest_region() -> None:
+    """A dearer region is no other way to run."""
+    for row in planned().rows:
+        same = [
+            offer.spot_usd_per_h if row.spot else offer.usd_per_h
+            for offer in PRICES.offers
+            if (offer.infra, offer.instance_type) == (row.offer.infra, row.offer.instance_type)
+        ]
+        assert row.usd_per_h == min(price for price in same if price is not None)
+
+
+def test_the_seeds_machines_come_out() -> None:
+    """Full DPO on 8 x 80 GB needs no offload; on 8 x 40 GB neither, with ZeRO-3; LoRA needs one GPU."""
+    large = planned(accelerator="A100-80GB", count=8).rows[0].fit
+    small = planned(accelerator="A100", count=8).rows[0].fit
+    assert (large.engine, large.offload_optimizer) == ("zero2", False)
+    assert (small.engine, small.offload_optimizer) == ("zero3", False)
+    asked = planned("notus-7b/dpo_full", "offload=all", accelerator="A100", count=8).rows[0].fit
+    assert (asked.offload_optimizer, asked.offload_parameters) == (True, True)
+    assert planned("zephyr-7b/dpo_qlora", accelerator="L4", count=1).rows[0].fit.engine == "single"
+
+
+def test_lambda_rents_no_spot() -> None:
+    """Only GCP's rows are on spot, and `--spot` leaves nothing else."""
+    assert {row.offer.infra for row in planned(spot=True).rows} == {"gcp"}
+    assert not any(row.spot for row in planned(spot=False).rows)
+
+
+def test_spot_counts_preemptions_and_on_demand_does_not() -> None:
+    """Expected hours on spot are more than the work; the interval between saves goes with them."""
+    rows = planned(accelerator="A100-80GB", count=8).rows
+    spot = next(row for row in rows if row.spot)
+    steady = next(row for row in rows if not row.spot)
+    assert spot.expectation
+    assert spot.expectation.preemptions > 0
+    assert spot.hours > spot.estimate.hours
+    assert spot.save_steps
+    assert (steady.hours, steady.save_steps, steady.expectation) == (steady.estimate.hours, None, None)
+
+
+def test_what_does_not_fit_is_rejected_with_the_way_out() -> None:
+    """A V100 has no bfloat16; a single A100's host is too small for the optimizer."""
+    rejected = {each.what.split()[0]: each for each in planned().rejected}
+    assert "bfloat16" in rejected["V100:8"].why
+    assert "130 GiB of each host's memory" in rejected["A100:1"].why
+    assert rejected["A100:1"].way_out
+
+
+def test_arm_hosts_are_left_out_unless_they_are_named() -> None:
+    """Our image does not run on Grace; whoever names it has another."""
+    assert any(each.what.startswith("GH200") and "Arm" in each.why for each in planned().rejected)
+    assert planned(accelerator="GH200").rows
+
+
+def test_budget_and_deadline_reject_with_their_values() -> None:
+    """Nothing over the limit is chosen, and each row says by how much."""
+    found = planned(budget_usd=20, deadline_h=2)
+    assert all(row.usd <= 20 and row.hours <= 2 for row in found.rows)
+    reasons = [each.why for each in found.rejected]
+    assert any("over the budget of $20" in why for why in reasons)
+    assert any("past the deadline of 2 h" in why for why in reasons)
+
+
+def test_nothing_left_is_no_choice() -> None:
+    """An impossible budget leaves no row, and the reasons."""
+    found = planned(budget_usd=0.01)
+    assert (found.chosen, found.rows) == (None, ())
+    assert found.rejected
+
+
+def test_two_nodes_cost_twice_an_hour() -> None:
+    """Both machines are paid."""
+    one = planned(accelerator="A100-80GB", count=8, spot=False).rows[0]
+    two = planned(accelerator="A100-80GB", count=8, spot=False, nodes=2).rows[0]
+    assert two.usd_per_h == 2 * one.usd_per_h
+    assert two.fit.processes == 16
+    assert str(two.shape) == "2 x A100-80GB:8"
+
+
+def test_gpus_that_nobody_rents_are_refused_with_what_is_rented() -> None:
+    """The name, and then the number."""
+    with pytest.raises(UserError, match="nobody here rents 7 x A100 in one machine") as error:
+        planned(accelerator="A100", count=7)
+    assert "1, 2, 4, 8" in str(error.value.hint)
+    with pytest.raises(UserError, match="nobody here rents RTX4090"):
+        planned(accelerator="RTX4090")
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"), [("A100:8", ("A100", 8)), ("a100-80gb:4", ("A100-80GB", 4)), ("L4", ("L4", None))]
+)
+def test_gpus_are_read(text: str, parsed: tuple[str, int | None]) -> None:
+    """As SkyPilot writes them, in any case."""
+    assert parse_gpus(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["A100:", "A100:0", "A100:x", "A10000:8"])
+def test_gpus_that_cannot_be_are_refused(text: str) -> None:
+    """No number of GPUs, or no such GPU."""
+    with pytest.raises(UserError):
+        parse_gpus(text)
+
+
+@settings(deadline=None)  # a loaded machine is no failure
+@given(factor=st.floats(min_value=1.0, max_value=10.0), which=st.integers(min_value=0, max_value=5))
+def test_a_dearer_offer_is_never_ranked_better(factor: float, which: int) -> None:
+    """Raising one machine's price cannot move it up."""
+    before = [row.offer.instance_type for row in planned(accelerator="H100", spot=False).rows]
+    named = before[which % len(before)]
+
+    def raised(offer: Offer) -> Offer:
+        if offer.instance_type != named:
+            return offer
+        return offer.model_copy(update={"usd_per_h": (offer.usd_per_h or 0) * factor})
+
+    dearer = PRICES.model_copy(update={"offers": tuple(map(raised, PRICES.offers))})
+    after = [row.offer.instance_type for row in planned(accelerator="H100", spot=False, prices=dearer).rows]
+    assert after.index(named) >= before.index(named)

@@ -1,0 +1,179 @@
+"""Prices on this machine: the file they are kept in, the cache, and the shipped snapshot."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from launcher.prices import store
+from launcher.prices.offer import Row, offer_of
+from launcher.prices.table import Table, dump, parse, read
+from trainer.hardware import known_gpu
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+L4 = Row("gcp", "us-central1", "g2-standard-12", "L4", 1, 12, 48.0, 1.0005, 0.4001)
+A100 = Row("lambda", "us-east-1", "gpu_8x_a100", "A100", 8, 124, 1800.0, 15.92, None)
+TABLE = Table(NOW, "a test", (L4, A100))
+
+
+def test_a_table_survives_its_file() -> None:
+    """Prices, missing ones too, come back as they were."""
+    assert parse(dump(TABLE)) == TABLE
+
+
+def test_equal_tables_are_equal_files_with_a_row_a_line() -> None:
+    """A new snapshot shows in a diff what has changed, and nothing else."""
+    assert dump(TABLE) == dump(TABLE._replace(rows=(A100, L4)))
+    assert sum(line.startswith('["') for line in dump(TABLE).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        "{}",
+        dump(TABLE)[:-40],
+        dump(TABLE).replace('"format": 1', '"format": 0'),
+        dump(TABLE).replace('"usd_per_h"', '"eur_per_h"'),
+        dump(TABLE).replace("15.92", '"dear"'),
+        dump(TABLE).replace(', "A100", 8', ', "A100"'),
+        dump(TABLE).replace("2026-11-22T12:00:00+00:00", "yesterday"),
+        dump(TABLE).replace("2026-11-22T12:00:00+00:00", "2026-11-22"),
+    ],
+)
+def test_whatever_is_no_table_is_a_value_error(text: str) -> None:
+    """Damage of any kind, and files of other versions, are one case to those who read."""
+    with pytest.raises(ValueError, match=r"."):
+        parse(text)
+
+
+def test_the_cache_gives_back_what_it_was_given(tmp_path: Path) -> None:
+    """Clouds do not share a file: asking for one leaves the other's prices as old as they are."""
+    folder = tmp_path / "new" / "folder"
+    store.keep("gcp", TABLE, folder=folder)
+    assert store.cached("gcp", folder=folder) == TABLE
+    assert store.cached("lambda", folder=folder) is None
+    assert [path.name for path in folder.iterdir()] == ["gcp.json"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b'{"format": 0}'])
+def test_a_damaged_cache_is_as_good_as_none(tmp_path: Path, damage: bytes) -> None:
+    """It is written anew the next time, and stops nobody."""
+    (tmp_path / "gcp.json").write_bytes(damage)
+    assert store.cached("gcp", folder=tmp_path) is None
+    store.keep("gcp", TABLE, folder=tmp_path)
+    assert store.cached("gcp", folder=tmp_path) == TABLE
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    """A home that is read-only, or a file where the folder should be, costs time and nothing else."""
+    (tmp_path / "file").write_text("")
+    store.keep("gcp", TABLE, folder=tmp_path / "file" / "prices")
+    assert store.cached("gcp", folder=tmp_path / "file" / "prices") is None
+
+
+@pytest.mark.parametrize(
+    ("age", "expected"),
+    [
+        (timedelta(0), True),
+        (timedelta(hours=23, minutes=59), True),
+        (timedelta(hours=24), False),
+        (timedelta(days=400), False),
+        (timedelta(seconds=-1), False),
+    ],
+)
+def test_a_day_makes_prices_old(age: timedelta, *, expected: bool) -> None:
+    """And a clock that was set back makes them unbelievable."""
+    assert store.fresh(TABLE, now=NOW + age) is expected
+
+
+def test_every_row_of_the_snapshot_is_an_offer() -> None:
+    """Each GPU of the shipped prices is in the GPU table, and each row has something to say."""
+    rows = read(store.SNAPSHOT).rows
+    assert {row.infra for row in rows} == {"gcp", "lambda"}
+    for row in rows:
+        assert known_gpu(row.accelerator), row
+        offer = offer_of(row)
+        assert offer is not None, row
+        assert (offer.shape.node, offer.shape.count) == (row.instance_type, row.gpus)
+        assert row.usd_per_h is not None, row
+        assert row.usd_per_h > 0.1
+        assert row.spot_usd_per_h is None or row.spot_usd_per_h > 0.05
+        assert row.infra != "lambda" or row.spot_usd_per_h is None
+
+
+def test_the_snapshot_has_one_row_for_a_type_in_a_region() -> None:
+    """Zones are folded: a type is offered once a region, at its cheapest."""
+    rows = read(store.SNAPSHOT).rows
+    keys = [(row.infra, row.region, row.instance_type, row.accelerator) for row in rows]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_snapshot_says_where_it_is_from() -> None:
+    """Its day, its origin and that origin's licence go with it."""
+    head = json.loads(store.SNAPSHOT.read_text())
+    assert "github.com/skypilot-org/skypilot-catalog" in head["source"]
+    assert "Apache License 2.0" in head["source"]
+    assert datetime.fromisoformat(head["taken"]) < NOW
+    assert store.SNAPSHOT.stat().st_size < 64 * 1024
+
+
+@pytest.mark.parametrize(
+    ("infra", "region", "instance_type", "expected"),
+    [
+        # host and accelerator, which GCP prices apart: 8.79698 + 14.76958, 4.39824 + 15.712
+        ("gcp", "us-central1", "a2-ultragpu-8g", ("A100-80GB", 8, 96, 1360.0, 23.56656, 20.11024)),
+        # 5.91582 + 23.47126, 2.958 + 11.4728
+        ("gcp", "us-central1", "a2-highgpu-8g", ("A100", 8, 96, 680.0, 29.38708, 14.4308)),
+        ("lambda", "us-east-1", "gpu_8x_a100", ("A100", 8, 124, 1800.0, 15.92, None)),
+        ("lambda", "us-west-2", "gpu_8x_a100_80gb_sxm4", ("A100-80GB", 8, 240, 1800.0, 22.32, None)),
+    ],
+)
+def test_known_prices_are_in_the_snapshot(
+    infra: str, region: str, instance_type: str, expected: tuple[object, ...]
+) -> None:
+    """Sums that were made by hand from the catalog's rows."""
+    table = store.snapshot(infra)
+    assert table is not None
+    (row,) = [row for row in table.rows if (row.region, row.instance_type) == (region, instance_type)]
+    assert row[3:] == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_cloud_that_is_not_shipped_has_no_snapshot() -> None:
+    """Two clouds are; of the others SkyPilot alone knows."""
+    assert store.snapshot("aws") is None
+
+
+@pytest.mark.parametrize(
+    ("infra", "instance_type", "accelerator", "board"),
+    [
+        ("lambda", "gpu_1x_a100", "A100", "A100-PCIE"),
+        ("lambda", "gpu_4x_a100", "A100", "A100-PCIE"),
+        ("lambda", "gpu_1x_a100_sxm4", "A100", None),
+        ("lambda", "gpu_8x_a100", "A100", None),
+        ("lambda", "gpu_1x_h100_pcie", "H100", "H100-PCIE"),
+        ("lambda", "gpu_8x_h100_sxm5", "H100", None),
+        ("gcp", "a2-highgpu-1g", "A100", None),
+        ("runpod", "1x_A100-80GB_SECURE", "A100-80GB", "A100-80GB-PCIE"),
+        ("runpod", "1x_A100-80GB-SXM_SECURE", "A100-80GB-SXM", None),
+    ],
+)
+def test_an_offer_tells_boards_of_one_name_apart(
+    infra: str, instance_type: str, accelerator: str, board: str | None
+) -> None:
+    """SkyPilot calls PCIe and SXM boards alike; their peaks and links are not."""
+    offer = offer_of(A100._replace(infra=infra, instance_type=instance_type, accelerator=accelerator))
+    assert offer is not None
+    assert (offer.shape.board, offer.shape.accelerator) == (board, accelerator)
+
+
+def test_what_is_no_gpu_of_the_table_is_no_offer() -> None:
+    """TPUs and other makers' accelerators are rented out too, and cannot run this."""
+    assert offer_of(L4._replace(accelerator="tpu-v5e-8")) is None
+    assert offer_of(L4._replace(accelerator="MI300X")) is None

@@ -1,0 +1,114 @@
+"""What one process computes at a time: sequences, their length with padding, and the steps that there are."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+from trainer.estimate.workload import TRL_MAX_LENGTH, Workload
+from trainer.memory import Layout
+from trainer.recipe import Recipe
+
+TRAINER_EPOCHS = 3.0
+"""Of TrainingArguments (https://huggingface.co/docs/transformers)."""
+
+
+class Batch(NamedTuple):
+    """A micro batch, in sequences: a DPO pair is two."""
+
+    sequences: int
+    length: int
+    """Of every sequence, padding included, tokens."""
+    real: float
+    """Tokens of it that are not padding."""
+    accumulation: int
+    """Micro batches to an optimizer step."""
+    processes: int
+
+    @property
+    def tokens(self) -> int:
+        """That are computed, padding included."""
+        return self.sequences * self.length
+
+
+def per_row(recipe: Recipe) -> int:
+    """Sequences of a row."""
+    return 2 if recipe.method == "dpo" else 1
+
+
+def max_length(recipe: Recipe) -> int:
+    return int(recipe.trainer_args.get("max_length") or TRL_MAX_LENGTH)
+
+
+def batch(recipe: Recipe, layout: Layout, workload: Workload) -> Batch:
+    """The micro batch of a recipe under a layout.
+
+    Packed rows are full. Others are padded to the longest of the micro batch, chosen and rejected together.
+    """
+    sequences = layout.micro_batch * per_row(recipe)
+    limit = max_length(recipe)
+    mean = min(workload.tokens / per_row(recipe), float(limit))
+    length = limit if packed(recipe) else padded(mean, workload.spread, sequences, limit)
+    return Batch(
+        sequences=sequences,
+        length=length,
+        real=sequences * (limit if packed(recipe) else mean),
+        accumulation=max(1, recipe.global_batch_size // (layout.micro_batch * layout.processes)),
+        processes=layout.processes,
+    )
+
+
+def packed(recipe: Recipe) -> bool:
+    return recipe.method == "sft" and bool(recipe.trainer_args.get("packing"))
+
+
+def padded(mean: float, spread: float, count: int, limit: int) -> int:
+    """The longest of `count` sequences, expected.
+
+    The maximum of normal values lies some deviations above their mean: the quantile (n - 3/8) / (n + 1/4)
+    (Blom 1958, https://doi.org/10.1093/biomet/46.3-4.510, a review). Truncation caps it.
+    """
+    above = NormalDist().inv_cdf((count - 0.375) / (count + 0.25)) if count > 1 else 0.0
+    return max(1, min(limit, math.ceil(mean * (1 + spread * above))))
+
+
+def steps(recipe: Recipe, workload: Workload) -> int:
+    """Optimizer steps of a run; the rest of an epoch that fills no batch is left out."""
+    most = int(recipe.trainer_args.get("max_steps") or 0)
+    if most > 0:
+        return most
+    epochs = float(recipe.trainer_args.get("num_train_epochs") or TRAINER_EPOCHS)
+    return max(1, math.floor(epochs * max(1, rows(recipe, workload) // recipe.global_batch_size)))
+
+
+def rows(recipe: Recipe, workload: Workload) -> int:
+    """What an epoch has to train on: rows, or the full rows that they are packed into."""
+    if packed(recipe):
+        return max(1, math.ceil(workload.rows * workload.tokens / max_length(recipe)))
+    return workload.rows
+
+
+def evaluations(recipe: Recipe, total_steps: int) -> int:
+    """How often a run evaluates."""
+    arguments = recipe.trainer_args
+    strategy = str(arguments.get("eval_strategy") or "no")
+    if strategy == "steps":
+        every = float(arguments.get("eval_steps") or arguments.get("logging_steps") or 500)
+        return int(total_steps // every_steps(every, total_steps))
+    return math.ceil(float(arguments.get("num_train_epochs") or TRAINER_EPOCHS)) if strategy == "epoch" else 0
+
+
+def saves(recipe: Recipe, total_steps: int) -> int:
+    """How often a run saves."""
+    strategy = str(recipe.trainer_args.get("save_strategy") or "steps")
+    if strategy == "steps":
+        return int(
+            total_steps // every_steps(float(recipe.trainer_args.get("save_steps") or 500), total_steps)
+        )
+    return 0 if strategy == "no" else 1
+
+
+def every_steps(value: float, total_steps: int) -> int:
+    """`eval_steps` and `save_steps`; below 1 they are a part of the run."""
+    return max(1, math.ceil(value * total_steps) if value < 1 else int(value))

@@ -1,0 +1,187 @@
+"""How long a recipe trains on a shape: every second of a step, with its reason.
+
+Left out because it hides behind the GPU: reading and tokenising rows, logging, and uploads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from trainer.estimate import adapters, traffic
+from trainer.estimate import batch as batches
+from trainer.estimate import checkpoint as checkpoints
+from trainer.estimate.arithmetic import BACKWARD_ATTENTION, HALF, Pass, Run, one_pass
+from trainer.estimate.batch import Batch
+from trainer.estimate.efficiency import TRANSFORMERS, TRANSFORMERS_4BIT, Stack
+from trainer.estimate.machine import machine
+from trainer.estimate.result import SAVES, Estimate, StepTerm
+from trainer.estimate.workload import Workload
+from trainer.hardware import Gpu, Shape, gpu_of
+from trainer.hardware import gpu as named_gpu
+from trainer.memory import Architecture, Layout
+from trainer.recipe import Recipe
+
+EVAL_BATCH = 8
+"""`per_device_eval_batch_size` of TrainingArguments."""
+LOGIT_BYTES = 30
+"""Of each logit of the policy, through memory: bf16, fp32, softmax and their gradients; by counting TRL's losses."""
+
+
+def estimate(  # noqa: PLR0913 - five things decide, and three are for those who know more
+    recipe: Recipe,
+    architecture: Architecture,
+    fit: Layout,
+    shape: Shape,
+    workload: Workload,
+    *,
+    gpu: Gpu | None = None,
+    network_gbps: float | None = None,
+    rates: checkpoints.Rates | None = None,
+    stack: Stack | None = None,
+) -> Estimate:
+    """Time of a recipe under a fit (any layout) on a shape.
+
+    Args:
+        recipe: what is trained.
+        architecture: of its model.
+        fit: how it lies on the machines.
+        shape: the machines.
+        workload: rows and tokens.
+        gpu: in place of the table's.
+        network_gbps: GB/s of a node's network, where it is known.
+        rates: of bucket and Hub, where they are known.
+        stack: other software than Transformers, for comparisons.
+
+    Raises:
+        UserError: the shape's GPU is not in the table, and no `gpu` is given.
+    """
+    run = Run(
+        recipe=recipe,
+        architecture=architecture,
+        layout=fit,
+        machine=machine(shape, gpu or _board(shape), network_gbps),
+        stack=stack or (TRANSFORMERS_4BIT if adapters.four_bit(recipe) else TRANSFORMERS),
+    )
+    micro, total = batches.batch(recipe, fit, workload), batches.steps(recipe, workload)
+    terms = tuple(each for each in _terms(run, micro, total, workload) if each.seconds)
+    known = rates or checkpoints.Rates()
+    return Estimate(
+        steps=total,
+        step_s=sum(each.seconds for each in terms),
+        load_s=checkpoints.load_s(run, known),
+        once_s=_once(run, micro, workload),
+        checkpoint_bytes=checkpoints.checkpoint_bytes(run),
+        restore_s=checkpoints.restore_s(run, known),
+        save_s=checkpoints.save_s(run),
+        upload_s=checkpoints.upload_s(run, known),
+        tokens=round(micro.real * micro.accumulation * micro.processes),
+        terms=terms,
+    )
+
+
+def _board(shape: Shape) -> Gpu | None:
+    return gpu_of(shape) or (named_gpu(shape.accelerator) if shape.accelerator else None)
+
+
+def _terms(run: Run, micro: Batch, total: int, workload: Workload) -> Iterator[StepTerm]:
+    arithmetic = list(_arithmetic(run, micro))
+    yield from arithmetic
+    yield from _moving(run, micro.accumulation, sum(each.seconds for each in arithmetic))
+    yield from _now_and_then(run, total, workload)
+
+
+def _arithmetic(run: Run, micro: Batch) -> Iterator[StepTerm]:
+    each, count = one_pass(run, micro), micro.accumulation
+    size = f"{count} x {micro.sequences} sequences of {micro.length} tokens"
+    yield StepTerm(name="forward", seconds=count * each.seconds(), why=f"{size}; {_rates(run)}")
+    if run.layout.activation_checkpointing:
+        yield StepTerm(
+            name="recomputation", seconds=count * each.seconds(), why="each layer's forward pass again"
+        )
+    yield StepTerm(name="backward", seconds=count * _backward(run, each), why=_why_backward(run))
+    if traffic.has_reference_pass(run):
+        other = one_pass(run, micro, adapted=False).seconds()
+        yield StepTerm(name="reference", seconds=count * other, why=f"a forward pass: {run.layout.reference}")
+    loss = LOGIT_BYTES * run.architecture.vocab_size * micro.tokens / run.machine.memory
+    yield StepTerm(name="loss", seconds=count * loss, why=f"{run.architecture.vocab_size} logits a token")
+
+
+def _backward(run: Run, each: Pass) -> float:
+    products = 1.0 if adapters.lora(run.recipe) else 2.0
+    attentions = 2.0 if run.layout.attention == "eager" else BACKWARD_ATTENTION
+    return each.seconds(matmuls=products, attentions=attentions, memories=2.0)
+
+
+def _why_backward(run: Run) -> str:
+    if adapters.lora(run.recipe):
+        return "gradients of inputs only: the weights are frozen"
+    return "gradients of inputs and of weights: twice the forward pass"
+
+
+def _rates(run: Run) -> str:
+    unsure = "" if run.machine.measured else ", which no published run has checked"
+    model = f"{run.architecture.parameters / 1e9:.2f} B parameters"
+    return f"{model} at {run.machine.flops / 1e12:.0f} TFLOP/s of {run.machine.name}{unsure}"
+
+
+def _moving(run: Run, accumulation: int, compute_s: float) -> Iterator[StepTerm]:
+    between = traffic.between_gpus(run, accumulation)
+    yield StepTerm(
+        name="traffic between GPUs",
+        seconds=traffic.exposed(between, compute_s),
+        why=f"{run.layout.engine} over {run.layout.processes} processes, {run.layout.nodes} node{'s' if run.layout.nodes > 1 else ''}",
+    )
+    gather = traffic.parameters_from_host(run, accumulation)
+    yield StepTerm(
+        name="parameters from host",
+        seconds=gather,
+        why=f"{traffic.gathers(run)} gathers a micro batch over PCIe",
+    )
+    down = traffic.gradients_to_host(run, accumulation)
+    yield StepTerm(name="gradients to host", seconds=down, why="over PCIe, a shard a process")
+    where = "on the host's CPUs" if run.layout.offload_optimizer else "on the GPU"
+    yield StepTerm(
+        name="optimizer", seconds=traffic.optimizer_step(run), why=f"{traffic.optimizer(run)} {where}"
+    )
+
+
+def _now_and_then(run: Run, total: int, workload: Workload) -> Iterator[StepTerm]:
+    evaluations = batches.evaluations(run.recipe, total)
+    if workload.test_rows and evaluations:
+        seconds = evaluations * _evaluation(run, workload)
+        why = f"{evaluations} times {workload.test_rows} rows, {seconds / evaluations:.0f} s each"
+        yield StepTerm(name="evaluation", seconds=seconds / total, why=why)
+    saves, stall = batches.saves(run.recipe, total), checkpoints.save_s(run)
+    yield StepTerm(
+        name=SAVES, seconds=saves * stall / total, why=f"{saves} times {stall:.2f} s; uploads run beside"
+    )
+
+
+def _evaluation(run: Run, workload: Workload) -> float:
+    each = int(run.recipe.trainer_args.get("per_device_eval_batch_size") or EVAL_BATCH)
+    layout = run.layout.model_copy(update={"micro_batch": each})
+    micro = batches.batch(run.recipe, layout, workload)
+    full = batches.rows(run.recipe, workload.model_copy(update={"rows": workload.test_rows}))
+    passes = math.ceil(full / (each * run.layout.processes))
+    seconds = _forward_only(run, micro)
+    if run.layout.engine == "zero3":
+        gathers = traffic.gathers(run) - 1  # none for a backward pass
+        between = gathers * traffic.collective(run, HALF * run.architecture.parameters)
+        seconds += traffic.exposed(between, seconds)
+        seconds += traffic.parameters_from_host(run, 1) * gathers / traffic.gathers(run)
+    return passes * seconds
+
+
+def _forward_only(run: Run, micro: Batch) -> float:
+    policy = one_pass(run, micro).seconds()
+    return policy + (
+        one_pass(run, micro, adapted=False).seconds() if traffic.has_reference_pass(run) else 0.0
+    )
+
+
+def _once(run: Run, micro: Batch, workload: Workload) -> float:
+    if run.layout.reference != "precomputed":
+        return 0.0
+    passes = math.ceil(workload.rows / (run.layout.micro_batch * run.layout.processes))
+    return passes * one_pass(run, micro, adapted=False).seconds()

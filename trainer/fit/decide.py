@@ -1,0 +1,107 @@
+"""The decision: of all layouts that a shape's memory holds, the fastest."""
+
+from __future__ import annotations
+
+from trainer.errors import NoFit
+from trainer.fit import words
+from trainer.fit.result import Fit
+from trainer.fit.ways import LARGEST_MICRO_BATCH, Room, Tried, has_bf16, largest_divisor, rank, tries
+from trainer.fit.wishes import attention_of, checkpointing_of, reference_of
+from trainer.hardware import Shape, gpu_of, usable_gib
+from trainer.memory import Architecture, Layout, Usage, staged_host, usage
+from trainer.memory.precision import needs_bf16
+from trainer.recipe import Recipe
+
+HOST_KEPT = 0.10
+"""Own assumption: the share of a host's memory that is left to the system and to its cache of files."""
+
+
+def fit(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> Fit:
+    """The fastest way to run a recipe that a shape's memory holds.
+
+    Without the model's numbers a run on the CPU goes ahead, and its memory is said not to be known.
+
+    Raises:
+        NoFit: the global batch cannot be shared evenly, no layout fits, the hardware lacks what the recipe needs, or
+            the model's numbers are not known; names what would do.
+        RecipeError: the recipe does not limit the length of its sequences.
+    """
+    share, rest = divmod(recipe.global_batch_size, max(shape.gpus, 1))
+    if rest or not share:
+        raise words.uneven(recipe, shape)
+    if shape.count == 0:
+        return _on_cpu(recipe, shape, architecture)
+    if architecture is None:
+        raise words.unknown(recipe)
+    if needs_bf16(recipe, architecture) and not has_bf16(gpu_of(shape)):
+        raise words.no_bf16(recipe, shape)
+    room = Room(usable_gib(shape) or 0.0, shape.host_memory_gib * (1 - HOST_KEPT))
+    tried = list(tries(recipe, shape, architecture, share, room))
+    fitting = [each for each in tried if room.holds(each)]
+    if not fitting:
+        raise words.too_large(recipe, shape, architecture, tried, room)
+    best = min(fitting, key=lambda each: rank(each.layout, recipe))
+    return _chosen(best, recipe, shape, architecture, words.Choice(best, tuple(tried), room))
+
+
+def _chosen(
+    best: Tried, recipe: Recipe, shape: Shape, architecture: Architecture, choice: words.Choice
+) -> Fit:
+    layout, share = best.layout, recipe.global_batch_size // shape.gpus
+    staged = staged_host(recipe, architecture, layout)
+    in_memory = staged.gib <= choice.room.host
+    threads = max(1, shape.cores // layout.processes_per_node)
+    return Fit(
+        **layout.model_dump(),
+        accumulation=share // layout.micro_batch,
+        threads=threads,
+        use_cpu=False,
+        gpu=best.gpu,
+        host=staged if in_memory else best.host,
+        reasons=(
+            *words.reasons(choice, recipe, shape, share),
+            f"{threads} threads each: {shape.cores} cores for {layout.processes_per_node}",
+            f"checkpoints wait {'in memory' if in_memory else 'on disk'}: {staged.gib_of('staging'):.0f} GiB of them",
+        ),
+    )
+
+
+def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> Fit:
+    """One process with all cores, as the recipe says: memory is predicted, and never traded for time."""
+    share = recipe.global_batch_size
+    micro = largest_divisor(share, at_most=recipe.micro_batch_size or LARGEST_MICRO_BATCH)
+    layout = Layout(
+        processes=1,
+        micro_batch=micro,
+        engine="single",
+        attention=attention_of(recipe) or "sdpa",
+        activation_checkpointing=checkpointing_of(recipe) is not False,  # TRL's default is on
+        reference=reference_of(recipe),
+    )
+    host = _cpu_memory(recipe, architecture, layout)
+    if host.gib > shape.host_memory_gib:
+        raise NoFit(
+            f"recipe {recipe.name} needs {host.gib:.1f} GiB of memory; {shape} has no more",
+            hint=f"most of it: {words.largest(host)}; take a smaller `micro_batch_size`, LoRA, or a GPU",
+        )
+    known = f"memory: {host.gib:.1f} of {shape.host_memory_gib:.0f} GiB" if host.terms else None
+    return Fit(
+        **layout.model_dump(),
+        accumulation=share // micro,
+        threads=shape.cores,
+        use_cpu=True,
+        host=host,
+        reasons=(
+            "1 process",
+            words.why_micro(recipe, share=share, micro=micro),
+            f"accumulation {share // micro}: 1 x {micro} x {share // micro} = {share}",
+            f"{shape.cores} threads each: {shape.cores} cores for 1",
+            known or "memory: not predicted, as the model's numbers or the sequences' length are not known",
+        ),
+    )
+
+
+def _cpu_memory(recipe: Recipe, architecture: Architecture | None, layout: Layout) -> Usage:
+    if architecture is None or recipe.trainer_args.get("max_length", 1) is None:
+        return Usage()
+    return usage(recipe, architecture, layout, has_bf16=False, on_cpu=True)[1]

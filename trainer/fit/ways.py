@@ -1,0 +1,177 @@
+"""The layouts that a recipe could have on a shape, what each takes, and which of them is the faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from trainer.errors import NoFit
+from trainer.fit.wishes import attention_of, checkpointing_of, reference_of
+from trainer.hardware import Gpu, Shape, gpu_of
+from trainer.memory import Architecture, Attention, Engine, Layout, Usage, usage
+from trainer.memory.optimizers import optimizer_of
+from trainer.memory.precision import half_precision, is_lora, is_quantised, loaded_dtype
+from trainer.memory.states import DEFAULT_OPTIMIZER
+from trainer.recipe import Recipe
+
+LARGEST_MICRO_BATCH = 8
+"""On the CPU, where memory is not what limits it."""
+LARGEST_GPU_MICRO_BATCH = 32
+"""Own assumption: beyond it a GPU gets no faster."""
+FLASH_CAPABILITY = (8, 0)
+"""Ampere, the oldest that FlashAttention 2 supports: https://github.com/Dao-AILab/flash-attention"""
+RECOMPUTED = 4 / 3
+"""Time of a step with activation checkpointing: one more forward pass, a third of what a step computes
+(arXiv:2205.05198, section 5)."""
+ENGINE_TIME = {"single": 1.0, "ddp": 1.0, "zero2": 1.02, "zero3": 1.1}
+"""Own assumption, to rank by; ZeRO 3 sends half as much again as DDP and ZeRO 2 (arXiv:1910.02054, section 7)."""
+TOKENS_LOST = {"single": 256, "ddp": 256, "zero2": 256, "zero3": 1024}
+"""Own assumption, to rank by: the tokens that could have been computed in the time that a micro batch costs by itself,
+in launches of kernels and, under ZeRO 3, in waiting for parameters."""
+DEFAULT_LENGTH = 1024
+
+Way = tuple[Engine, bool, bool]
+"""An engine, and whether optimizer and parameters are offloaded."""
+
+
+class Tried(NamedTuple):
+    """A layout with what it takes."""
+
+    layout: Layout
+    gpu: Usage
+    host: Usage
+
+
+class Room(NamedTuple):
+    """What a shape has for a run, GiB."""
+
+    gpu: float
+    host: float
+
+    def holds(self, tried: Tried) -> bool:
+        return tried.gpu.gib <= self.gpu and tried.host.gib <= self.host
+
+
+def tries(
+    recipe: Recipe, shape: Shape, architecture: Architecture, share: int, room: Room
+) -> Iterator[Tried]:
+    """Layouts that the recipe allows, as far as it takes to find the fastest; `share` is a GPU's part of the batch.
+
+    Of each way the largest micro batch that fits is its fastest, and no way with more offload is faster than one with
+    less. Where nothing fits, the smallest layout of each way comes.
+
+    Raises:
+        NoFit: what the recipe asks for is not possible.
+        RecipeError: the recipe does not limit the length of its sequences.
+    """
+    found: int | None = None
+    for way in _ways(recipe, shape):
+        if found is not None and way[1] + way[2] > found:
+            return
+        for checkpointing in _checkpointings(recipe):
+            attempt = partial(_try, recipe, shape, architecture, way, checkpointing)
+            for tried in _up_to_the_largest(_micro_batches(recipe, share), attempt, room):
+                yield tried
+                found = way[1] + way[2] if room.holds(tried) else found
+
+
+def _up_to_the_largest(sizes: list[int], attempt: Callable[[int], Tried], room: Room) -> Iterator[Tried]:
+    """The smallest micro batch, and if it fits those that lead, by halves, to the largest that does."""
+    smallest = attempt(sizes[0])
+    yield smallest
+    low, high = 0, len(sizes) - 1 if room.holds(smallest) else 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = attempt(sizes[middle])
+        yield tried
+        low, high = (middle, high) if room.holds(tried) else (low, middle - 1)
+
+
+def _try(
+    recipe: Recipe, shape: Shape, architecture: Architecture, way: Way, checkpointing: bool, micro: int
+) -> Tried:
+    board = gpu_of(shape)
+    layout = Layout(
+        processes=shape.gpus,
+        nodes=shape.nodes,
+        micro_batch=micro,
+        engine=way[0],
+        offload_optimizer=way[1],
+        offload_parameters=way[2],
+        attention=attention_on(recipe, architecture, board),
+        activation_checkpointing=checkpointing,
+        reference=reference_of(recipe),
+    )
+    return Tried(layout, *usage(recipe, architecture, layout, has_bf16=has_bf16(board)))
+
+
+def rank(layout: Layout, recipe: Recipe) -> tuple[int, float, int]:
+    """Fastest first: no offload before any, then by the time of a step as far as the layout decides it."""
+    offloaded = layout.offload_optimizer + layout.offload_parameters
+    tokens = layout.micro_batch * int(recipe.trainer_args.get("max_length") or DEFAULT_LENGTH)
+    tokens *= 2 if recipe.method == "dpo" else 1
+    time = ENGINE_TIME[layout.engine] * (RECOMPUTED if layout.activation_checkpointing else 1.0)
+    return offloaded, time * (1 + TOKENS_LOST[layout.engine] / tokens), -layout.micro_batch
+
+
+def attention_on(recipe: Recipe, architecture: Architecture, board: Gpu | None) -> Attention:
+    """The recipe's choice, or the fastest that the board has; FlashAttention, which knows no float32, gives way where
+    it cannot run.
+    """
+    wanted = attention_of(recipe) or "flash_attention_2"
+    in_half = (
+        half_precision(recipe, has_bf16=has_bf16(board)) or loaded_dtype(recipe, architecture) != "float32"
+    )
+    has_flash = board is not None and board.compute_capability >= FLASH_CAPABILITY and in_half
+    return "sdpa" if wanted == "flash_attention_2" and not has_flash else wanted
+
+
+def has_bf16(board: Gpu | None) -> bool:
+    """Of a board that the table does not know we assume so; the worker looks again."""
+    return board is None or board.bf16_tflops is not None
+
+
+def largest_divisor(whole: int, *, at_most: int) -> int:
+    return max(size for size in range(1, min(whole, at_most) + 1) if whole % size == 0)
+
+
+def _ways(recipe: Recipe, shape: Shape) -> list[Way]:
+    """What the recipe's `offload` names, or all."""
+    ways = _possible(recipe, several=shape.gpus > 1)
+    if recipe.offload is None:
+        return ways
+    wanted = {"none": (False, False), "optimizer": (True, False), "all": (True, True)}[recipe.offload]
+    asked = [way for way in ways if way[1:] == wanted]
+    if not asked:
+        raise NoFit(
+            f"recipe {recipe.name}: nothing of it can be offloaded as `offload: {recipe.offload}` asks",
+            hint="DeepSpeed steps AdamW, RMSprop and their like on the host, of models that are not quantised",
+        )
+    return asked
+
+
+def _possible(recipe: Recipe, *, several: bool) -> list[Way]:
+    """Whole replicas; then ZeRO, which cannot cut what bitsandbytes packed, and whose second stage saves nothing of
+    LoRA's small state; then with offload, by an optimizer that can step on the host.
+    """
+    ways: list[Way] = [("ddp" if several else "single", False, False)]
+    if is_quantised(recipe):
+        return ways
+    second: list[Way] = [] if is_lora(recipe) else [("zero2", False, False)]
+    if several:
+        ways += [*second, ("zero3", False, False)]
+    if optimizer_of(str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER))).offloads:
+        ways += [(engine, True, False) for engine, _, _ in second]
+        ways += [("zero3", True, False), ("zero3", True, True)]
+    return ways
+
+
+def _checkpointings(recipe: Recipe) -> tuple[bool, ...]:
+    wanted = checkpointing_of(recipe)
+    return (False, True) if wanted is None else (wanted,)
+
+
+def _micro_batches(recipe: Recipe, share: int) -> list[int]:
+    most = min(share, recipe.micro_batch_size or LARGEST_GPU_MICRO_BATCH)
+    return [size for size in range(1, most + 1) if share % size == 0]

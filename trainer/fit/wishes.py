@@ -1,0 +1,34 @@
+"""What a recipe asks of its fit, under the keys that it has for it."""
+
+from __future__ import annotations
+
+from trainer.memory import Attention, Reference
+from trainer.memory.precision import is_lora
+from trainer.recipe import Recipe
+
+
+def reference_of(recipe: Recipe) -> Reference:
+    """Where the log-probabilities of DPO's reference come from."""
+    if recipe.method != "dpo":
+        return "none"
+    if is_lora(recipe):
+        return "adapters_off"
+    return "precomputed" if recipe.trainer_args.get("precompute_ref_log_probs") else "model"
+
+
+def checkpointing_of(recipe: Recipe) -> bool | None:
+    """Activation checkpointing as the recipe says it, by its new name or its old; None if it is silent."""
+    for key in ("activation_checkpointing", "gradient_checkpointing"):
+        if recipe.trainer_args.get(key) is not None:
+            return bool(recipe.trainer_args[key])
+    return None
+
+
+def attention_of(recipe: Recipe) -> Attention | None:
+    """The recipe's choice, as the kind that takes as much memory; None if it is silent."""
+    wanted = recipe.model_args.get("attn_implementation")
+    if not wanted:
+        return None
+    if wanted == "eager":
+        return "eager"
+    return "flash_attention_2" if "flash" in str(wanted) else "sdpa"

@@ -1,0 +1,52 @@
+"""What DeepSpeed and the communication take beside the shards."""
+
+from __future__ import annotations
+
+from trainer.memory.layout import GIB, Term, term
+from trainer.memory.states import Case
+
+MAX_LIVE = 10**9
+"""Parameters that ZeRO 3 may have gathered at once (`stage3_max_live_parameters`)."""
+PREFETCH = 5 * 10**7
+"""Parameters that it gathers ahead (`stage3_prefetch_bucket_size`)."""
+REDUCE_BUCKET = 5 * 10**8
+"""Gradients that it reduces at once (`reduce_bucket_size`). These three are DeepSpeed's defaults:
+https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training"""
+NCCL_GIB = 0.5
+"""Own assumption: buffers of 4 MiB (`NCCL_BUFFSIZE`) for each channel, peer and protocol, some 100 of them on a node of
+eight with NVLink; https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html"""
+
+
+def gathered(case: Case) -> Term:
+    """Whole parameters on their way through a layer: the policy's, and the reference's two layers at a time."""
+    if case.layout.engine != "zero3":
+        return term("gathered", 0, "parameters are not cut")
+    architecture, each = case.architecture, case.precision.weights
+    live = min(architecture.parameters, MAX_LIVE + PREFETCH)
+    second = 0
+    if case.layout.reference == "model":
+        # TRL lets the reference gather 0.9 h^2 ahead; the head or two layers are more
+        second = min(
+            architecture.parameters, max(2 * architecture.layer_parameters, architecture.embedding_parameters)
+        )
+    why = f"up to {live / 1e9:,.2f} billion parameters, and {second / 1e9:,.2f} of the reference, x {each} bytes"
+    return term("gathered", (live + second) * each, why)
+
+
+def buckets(case: Case) -> Term:
+    """Gradients on their way to the GPU that keeps them: a bucket, and the reduced copy of it."""
+    if not case.layout.engine.startswith("zero"):
+        return term("buckets", 0, "no ZeRO")
+    size = REDUCE_BUCKET * case.precision.computed
+    largest = max(case.architecture.embedding_parameters, 0) if case.lora is None else 0
+    sent = min(REDUCE_BUCKET, max(case.trained, 1)) * case.precision.computed
+    beyond = max(0, largest - REDUCE_BUCKET) * case.precision.computed
+    why = f"a bucket of {REDUCE_BUCKET / 1e9:.1f} billion x {case.precision.computed} bytes, and what is sent of it"
+    return term("buckets", size + sent + beyond, why)
+
+
+def nccl(case: Case) -> Term:
+    """Buffers of NCCL, outside torch's allocator."""
+    return term(
+        "nccl", NCCL_GIB * GIB if case.layout.processes > 1 else 0, "own assumption; see NCCL_BUFFSIZE"
+    )
