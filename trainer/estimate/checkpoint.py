@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainer.estimate import adapters
+from trainer import memory
 from trainer.estimate.arithmetic import HALF, Run
-from trainer.estimate.traffic import FULL, state_bytes
 
 STAGING_BYTES_PER_S = 2.4e9
 """Of one process, into memory: 512 MiB in 0.22 s (`bench/checkpoint.md`)."""
@@ -32,10 +31,8 @@ class Rates(BaseModel):
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """Fp32 masters and optimizer state of what is trained; ZeRO 3 adds the gathered bf16 weights."""
-    trained = adapters.trainable(run.recipe, run.architecture) * (FULL + state_bytes(run))
-    gathered = HALF * run.architecture.parameters if run.layout.engine == "zero3" else 0
-    return int(trained + gathered)
+    """What one save uploads."""
+    return memory.checkpoint_bytes(run.recipe, run.architecture, run.layout)
 
 
 def save_s(run: Run) -> float:
