@@ -173,19 +173,9 @@ def _cached(name: str, environ: Mapping[str, str]) -> Path | None:
 
 def _in_bucket(uri: str) -> Callable[[str], dict[str, Any] | None]:
     """Files of a run's final model."""
-    from trainer.bucket import open_run
-    from trainer.bucket.manifest import FINAL_PREFIX, final
+    from trainer.bucket.exported import find_exported
 
-    parent, _, last = uri.rstrip("/").rpartition("/")
-    runs, _, run_id = parent.rpartition("/")
-    if last != FINAL_PREFIX.rstrip("/") or not run_id:
-        raise ModelError(
-            f"model_name_or_path={uri} is not a run's model", hint="it ends with /<run id>/final"
-        )
-    bucket = open_run(runs, run_id)
-    manifest = final(bucket)
-    if manifest is None:
-        raise ModelError(f"run {run_id} in {runs} has no final model yet", hint="finish that run first")
+    bucket, manifest = find_exported(uri)
 
     def read(file: str) -> dict[str, Any] | None:
         data = bucket.get_or_none(manifest.prefix + file)

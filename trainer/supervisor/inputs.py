@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.bucket import open_run
-from trainer.bucket.manifest import FINAL_PREFIX, final
+from trainer.bucket.exported import find_exported
 from trainer.bucket.restore import fetch
-from trainer.errors import ModelError
 
 
 def fetch_model(source: str | None, into: Path) -> str | None:
@@ -19,15 +17,6 @@ def fetch_model(source: str | None, into: Path) -> str | None:
     """
     if source is None or "://" not in source:
         return source
-    parent, _, last = source.rstrip("/").rpartition("/")
-    runs, _, run_id = parent.rpartition("/")
-    if last != FINAL_PREFIX.rstrip("/") or not run_id:
-        raise ModelError(
-            f"model_name_or_path={source} is not a run's model", hint="it ends with /<run id>/final"
-        )
-    bucket = open_run(runs, run_id)
-    manifest = final(bucket)
-    if manifest is None:
-        raise ModelError(f"run {run_id} in {runs} has no final model yet", hint="finish that run first")
+    bucket, manifest = find_exported(source)
     fetch(bucket, manifest, into)
     return str(into)
