@@ -140,6 +140,11 @@ def plan(
         UserError: nobody rents what was asked for.
     """
     asked = wishes or Wishes()
+    if not prices.offers:
+        raise UserError(
+            "nothing is rented where you asked" + "".join(f"; {note}" for note in prices.notes),
+            hint="name a cloud with `--infra`, or leave it out",
+        )
     offers = _asked_for(prices.offers, asked)
     rejected: list[Rejected] = []
     rows: list[Row] = []
@@ -173,8 +178,8 @@ def _asked_for(offers: Sequence[Offer], wishes: Wishes) -> list[Offer]:
         rented = sorted({offer.shape.accelerator or "" for offer in offers})
         near = difflib.get_close_matches(wishes.accelerator or "", rented, n=3, cutoff=0.4) or rented
         raise UserError(
-            f"nobody here rents {wishes.accelerator or 'anything'}",
-            hint=f"to be had: {', '.join(near)}" if near else "name another `--infra`",
+            f"nobody here rents {wishes.accelerator}",
+            hint=f"to be had: {', '.join(near)}",
         )
     counted = [offer for offer in named if wishes.count in (None, offer.shape.count)]
     if not counted:

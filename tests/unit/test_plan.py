@@ -151,6 +151,13 @@ def test_gpus_that_nobody_rents_are_refused_with_what_is_rented() -> None:
         planned(accelerator="RTX4090")
 
 
+def test_a_place_where_nothing_is_rented_says_why() -> None:
+    """A cluster of one's own has no prices, so no plan."""
+    own = Prices(offers=(), as_of=date(2026, 11, 21), source="snapshot", notes=("slurm has no prices",))
+    with pytest.raises(UserError, match="nothing is rented where you asked; slurm has no prices"):
+        planned(prices=own)
+
+
 @pytest.mark.parametrize(
     ("text", "parsed"), [("A100:8", ("A100", 8)), ("a100-80gb:4", ("A100-80GB", 4)), ("L4", ("L4", None))]
 )
