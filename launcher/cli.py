@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from launcher import terminal
 from launcher.checkpoints_cli import checkpoints
 from launcher.plan_cli import plan
+from launcher.submit_cli import submit
 from trainer.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from launcher.follow import Answer, Ending, Submission
-    from launcher.process import Home, Record
-    from launcher.runs import Run
+    from launcher.cloud import Cloud, Standing
+    from launcher.runs import Reader
+    from launcher.standing import Known, Local, RowDict, Submitted
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
-TRAINING = """
-Exit codes: 0 done, or left to go on by itself; 2 the recipe, the settings or the command are wrong;
-75 cancelled, the same command goes on; else the trainer failed.
-"""
+COLUMNS = {
+    "run": "run",
+    "where": "where",
+    "state": "state",
+    "step": "step",
+    "committed": "last commit",
+    "attempts": "attempts",
+    "usd": "$ so far",
+}
+"""Of `status`: the row's key, and its title."""
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command. The one place where a UserError becomes text."""
+def main(arguments: Sequence[str] | None = None, *, cloud: Cloud | None = None) -> NoReturn:
+    """Run a command. The one place where a UserError becomes text.
+
+    Args:
+        arguments: as typed; None: of this process.
+        cloud: a stand-in for SkyPilot.
+    """
     try:
-        code = cli.main(arguments, prog_name="launcher", standalone_mode=False)
+        code = cli.main(arguments, prog_name="launcher", standalone_mode=False, obj=cloud)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -51,209 +62,140 @@ def cli() -> None:
 
 cli.add_command(checkpoints)
 cli.add_command(plan)
-
-
-@cli.command(epilog=TRAINING)
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--infra", type=click.Choice(["local"]), required=True, help="Where to train.")
-@click.option(
-    "--checkpoints", metavar="URI", help="Where runs live: gs://…, s3://… or a folder.  [default: settings]"
-)
-@click.option("--name", metavar="RUN", help="The run's name in there.  [default: recipe and its digest]")
-@click.option(
-    "--preempt", type=click.IntRange(min=0), default=0, metavar="N", help="Lose the machine N times."
-)
-@click.option("--preempt-seed", type=int, default=0, show_default=True, help="Where it is lost.")
-@click.option("--detach", is_flag=True, help="Start it and come back at once.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; the rest on stderr.")
-def submit(  # noqa: PLR0913, PLR0917 (click passes each option by name)
-    recipe: str,
-    overrides: tuple[str, ...],
-    infra: str,  # noqa: ARG001 (one choice so far)
-    checkpoints: str | None,
-    name: str | None,
-    preempt: int,
-    preempt_seed: int,
-    detach: bool,
-    as_json: bool,
-) -> int:
-    """Train RECIPE (a file, or a name such as zephyr-tiny/dpo), or go on with its run.
-
-    The same command is the same run: it follows the run where it is at work, and goes on from the
-    newest committed checkpoint where it is not.
-    """
-    from launcher import local
-    from launcher.follow import Wishes
-    from launcher.preempt import Preemptions
-
-    if preempt and detach:
-        raise click.UsageError("--preempt needs the launcher to stay: leave --detach out")
-    job = _submission(recipe, overrides, checkpoints, name)
-    preemptions = Preemptions(times=preempt, seed=preempt_seed)
-    ask = _ask if sys.stdin.isatty() and sys.stderr.isatty() else None
-    wishes = Wishes(preemptions=preemptions, detach=detach, ask=ask)
-    ending, run = local.submit(job, wishes, state=_state(), console=_stderr())
-    _tell(ending, run, job, asked=preempt, as_json=as_json)
-    return ending.exit_code
+cli.add_command(submit)
 
 
 @cli.command()
+@click.option("--all", "everything", is_flag=True, help="Also what SkyPilot has from elsewhere.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list on stdout.")
-def status(as_json: bool) -> None:
-    """The runs that were started on this machine, the latest first."""
-    from launcher import process, render
+@click.pass_obj
+def status(cloud: Cloud | None, everything: bool, as_json: bool) -> None:
+    """The runs that were started or submitted from this machine, the latest first.
 
-    rows = [_standing(record) for _, record in process.known(_state())]
+    Dollars are the attempts' hours at the price of the machine that was chosen.
+    """
+    from launcher import render, standing
+
+    rows = standing.table(terminal.state_folder(), _cloud(cloud), now=time.time(), everything=everything)
     if as_json:
         click.echo(render.to_json(rows))
         return
-    columns = ("run", "state", "pid", "step", "committed", "checkpoints")
-    cells = [[str(row[column]) if row[column] is not None else "" for column in columns] for row in rows]
-    _stdout().print(render.list_table(columns, cells) if rows else "no run was started on this machine yet")
+    if not rows:
+        terminal.stdout().print("no run was started on this machine yet")
+        return
+    terminal.stdout().print(render.list_table(tuple(COLUMNS.values()), map(_cells, rows)))
+    for fault in dict.fromkeys(str(row["error"]) for row in rows if row["error"]):
+        click.echo(f"not all is known: {fault}", err=True)
 
 
 @cli.command()
 @click.argument("run")
-@click.option("-f", "--follow", is_flag=True, help="Stay until the supervisor ends.")
+@click.option("-f", "--follow", is_flag=True, help="Stay until it ends.")
 @click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
-def logs(run: str, follow: bool, checkpoints: str | None) -> None:
-    """Print the supervisor's log of RUN."""
-    from launcher import local
+@click.pass_obj
+def logs(cloud: Cloud | None, run: str, follow: bool, checkpoints: str | None) -> None:
+    """Print the log of RUN: the supervisor's, by way of SkyPilot if it runs elsewhere."""
+    from launcher import local, standing
 
-    home, _ = _find(run, checkpoints)
-    local.print_log(home, click.echo, follow=follow)
+    found = _find(run, checkpoints)
+    if isinstance(found, standing.Local):
+        local.print_log(found.home, click.echo, follow=follow)
+        return
+    there = _standing(found, _cloud(cloud))
+    if there is None:
+        raise UserError(
+            f"SkyPilot has no {found.record.kind} {found.record.name} any more, nor its log",
+            hint=f"its events are in {found.record.checkpoints}/{run}/events",
+        )
+    out = sys.stdout  # the adapter sends what SkyPilot itself prints to stderr, and this is not that
+    _cloud(cloud).logs(there, lambda line: click.echo(line, file=out), follow=follow)
 
 
 @cli.command()
 @click.argument("run")
 @click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
-def cancel(run: str, checkpoints: str | None) -> int:
-    """Stop RUN: it saves, uploads and commits first."""
+@click.pass_obj
+def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
+    """Stop RUN: it saves, uploads and commits first, as far as the machine's notice allows."""
+    from launcher import standing, stop
+
+    found = _find(run, checkpoints)
+    if isinstance(found, standing.Local):
+        return _cancel_here(found)
+    there = _standing(found, _cloud(cloud))
+    if there is None or not there.at_work:
+        click.echo(f"{run} is not at work: {there.said if there else 'SkyPilot has nothing of it'}")
+        return ExitCode.DONE
+    click.echo(f"cancelling {run} ({there.kind} {there.name}): it saves, uploads and commits first")
+    left = stop.cancel(there, _cloud(cloud), _reader(found), lambda line: click.echo(line, err=True))
+    if there.kind == "cluster":
+        click.echo(f"its cluster is still there, and paid: `launcher down {run}` gives it back")
+    place = f"step {max(left.commits)}" if left.commits else "the beginning: nothing was committed yet"
+    click.echo(f"cancelled; the command that submitted it goes on from {place}")
+    return ExitCode.DONE
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
+@click.pass_context
+def down(context: click.Context, run: str, checkpoints: str | None) -> int:
+    """Give back what RUN has rented; what is at work is cancelled first."""
+    from launcher import standing
+
+    found = _find(run, checkpoints)
+    context.invoke(cancel, run=run, checkpoints=checkpoints)
+    if isinstance(found, standing.Submitted) and found.record.kind == "cluster":
+        cloud = _cloud(context.obj)
+        if _standing(found, cloud):
+            cloud.down(found.record.name, lambda line: click.echo(line, err=True))
+        click.echo(f"the cluster {found.record.name} is gone")
+    return ExitCode.DONE
+
+
+def _cancel_here(found: Local) -> int:
     from launcher import follow, local, process
 
-    home, record = _find(run, checkpoints)
-    supervisor = process.attach(home)
+    supervisor = process.attach(found.home)
     if supervisor is None:
-        click.echo(f"{record.run_id} is not at work on this machine")
+        click.echo(f"{found.record.run_id} is not at work on this machine")
         return ExitCode.DONE
-    click.echo(f"cancelling {record.run_id} (pid {supervisor.pid}): it saves, uploads and commits first")
-    follow.cancel(home, supervisor)
-    local.print_log(home, click.echo, follow=True, last_lines=0)
+    click.echo(
+        f"cancelling {found.record.run_id} (pid {supervisor.pid}): it saves, uploads and commits first"
+    )
+    follow.cancel(found.home, supervisor)
+    local.print_log(found.home, click.echo, follow=True, last_lines=0)
     click.echo("cancelled; the command that started it goes on from the newest commit")
     return ExitCode.DONE
 
 
-def _submission(
-    recipe: str, overrides: Sequence[str], checkpoints: str | None, name: str | None
-) -> Submission:
-    from launcher import local, settings
-    from launcher.follow import Submission
-    from launcher.runs import canonical
-    from trainer.recipe import default_run_id, load
-
-    site = settings.load(os.environ)
-    loaded = load(recipe, overrides)
-    address = canonical(checkpoints or site.checkpoints, Path.cwd())
-    run_id = local.checked_run_id(name) if name else default_run_id(loaded.recipe)
-    return Submission(
-        run_id=run_id,
-        recipe=recipe,
-        checkpoints=address,
-        command=local.supervisor_command(recipe, overrides, checkpoints=address, run_id=run_id),
-        environment=local.supervisor_environment(os.environ, trainer_python=site.trainer_python),
-    )
-
-
-def _tell(ending: Ending, run: Run, job: Submission, *, asked: int, as_json: bool) -> None:
-    """The report: table or JSON, and the picture as soon as there is something to see."""
-    from launcher import render, report
-
-    facts = report.summary(run)
-    picture = None
-    if run.steps and ending.how != "detached":
-        picture = report.picture_path(job.checkpoints, job.run_id)
-        report.draw(run, picture)
-    if as_json:
-        about = {"ending": ending.how, "message": ending.message, "preempted_on_request": ending.preempted}
-        click.echo(render.to_json({**facts.as_dict(), **about, "report": str(picture) if picture else None}))
-    elif picture:
-        _stdout().print(render.facts_table([*facts.rows(), ("picture", str(picture))], title=job.run_id))
-    if ending.how == "done" and ending.preempted < asked:
-        missed = asked - ending.preempted
-        click.echo(f"{missed} of {asked} preemptions could not be done: training was over before", err=True)
-    click.echo(ending.message, err=True)
-
-
-def _ask() -> Answer:
-    answers: dict[str, Answer] = {"d": "detach", "c": "cancel"}
-    try:
-        typed = input(
-            "\n[d]etach: training goes on by itself; [c]ancel: save and stop; anything else: continue > "
-        )
-    except EOFError:
-        return "continue"
-    return answers.get(typed.strip().lower()[:1], "continue")
-
-
-def _find(run: str, checkpoints: str | None) -> tuple[Home, Record]:
-    from launcher import process
+def _find(run: str, checkpoints: str | None) -> Known:
+    from launcher import standing
     from launcher.runs import canonical
 
     address = canonical(checkpoints, Path.cwd()) if checkpoints else None
-    known = process.known(_state())
-    found = [entry for entry in known if entry[1].run_id == run and address in (None, entry[1].checkpoints)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        places = ", ".join(record.checkpoints for _, record in found)
-        raise UserError(
-            f"{len(found)} runs are called {run}: in {places}", hint="choose one with --checkpoints"
-        )
-    names = ", ".join(dict.fromkeys(record.run_id for _, record in known)) or "none yet"
-    raise UserError(f"no run {run} was started on this machine", hint=f"known runs: {names}")
+    return standing.find(terminal.state_folder(), run, address)
 
 
-def _standing(record: Record) -> dict[str, str | int | None]:
-    """How a run stands by its process and by its bucket; the bucket may be out of reach."""
+def _standing(found: Submitted, cloud: Cloud) -> Standing | None:
+    from launcher.cloud import find
+
+    return find(cloud, found.record.name, found.record.kind)
+
+
+def _reader(found: Submitted) -> Reader:
     from launcher.runs import Reader
     from trainer.bucket import open_run
 
-    row: dict[str, str | int | None] = {
-        "run": record.run_id,
-        "recipe": record.recipe,
-        "checkpoints": record.checkpoints,
-    }
-    alive = record.process() is not None
-    row["pid"] = record.pid if alive else None
-    try:
-        run = Reader(open_run(record.checkpoints, record.run_id), record.run_id).read()
-    except UserError as error:
-        return {
-            **row,
-            "state": "running" if alive else "?",
-            "step": None,
-            "committed": None,
-            "error": error.message,
-        }
-    stopped = "preempted" if run.state == "running" else run.state
-    row["state"] = "running" if alive and run.state != "done" else stopped
-    return {**row, "step": run.step, "committed": max(run.commits, default=None), "error": None}
+    return Reader(open_run(found.record.checkpoints, found.record.run_id), found.record.run_id)
 
 
-def _state() -> Path:
-    from platformdirs import user_state_path
+def _cloud(given: Cloud | None) -> Cloud:
+    from launcher.skypilot import SkyPilot
 
-    return user_state_path("aeolus")
-
-
-def _stdout() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)
+    return given or SkyPilot()
 
 
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+def _cells(row: RowDict) -> list[str]:
+    shown = {**row, "usd": f"{row['usd']:.2f}" if row["usd"] is not None else None}
+    return [str(shown[column]) if shown[column] is not None else "" for column in COLUMNS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,10 @@ class Hours(click.ParamType):
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
 @click.option("--spot/--on-demand", default=None, help="Only one of the markets.  [default: both]")
 @click.option(
-    "--infra", multiple=True, metavar="CLOUD[/REGION]", help="Where; may be repeated.  [default: gcp, lambda]"
+    "--infra",
+    multiple=True,
+    metavar="CLOUD[/REGION]",
+    help="Where; may be repeated.  [default: settings, else gcp, lambda]",
 )
 @click.option("--budget", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="At most.")
 @click.option("--deadline", type=Hours(), metavar="TIME", help="At most: 90m, 24h, 2d.")
@@ -66,19 +70,17 @@ def plan(recipe: str, overrides: tuple[str, ...], **options: Any) -> int:
 
 
 def _plan(recipe: str, overrides: tuple[str, ...], options: dict[str, Any]) -> Plan:
-    from launcher import plan as plans
-    from launcher.offers import DEFAULT_INFRA, load_prices
-    from launcher.workload import workload_of
+    from launcher import planning, settings
     from trainer.recipe import load
-    from trainer.recipe.architecture import find_architecture
 
-    loaded = load(recipe, overrides)
-    wishes = _wishes(options)
-    prices = load_prices(
-        now=datetime.now(UTC), infra=options["infra"] or DEFAULT_INFRA, refresh=options["refresh"]
+    return planning.planned(
+        load(recipe, overrides).recipe,
+        _wishes(options),
+        infra=options["infra"] or settings.load(os.environ).infra,
+        now=datetime.now(UTC),
+        rows=options["rows"],
+        refresh=options["refresh"],
     )
-    workload = workload_of(loaded.recipe, rows=options["rows"])
-    return plans.plan(loaded.recipe, find_architecture(loaded.recipe), prices, workload, wishes)
 
 
 def _wishes(options: dict[str, Any]) -> Wishes:
@@ -105,6 +107,8 @@ def as_dict(planned: Plan) -> dict[str, Any]:
 def _print(planned: Plan, *, everything: bool) -> None:
     from rich.console import Console
 
+    from launcher import planning
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)  # a file or a pipe folds nothing
@@ -115,7 +119,7 @@ def _print(planned: Plan, *, everything: bool) -> None:
             console.print(f"and {left} dearer or slower: --all", style="dim")
     _print_rejected(planned.rejected, console, everything=everything)
     if planned.chosen is None:
-        raise UserError(f"{planned.recipe}: {planned.why}", hint=_ways_out(planned))
+        raise UserError(f"{planned.recipe}: {planned.why}", hint=planning.way_out(planned.rejected))
     console.print(f"\n[bold]chosen[/] {planned.why}", soft_wrap=True)
     for reason in planned.chosen.fit.reasons:
         console.print(f"  {reason}", style="dim", soft_wrap=True, markup=False)
@@ -163,9 +167,3 @@ def _print_rejected(rejected: tuple[Rejected, ...], console: Console, *, everyth
         console.print(f"  {each.what}: {each.why}", style="dim", soft_wrap=True, markup=False)
     if not everything and (left := len(rejected) - TOP_REJECTED) > 0:
         console.print(f"  and {left} more: --all", style="dim")
-
-
-def _ways_out(planned: Plan) -> str:
-    """What the rejections themselves propose, the most frequent first."""
-    ways = [each.way_out for each in planned.rejected if each.way_out]
-    return max(ways, key=ways.count) if ways else "raise the budget or the deadline, or name other GPUs"

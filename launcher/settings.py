@@ -1,4 +1,4 @@
-"""The site's facts: where checkpoints go, which Python trains. A TOML file, then the environment."""
+"""The site's facts: where checkpoints go, where machines come from. A TOML file, then the environment."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from platformdirs import user_config_path
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainer.errors import UserError
 
-VARIABLES = {"AEOLUS_CHECKPOINTS": "checkpoints", "AEOLUS_TRAINER_PYTHON": "trainer_python"}
+VARIABLES = {
+    "AEOLUS_CHECKPOINTS": "checkpoints",
+    "AEOLUS_TRAINER_PYTHON": "trainer_python",
+    "AEOLUS_NODE_PYTHON": "node_python",
+    "AEOLUS_INFRA": "infra",
+    "AEOLUS_IMAGE": "image",
+    "AEOLUS_BUDGET": "budget_usd",
+}
 """Environment variables that override the file, and the keys they stand for."""
 
 
@@ -30,6 +37,21 @@ class Settings(BaseModel):
     """Bucket (`gs://`, `s3://`) or folder that holds the runs; a relative folder is the caller's."""
     trainer_python: Path | None = None
     """Python of the trainer's environment; None lets the supervisor look for one."""
+    node_python: Path | None = None
+    """The same on machines of one's own, such as a Slurm cluster's; None has each node install it."""
+    infra: tuple[str, ...] = Field(default=("gcp", "lambda"), min_length=1)
+    """Where `submit` looks for machines; in the environment with commas between."""
+    image: str | None = None
+    """Docker image with the trainer, for rented machines; None has each node install the pinned packages."""
+    budget_usd: float | None = Field(default=None, gt=0)
+    """The most that a run may be expected to cost; `--budget` goes before it."""
+
+    @field_validator("infra", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (
+            [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+        )
 
 
 def load(environ: Mapping[str, str]) -> Settings:

@@ -17,6 +17,7 @@ from launcher.cli import main
 from launcher.local import supervisor_environment
 from launcher.process import Home
 from launcher.runs import Reader
+from launcher.settings import VARIABLES
 from tests.fakes import trainer_program
 from tests.fakes.runs import attempt_events, write_commit, write_events
 from trainer.bucket import open_run
@@ -41,7 +42,7 @@ def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A user with empty folders who stands in one of them."""
     for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    for name in ("AEOLUS_CONFIG", "AEOLUS_CHECKPOINTS", "AEOLUS_TRAINER_PYTHON"):
+    for name in ("AEOLUS_CONFIG", *VARIABLES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
@@ -130,14 +131,21 @@ def test_an_override_makes_another_run(launcher: Type, done_run: Path) -> None:
     ("words", "said"),
     [
         (["submit", "no/such", "--infra", "local"], "no/such"),
-        (["submit", RECIPE, "--infra", "gcp"], "'gcp' is not 'local'"),
-        (["submit", RECIPE], "--infra"),
+        (["submit", RECIPE, "--infra", "gpc"], "a folder of this machine, which gpc cannot reach"),
+        (
+            ["submit", RECIPE, "--infra", "local", "--gpus", "A100:8"],
+            "--gpus means nothing with --infra local",
+        ),
+        (["submit", RECIPE, "--infra", "local", "--infra", "gcp"], "this machine alone"),
+        (["submit", RECIPE, "--infra", "slurm", "--preempt", "1"], "--preempt is for --infra local"),
+        (["submit", RECIPE], "a folder of this machine, which gcp, lambda cannot reach"),
         (["submit", RECIPE, "--infra", "local", "--preempt", "2", "--detach"], "leave --detach out"),
         (["submit", RECIPE, "--infra", "local", "--preempt", "-1"], "--preempt"),
         (["submit", RECIPE, "--infra", "local", "--name", "a/b"], "cannot name a run"),
         (["submit", RECIPE, "--infra", "local", "bta=0.1"], "bta"),
         (["logs", "nobody"], "no run nobody was started on this machine"),
         (["cancel", "nobody"], "known runs: none yet"),
+        (["down", "nobody"], "known runs: none yet"),
     ],
 )
 def test_what_the_user_must_mend_is_exit_code_2(launcher: Type, words: list[str], said: str) -> None:

@@ -1,0 +1,219 @@
+"""A submission decided: the plan's choice, and what is refused before anything is rented."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.job_files import JOBS, find, names
+from launcher.offers import DEFAULT_INFRA
+from launcher.order import Order, Wanted, prepare
+from launcher.prices.offer import Prices, offer_of
+from launcher.prices.store import snapshot
+from launcher.settings import Settings
+from launcher.task import to_yaml
+from trainer.errors import BucketError, NoFit, UserError
+from trainer.recipe import default_run_id, load
+
+NOW = datetime(2026, 11, 22, tzinfo=UTC)
+SECRETS = {"HF_TOKEN": "hf_0123456789", "AWS_ACCESS_KEY_ID": "AKIAKEY", "AWS_SECRET_ACCESS_KEY": "s3cr3t"}
+TINY = "zephyr-tiny/dpo"
+PIPELINE = "zephyr"
+"""Of two tasks, one after the other."""
+
+
+def shipped(*, infra: tuple[str, ...], **_: object) -> Prices:
+    """The shipped snapshot, for those that were asked for."""
+    offers = []
+    for name in infra:
+        cloud, _slash, region = name.partition("/")
+        table = snapshot(cloud)
+        rows = table.rows if table else ()
+        offers += [offer for row in rows if region in ("", row.region) and (offer := offer_of(row))]
+    return Prices(offers=tuple(offers), as_of=date(2026, 11, 21), source="snapshot")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+
+def order(
+    source: str | None = None, *overrides: str, environ: dict[str, str] | None = None, **given: Any
+) -> Order:
+    wanted = {"checkpoints": "gs://b/runs", **given}
+    return prepare(
+        Wanted(source=source, overrides=overrides, **wanted), environ=environ or {}, now=NOW, prices=shipped
+    )
+
+
+def test_gpus_alone_are_enough() -> None:
+    """`submit --gpus A100:8`: the recipe, the place and the way to fit are chosen, and it says why."""
+    made = order(gpus="A100:8")
+    assert made.recipe == "zephyr-7b/dpo_full"
+    assert made.config["envs"]["RECIPE"] == "zephyr-7b/dpo_full"
+    assert {each["accelerators"] for each in made.config["resources"]["ordered"]} == {"A100:8"}
+    assert "ZeRO-3" in "\n".join(made.said)
+    assert made.row
+    assert made.row.names() in made.said[0]
+
+
+def test_spot_is_a_managed_job_that_saves_as_often_as_the_plan_says() -> None:
+    """A machine that is lost is replaced, and little is lost with it; the run stays the same run."""
+    made = order(gpus="A100-80GB:8", spot=True)
+    assert made.managed
+    assert made.row
+    assert made.config["envs"]["OVERRIDES"] == f"save_steps={made.row.save_steps}"
+    assert made.request.run_id == default_run_id(load("zephyr-7b/dpo_full").recipe)
+    assert "autostop" not in made.config["resources"]
+
+
+def test_the_user_s_own_interval_stands() -> None:
+    """What is said is not overridden."""
+    made = order(None, "save_steps=7", gpus="A100-80GB:8", spot=True)
+    assert made.config["envs"]["OVERRIDES"] == "save_steps=7"
+
+
+def test_on_demand_is_a_cluster_that_goes_down_after_its_work() -> None:
+    """Nothing needs to recover it, and nobody pays for it once it is idle."""
+    made = order(gpus="A100-80GB:8", spot=False)
+    assert not made.managed
+    assert made.config["resources"]["autostop"]["down"] is True
+    listed = made.config["resources"]["ordered"]
+    assert {each["use_spot"] for each in listed} == {False}
+
+
+def test_what_cannot_fit_is_refused_with_what_would() -> None:
+    """Before anything is rented, and with the plan's reasons."""
+    with pytest.raises(NoFit, match="L4:1") as refused:
+        order(gpus="L4:1")
+    assert refused.value.hint
+
+
+def test_a_budget_that_nothing_meets_is_refused() -> None:
+    """The site's budget holds where none is given."""
+    with pytest.raises(NoFit, match="over the budget of \\$1"):
+        order(gpus="A100-80GB:8", environ={"AEOLUS_BUDGET": "1"})
+
+
+@pytest.mark.parametrize("checkpoints", ["runs", "/shared/runs", "file:///runs"])
+def test_a_folder_of_this_machine_is_refused(checkpoints: str) -> None:
+    """The nodes could not reach it; the message has the way out."""
+    with pytest.raises(BucketError, match="folder of this machine") as refused:
+        order(checkpoints=checkpoints, gpus="A100:8")
+    assert "--checkpoints gs://" in str(refused.value)
+
+
+def test_a_store_on_this_machine_is_refused_for_rented_ones_alone() -> None:
+    """A cluster of one's own may well reach it."""
+    environ = {**SECRETS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9000"}
+    with pytest.raises(BucketError, match="on this machine, which gcp"):
+        order(checkpoints="s3://b/runs", gpus="A100:8", environ=environ)
+    made = order(TINY, checkpoints="s3://b/runs", gpus="A100:8", infra=("slurm",), environ=environ)
+    assert made.secrets["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9000"
+
+
+def test_slurm_takes_gpus_and_has_neither_prices_nor_spot() -> None:
+    """Machines of one's own: what runs there is said, not ranked."""
+    environ = {"AEOLUS_NODE_PYTHON": "/opt/python", "AEOLUS_IMAGE": "registry/image"}
+    made = order(TINY, gpus="A100:8", infra=("slurm/lab",), managed=True, environ=environ)
+    resources = made.config["resources"]
+    assert (resources["infra"], resources["accelerators"]) == ("slurm/lab", "A100:8")
+    assert not {"use_spot", "image_id", "autostop", "instance_type"} & set(resources)
+    assert made.config["envs"]["AEOLUS_TRAINER_PYTHON"] == "/opt/python"
+    assert made.managed
+    assert made.row is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"infra": ("slurm",)}, "which GPUs of slurm"),
+        ({"infra": ("slurm",), "gpus": "A100:8", "spot": True}, "has no spot"),
+        ({"infra": ("slurm",), "gpus": "A100:8", "budget_usd": 5.0}, "has no prices"),
+        ({"infra": ("slurm", "gcp"), "gpus": "A100:8"}, "name one kind"),
+        ({"infra": ("slurm",), "gpus": "A100:8", "name": "a/b"}, "cannot name a run"),
+        ({"gpus": "A100:9"}, "9 x A100"),
+    ],
+)
+def test_what_cannot_be_is_said(given: dict[str, Any], said: str) -> None:
+    """Each with the way out."""
+    with pytest.raises(UserError) as refused:
+        order(TINY, **given)
+    assert said in str(refused.value)
+
+
+def test_what_cannot_fit_one_s_own_gpus_is_refused_too() -> None:
+    """Nobody waits in a queue for a run that cannot start."""
+    with pytest.raises(NoFit, match="T4"):
+        order(gpus="T4:1", infra=("slurm",))
+
+
+def test_secrets_go_by_name_and_only_where_they_are_needed() -> None:
+    """Values are in no file and no log; Amazon's keys are for Amazon's buckets."""
+    made = order(gpus="A100:8", environ=SECRETS)
+    assert made.secrets == {"HF_TOKEN": SECRETS["HF_TOKEN"]}
+    assert made.config["secrets"] == {"HF_TOKEN": None}
+    s3 = order(gpus="A100:8", checkpoints="s3://b/runs", environ={**SECRETS, "AWS_REGION": "eu-west-1"})
+    assert set(s3.secrets) == {*SECRETS, "AWS_REGION"}
+    for each in (made, s3):
+        shown = f"{each!r} {to_yaml(each.config)} {each.said} {each.request.model_dump_json()}"
+        assert not any(value in shown for value in SECRETS.values())
+
+
+def test_a_recipe_file_goes_along_under_its_folder_s_name(tmp_path: Path) -> None:
+    """The node reads the same recipe under the same name."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "dpo.yaml").write_text((Path("jobs/recipes") / f"{TINY}.yaml").read_text())
+    made = order(str(folder / "dpo.yaml"), gpus="A100:8", infra=("slurm",))
+    there = "~/.aeolus/mine/dpo.yaml"
+    assert made.config["envs"]["RECIPE"] == there
+    assert made.config["file_mounts"] == {there: str(folder / "dpo.yaml")}
+    assert made.recipe == "mine/dpo"
+
+
+def test_data_of_this_machine_is_not_sent_to_rented_ones(tmp_path: Path) -> None:
+    """It would be missed there, after the machine is paid."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}\n")
+    with pytest.raises(UserError, match="is on this machine only"):
+        order("zephyr-7b/dpo_full", f"dataset_mixture={data}", gpus="A100:8")
+
+
+def test_a_task_for_one_kind_of_gpu_is_planned_for_that(tmp_path: Path) -> None:
+    """One's own task file says what it is for."""
+    task = yaml.safe_load((JOBS / "dpo_full_offload.yaml").read_text())
+    task["resources"]["ordered"] = [{"infra": "gcp", "accelerators": "A100:8"}, {"accelerators": "A100:8"}]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(task))
+    made = order(str(path))
+    assert {each["accelerators"] for each in made.config["resources"]["ordered"]} == {"A100:8"}
+    assert made.recipe == "notus-7b/dpo_full"
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != PIPELINE])
+def test_every_task_can_be_submitted_by_its_name(name: str) -> None:
+    """Its own recipe, on whatever the plan chooses for it."""
+    made = order(name)
+    base = find(name).base
+    assert made.config["envs"]["RECIPE"] == base["envs"]["RECIPE"]
+    assert (made.config["setup"], made.config["run"]) == (base["setup"], base["run"])
+    assert made.config["resources"]["job_recovery"] == {"recover_on_exit_codes": [75]}
+    assert made.request.nodes == base.get("num_nodes", 1)
+
+
+def test_a_pipeline_is_launched_by_hand() -> None:
+    """Its parts are runs of their own; the message has the command."""
+    with pytest.raises(UserError, match="one at a time") as refused:
+        order(PIPELINE)
+    assert "sky jobs launch" in str(refused.value)
+
+
+def test_the_settings_look_where_the_plan_looks() -> None:
+    """One default, in two places."""
+    assert Settings().infra == DEFAULT_INFRA

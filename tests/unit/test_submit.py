@@ -1,0 +1,318 @@
+"""Submissions to a cloud: launched once, followed, recognised, refused; with a stand-in for SkyPilot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher import submissions
+from launcher.cloud import Kind, Phase, Standing
+from launcher.cloud_fake import FakeCloud
+from launcher.follow import Answer, Ending
+from launcher.order import Order
+from launcher.process import Home, Record
+from launcher.runs import Reader, Run
+from launcher.submissions import Sent
+from launcher.submit import Desk, judge, submit
+from launcher.task import Candidate, Request, task_config
+from tests.fakes.runs import attempt_events, write_commit, write_events
+from tests.unit.test_task import BASE
+from trainer.bucket import open_run
+from trainer.errors import Unavailable, UserError
+
+NAME = "a-run"
+PLACE = Candidate(infra="gcp", accelerators="A100:8", use_spot=True)
+
+
+def standing(phase: Phase = "running", *, kind: Kind = "managed job", **given: Any) -> Standing:
+    some = {"kind": kind, "name": NAME, "job_id": 3, "phase": phase, "said": phase.upper()}
+    return Standing.model_validate({**some, **given})
+
+
+class Scripted(FakeCloud):
+    """A cloud whose job stands otherwise each time its log has ended."""
+
+    def __init__(self, *phases: Phase, **given: Any) -> None:
+        super().__init__(**given)
+        self.phases = list(phases)
+        self.interrupted = False
+
+    def logs(self, standing: Standing, say: Any, *, follow: bool, tail: int = 0) -> None:
+        super().logs(standing, say, follow=follow, tail=tail)
+        if self.interrupted:
+            self.interrupted = False
+            raise KeyboardInterrupt
+        self._next()
+
+    def tried(self, standing: Standing) -> Sequence[str]:
+        lines = super().tried(standing)
+        self._next()
+        return lines
+
+    def _next(self) -> None:
+        if self.phases:
+            phase = self.phases.pop(0)
+            for key, each in self.standings.items():
+                self.standings[key] = each.model_copy(update={"phase": phase, "said": phase.upper()})
+
+
+class Site:
+    """A bucket, a state folder, and what was said."""
+
+    def __init__(self, root: Path) -> None:
+        self.runs = root / "runs"
+        self.state = root / "state"
+        self.said: list[str] = []
+
+    def order(self, *, managed: bool = True) -> Order:
+        request = Request(run_id=NAME, recipe="r", checkpoints=str(self.runs), candidates=(PLACE,))
+        return Order(
+            recipe="zephyr-7b/dpo_full",
+            request=request,
+            config=task_config(BASE, request),
+            managed=managed,
+            retry_until_up=True,
+            row=None,
+            said=(),
+            secrets={"HF_TOKEN": "hf_0123456789"},
+        )
+
+    def submit(
+        self, cloud: FakeCloud, *, managed: bool = True, detach: bool = False, answer: Answer | None = None
+    ) -> tuple[Ending, Run]:
+        desk = Desk(
+            cloud=cloud,
+            state=self.state,
+            say=self.said.append,
+            ask=(lambda: answer) if answer else None,
+            now=lambda: 1000.0,
+            sleep=lambda _: None,
+        )
+        return submit(self.order(managed=managed), desk, detach=detach)
+
+    def sent(self) -> Sent | None:
+        return submissions.recall(self.state, NAME, str(self.runs))
+
+    def trained(self, *, end: dict[str, Any] | None = None, done: bool = False) -> None:
+        folder = self.runs / NAME
+        write_events(folder, attempt_events(1, start=0, last=10, total_steps=20, end=end))
+        write_commit(folder, "step-00000010")
+        if done:
+            write_commit(folder, "final", created="2026-01-01T00:05:00Z")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def test_a_managed_job_is_launched_once_and_followed(site: Site) -> None:
+    """The order's task and secrets go to SkyPilot; what it tries where is shown until the job runs."""
+    cloud = Scripted("running", "done", ends="waiting")
+    ending, _ = site.submit(cloud)
+    ((kind, name, config),) = cloud.launched
+    assert (kind, name, config) == ("managed job", NAME, site.order().config)
+    assert cloud.secrets == {"HF_TOKEN": "hf_0123456789"}
+    assert "trying GCP for a-run" in site.said
+    assert "a line of the log" in site.said
+    assert ending.how == "failed"  # SkyPilot is content, and the bucket has no model
+
+
+def test_a_cluster_is_launched_with_its_own_patience(site: Site) -> None:
+    """`--retry-until-up` reaches SkyPilot."""
+    cloud = Scripted("done")
+    site.submit(cloud, managed=False)
+    assert cloud.launched[0][0] == "cluster"
+    assert "retry until up: True" in cloud.asked
+
+
+def test_the_bucket_says_that_it_is_done(site: Site) -> None:
+    """A final model that is committed is what done means."""
+
+    class Trains(Scripted):
+        def logs(self, standing: Standing, say: Any, *, follow: bool, tail: int = 0) -> None:
+            site.trained(done=True)
+            super().logs(standing, say, follow=follow, tail=tail)
+
+    ending, run = site.submit(Trains("done"))
+    assert (ending.how, ending.exit_code, run.state) == ("done", 0, "done")
+    assert ending.message.endswith("/a-run/final")
+
+
+def test_a_done_run_is_not_launched_again(site: Site) -> None:
+    """SkyPilot is not even asked."""
+    site.trained(done=True)
+    cloud = FakeCloud()
+    ending, _ = site.submit(cloud)
+    assert ending.how == "done"
+    assert not cloud.asked
+
+
+@pytest.mark.parametrize("kind", ["managed job", "cluster"])
+@pytest.mark.parametrize("phase", ["waiting", "running", "recovering"])
+def test_what_is_at_work_is_followed_and_not_rented_twice(site: Site, kind: Kind, phase: Phase) -> None:
+    """The same submission is the same run, whatever it runs as, and from wherever it was submitted."""
+    cloud = Scripted("running", "done", "done")
+    cloud.standings[kind, NAME] = standing(phase, kind=kind)
+    site.submit(cloud)
+    assert not cloud.launched
+    assert "is at work already" in site.said[0]
+    sent = site.sent()
+    assert sent
+    assert (sent.kind, sent.job_id) == (kind, 3)
+
+
+@pytest.mark.parametrize("phase", ["failed", "cancelled", "done", "idle"])
+def test_what_is_over_is_launched_again(site: Site, phase: Phase) -> None:
+    """It goes on from the bucket, under the same name."""
+    cloud = Scripted("done")
+    cloud.standings["managed job", NAME] = standing(phase)
+    site.submit(cloud)
+    assert len(cloud.launched) == 1
+
+
+def test_a_run_of_this_name_in_another_bucket_is_not_taken_for_it(site: Site) -> None:
+    """Its machine would train, and our bucket stay empty."""
+    cloud = FakeCloud()
+    site.submit(cloud, detach=True)
+    sent = site.sent()
+    assert sent
+    submissions.forget(site.state, sent)
+    submissions.remember(site.state, sent.model_copy(update={"checkpoints": "gs://other/runs"}))
+    with pytest.raises(UserError, match="gs://other/runs") as refused:
+        site.submit(cloud)
+    assert "--name" in str(refused.value)
+
+
+def test_a_run_that_is_at_work_here_is_not_sent_away(site: Site) -> None:
+    """Two attempts would fight for it, and both be paid."""
+    home = Home.of(site.state, NAME, str(site.runs))
+    with home.locked():
+        home.remember(
+            Record(
+                run_id=NAME,
+                recipe="r",
+                checkpoints=str(site.runs),
+                pid=os.getpid(),
+                created=psutil.Process().create_time(),
+            )
+        )
+    cloud = FakeCloud()
+    with pytest.raises(UserError, match="at work on this machine"):
+        site.submit(cloud)
+    assert not cloud.asked
+
+
+def test_detached_leaves_a_record(site: Site) -> None:
+    """`status` finds it again; the record holds no secret."""
+    ending, _ = site.submit(FakeCloud(), detach=True)
+    assert (ending.how, ending.exit_code) == ("detached", 0)
+    assert "launcher logs a-run -f" in ending.message
+    sent = site.sent()
+    assert sent == Sent(
+        run_id=NAME,
+        recipe="zephyr-7b/dpo_full",
+        checkpoints=str(site.runs),
+        kind="managed job",
+        name=NAME,
+        job_id=1,
+        where="A100:8 spot on gcp",
+        usd_per_h=None,
+        submitted=1000.0,
+    )
+    kept = "".join(path.read_text() for path in site.state.rglob("*") if path.is_file())
+    assert "hf_0123456789" not in kept
+
+
+def test_a_launch_that_fails_leaves_no_record(site: Site) -> None:
+    """Nothing is rented, so nothing is listed."""
+    with pytest.raises(Unavailable, match="no machine"):
+        site.submit(Broken("no machine"))
+    assert site.sent() is None
+
+
+def test_a_launch_that_fails_with_its_machine_up_is_remembered(site: Site) -> None:
+    """A machine that is paid must be seen in `status`."""
+    with pytest.raises(Unavailable, match="set-up"):
+        site.submit(Broken("set-up", leaves="cluster"), managed=False)
+    assert site.sent()
+
+
+class Broken(FakeCloud):
+    """Cannot launch; may leave a cluster behind."""
+
+    def __init__(self, message: str, *, leaves: Kind | None = None) -> None:
+        super().__init__()
+        self.message = message
+        self.leaves = leaves
+
+    def _take(self, *_: Any, **__: Any) -> int:
+        if self.leaves:
+            self.standings[self.leaves, NAME] = standing("idle", kind=self.leaves)
+        raise Unavailable(self.message)
+
+
+@pytest.mark.parametrize(
+    ("answer", "how", "code"), [("detach", "detached", 0), (None, "detached", 0), ("cancel", "cancelled", 75)]
+)
+def test_ctrl_c_asks(site: Site, answer: Answer | None, how: str, code: int) -> None:
+    """Without a terminal the run is left at work: it is somebody else's machine that was paid for."""
+    cloud = Scripted()
+    cloud.interrupted = True
+    ending, _ = site.submit(cloud, answer=answer)
+    assert (ending.how, ending.exit_code) == (how, code)
+    assert (f"cancel {NAME}" in cloud.asked) == (answer == "cancel")
+
+
+def test_ctrl_c_may_have_been_a_slip(site: Site) -> None:
+    """Then the log goes on."""
+    cloud = Scripted("done")
+    cloud.interrupted = True
+    site.submit(cloud, answer="continue")
+    assert cloud.asked.count(f"logs {NAME} -f") == 2
+
+
+def test_a_log_that_breaks_off_is_taken_up_again(site: Site) -> None:
+    """SkyPilot ends its stream where a machine is lost."""
+    cloud = Scripted("recovering", "running", "done")
+    site.submit(cloud)
+    assert cloud.asked.count(f"logs {NAME} -f") == 3
+
+
+def test_a_log_that_always_breaks_off_is_left(site: Site) -> None:
+    """The run is at work all the same."""
+    ending, _ = site.submit(FakeCloud())
+    assert ending.how == "detached"
+    assert "breaks off" in ending.message
+
+
+@pytest.mark.parametrize(
+    ("seen", "end", "how"),
+    [
+        ("failed", {"kind": "failed", "message": "no key `bta`", "exit_code": 78}, "refused"),
+        ("failed", {"kind": "failed", "message": "a bug", "exit_code": 1}, "failed"),
+        ("failed", None, "failed"),
+        ("cancelled", {"kind": "preempted", "step": 10}, "cancelled"),
+        ("failed", {"kind": "superseded", "by": 2}, "superseded"),
+        (None, {"kind": "preempted", "step": 10}, "cancelled"),
+    ],
+)
+def test_the_end_is_told_by_the_bucket_and_by_skypilot(
+    site: Site, seen: Phase | None, end: dict[str, Any] | None, how: str
+) -> None:
+    """A wrong recipe is the user's to mend; all else that failed failed."""
+    site.trained(end=end)
+    run = Reader(open_run(str(site.runs), NAME), NAME).read()
+    assert judge(standing(seen) if seen else None, run) == how
+
+
+def test_no_line_names_a_secret(site: Site) -> None:
+    """Not even by way of the order's own text."""
+    site.submit(FakeCloud(), detach=True)
+    order = site.order()
+    assert not any("hf_0123456789" in text for text in (*site.said, repr(order), str(order.config)))
