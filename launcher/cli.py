@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from launcher import terminal
+from launcher.build_cli import build
 from launcher.checkpoints_cli import checkpoints
 from launcher.plan_cli import plan
 from launcher.submit_cli import submit
@@ -60,6 +61,7 @@ def cli() -> None:
     """Post-training that survives losing its machine."""
 
 
+cli.add_command(build)
 cli.add_command(checkpoints)
 cli.add_command(plan)
 cli.add_command(submit)

@@ -105,6 +105,7 @@ def test_what_decides_does_no_io(path: Path) -> None:
         ["launcher", "--help"],
         ["launcher", "submit", "--help"],
         ["launcher", "plan", "--help"],
+        ["launcher", "build", "--help"],
         ["trainer", "--help"],
         ["trainer", "run", "--help"],
     ],

@@ -1,0 +1,131 @@
+"""A SkyPilot client and API server with a home of their own, the controller of managed jobs within the server."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.e2e.lab import catalogs
+from tests.e2e.lab.namespace import Namespace
+from tests.e2e.lab.slurm import NAME
+from tests.harness import ROOT, wait_until
+from tests.servers.ports import free_ports
+
+SKY = Path(sys.executable).with_name("sky")
+POLL_S = 6.0
+"""Between two looks: a `sky` command takes some 2 s of CPU."""
+FOLDERS = ("workdir", "tmpdir")
+ENABLE = """
+from sky import check, global_user_state
+from sky.clouds import cloud
+# Else the first request finds that these have changed, looks for credentials, and disables what has none.
+global_user_state.set_allowed_clouds(check._get_workspace_allowed_clouds("default"), "default")
+for capability in cloud.CloudCapability:
+    compute = capability is cloud.CloudCapability.COMPUTE
+    global_user_state.set_enabled_clouds({clouds!r} if compute else [], capability, "default")
+"""
+OPTIMIZE = """
+import sys
+import sky
+from sky.utils import dag_utils
+sky.stream_and_get(sky.optimize(dag_utils.load_chain_dag_from_yaml(sys.argv[1])))
+"""
+NETWORK_IS_UP = '''\
+"""Read by every Python that SkyPilot starts here: SkyPilot asks two public hosts whether the network is up before
+it believes that a machine is gone, and with no internet would wait for ever. Here it asks its own API server.
+"""
+import importlib.abc, importlib.machinery, os, sys
+
+class AskTheServer(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "sky.backends.backend_utils":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            module._TEST_IP_LIST = [f"http://127.0.0.1:{os.environ['SKYPILOT_API_SERVER_LOCAL_PORT']}/api/health"]
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, AskTheServer())
+'''
+
+
+class Sky:
+    """`sky`, as a person has it; its server ends with the namespace."""
+
+    def __init__(self, inside: Namespace, folder: Path) -> None:
+        self._inside = inside
+        self._home = folder / "home"
+        self._site = folder / "site"
+        self._cluster = folder / "cluster"
+        self._lock = threading.Lock()
+        self._listed: list[dict[str, Any]] = []
+        self._listed_at = -math.inf
+        inside.environ |= {
+            "HOME": str(self._home),
+            "PYTHONPATH": str(self._site),
+            "SKYPILOT_API_SERVER_LOCAL_PORT": str(free_ports("api")["api"]),
+            "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+            "SKYPILOT_POD_MEMORY_GB_LIMIT": "6",  # it starts a controller of jobs for each GiB or so
+        }
+
+    def start(self, ssh_config: str) -> None:
+        """The server answers, and knows the cluster."""
+        self._site.mkdir()
+        (self._site / "sitecustomize.py").write_text(NETWORK_IS_UP)
+        catalogs.write(self._home / ".sky" / "catalogs" / "v8")
+        (self._home / ".slurm").mkdir()
+        (self._home / ".slurm" / "config").write_text(ssh_config)
+        for name in FOLDERS:
+            (self._cluster / name).mkdir(parents=True)
+        config = {
+            "jobs": {"controller": {"consolidation_mode": True}},
+            # Of the cluster: what would be shared by its nodes, and what is each node's own.
+            "slurm": {"cluster_configs": {NAME: {name: str(self._cluster / name) for name in FOLDERS}}},
+        }
+        (self._home / ".sky" / "config.yaml").write_text(yaml.safe_dump(config))
+        self.run("api", "start")
+        self.run("check", "slurm")
+        self.pretend("GCP", "Lambda", "Slurm")
+
+    def pretend(self, *clouds: str) -> None:
+        """From now on SkyPilot believes that it has credentials for these and no others."""
+        self._inside.run(sys.executable, "-c", ENABLE.format(clouds=list(clouds)))
+
+    def run(self, *words: str | Path, timeout_s: float = 900.0, check: bool = True) -> str:
+        """A `sky` command to its end, and what it said."""
+        done = self._inside.run(SKY, *words, cwd=ROOT, timeout_s=timeout_s, check=check)
+        return done.stdout + done.stderr
+
+    def optimized(self, pipeline: Path) -> str:
+        """What SkyPilot's optimizer says of the tasks of a pipeline."""
+        return self._inside.run(sys.executable, "-c", OPTIMIZE, pipeline, cwd=ROOT).stdout
+
+    def job(self, name: str) -> dict[str, Any] | None:
+        """The managed job of that name as SkyPilot tells of it, its last task; None if there is none yet."""
+        with self._lock:  # who waits at the same time shares the answer
+            if time.monotonic() - self._listed_at > POLL_S:
+                self._listed = json.loads(self.run("jobs", "queue", "--all", "--output", "json"))
+                self._listed_at = time.monotonic()
+            mine = [job for job in self._listed if job["job_name"] == name]
+        return max(mine, key=lambda job: int(job["task_id"]), default=None)
+
+    def wait_for(self, name: str, *statuses: str, timeout_s: float = 600.0) -> str:
+        """Wait until the managed job has one of the statuses; which."""
+
+        def status() -> str | None:
+            job = self.job(name)
+            return job["status"] if job and job["status"] in statuses else None
+
+        found: str = wait_until(status, f"{name} to be {statuses}", timeout_s=timeout_s, poll_s=1.0)
+        return found
