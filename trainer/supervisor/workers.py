@@ -6,10 +6,13 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -21,6 +24,22 @@ PYTHON_VARIABLE = "AEOLUS_TRAINER_PYTHON"
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "trainer.worker"
 """The module that trains; another that keeps to the files of `trainer.job` does as well."""
+EXPANDABLE = "expandable_segments:True"
+"""Against fragments of memory between sequences of many lengths
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf)."""
+GRACE_S = 30.0
+"""For the other ranks, when one has failed, to say what they know."""
+
+
+class Meeting(NamedTuple):
+    """Where the ranks find each other, and which of them this node has."""
+
+    address: str = "127.0.0.1"
+    port: int = 0
+    node: int = 0
+
+
+DEFAULT_MEETING = Meeting()
 
 
 def worker_python(environ: Mapping[str, str] = os.environ, root: Path = PACKAGE_ROOT) -> str:
@@ -50,75 +69,134 @@ def worker_python(environ: Mapping[str, str] = os.environ, root: Path = PACKAGE_
     )
 
 
-def command(job: Job, job_file: Path, python: str, program: str = PROGRAM) -> list[str]:
-    """One process is started as it is; several through `accelerate launch`, which sets their ranks."""
-    if job.fit.processes == 1:
-        return [python, "-m", program, str(job_file)]
-    return [
-        python, "-m", "accelerate.commands.launch", "--multi_gpu",
-        "--num_processes", str(job.fit.processes), "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--module", program, str(job_file),
-    ]  # fmt: skip
+def command(job_file: Path, python: str, program: str = PROGRAM) -> list[str]:
+    """Of each rank; which one it is, its environment says."""
+    return [python, "-m", program, str(job_file)]
 
 
-def environment(job: Job, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Threads are fixed because sums split over other numbers of threads differ in the last bits."""
+def meeting() -> Meeting:
+    """On this machine, at a port that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return Meeting(port=free.getsockname()[1])
+
+
+def environment(
+    job: Job, environ: Mapping[str, str] = os.environ, *, local_rank: int = 0, at: Meeting = DEFAULT_MEETING
+) -> dict[str, str]:
+    """Of one rank, with torchrun's variables if there are several or DeepSpeed, which wants them of one too.
+
+    Threads are fixed because sums split over other numbers of threads differ in the last bits.
+    """
     path = os.pathsep.join([str(PACKAGE_ROOT), *filter(None, [environ.get("PYTHONPATH")])])
-    return {
-        **environ,
+    ours = {
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(job.fit.threads),
     }
+    if not job.fit.use_cpu:
+        ours["PYTORCH_ALLOC_CONF"] = environ.get("PYTORCH_ALLOC_CONF", EXPANDABLE)
+    elif job.fit.engine.startswith("zero"):
+        ours |= {
+            "DS_ACCELERATOR": "cpu",
+            "ACCELERATE_TORCH_DEVICE": "cpu",
+            "ACCELERATE_USE_DEEPSPEED": "true",
+        }
+    if job.fit.processes > 1 or job.fit.engine.startswith("zero"):
+        ours |= _rank_variables(job, local_rank, at)
+    return {**environ, **ours}
+
+
+def _rank_variables(job: Job, local_rank: int, at: Meeting) -> dict[str, str]:
+    """As torchrun sets them: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables"""
+    here = job.fit.processes_per_node
+    return {
+        "RANK": str(at.node * here + local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(job.fit.processes),
+        "LOCAL_WORLD_SIZE": str(here),
+        "MASTER_ADDR": at.address,
+        "MASTER_PORT": str(at.port),
+    }
 
 
 class Workers:
-    """The process tree of one attempt's training."""
+    """The processes of one attempt's training on this node, a rank each.
 
-    def __init__(self, job: Job, python: str, program: str = PROGRAM) -> None:
+    They are started here and not by `accelerate launch` or torchrun. Those send the ranks SIGTERM when one of them
+    fails, which is what a preemption looks like; they turn SIGTERM to themselves into 30 s and a SIGKILL; and they
+    make every exit code 1, so that a rank that the kernel killed for memory looks like a bug of ours.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        python: str,
+        program: str = PROGRAM,
+        *,
+        grace_s: float = GRACE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         job_file = job.work / "job.json"
         job_file.write_text(job.model_dump_json())
-        self._program = program
-        self._process = subprocess.Popen(
-            leashed(command(job, job_file, python, program)), env=environment(job)
-        )
+        self._grace_s, self._clock = grace_s, clock
+        self._failed_at: float | None = None
+        self._exit_code: int | None = None
+        at = meeting() if job.fit.processes > 1 or job.fit.engine.startswith("zero") else DEFAULT_MEETING
+        self._ranks = [
+            subprocess.Popen(
+                leashed(command(job_file, python, program)), env=environment(job, local_rank=rank, at=at)
+            )
+            for rank in range(job.fit.processes_per_node)
+        ]
+
+    @property
+    def pids(self) -> list[int]:
+        """Of each rank of this node, in their order."""
+        return [rank.pid for rank in self._ranks]
 
     def poll(self) -> int | None:
-        """Exit code of the tree's root, negative if killed by a signal; None while it runs."""
-        return self._process.poll()
+        """None while a rank runs, else the exit code of the first that failed, negative if a signal killed it, or 0.
+
+        Once one has failed the others, which may wait for it for ever, have `grace_s` seconds to end.
+        """
+        codes = [rank.poll() for rank in self._ranks]
+        self._exit_code = self._exit_code or next((code for code in codes if code), None)
+        if None not in codes:
+            return self._exit_code or 0
+        if self._exit_code is not None:
+            self._failed_at = self._failed_at or self._clock()
+            if self._clock() - self._failed_at >= self._grace_s:
+                self.kill()
+                return self._exit_code
+        return None
 
     def wait(self, timeout_s: float) -> None:
-        """Until the root ends, or `timeout_s` seconds."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout_s)
+        """Until all have ended, or `timeout_s` seconds."""
+        deadline = self._clock() + timeout_s
+        for rank in self._ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.wait(max(0.0, deadline - self._clock()))
 
     def stop(self) -> None:
-        """Ask every rank to save at the next step and end; the launcher in between would kill them."""
-        tree = self._tree()
-        for process in [process for process in tree if self._is_rank(process)] or tree[:1]:
-            _signal(process, signal.SIGTERM)
+        """Ask every rank to save at the next step and end."""
+        for rank in self._ranks:
+            rank.send_signal(signal.SIGTERM)  # does nothing once it has ended
 
     def kill(self) -> None:
-        for process in self._tree():
-            _signal(process, signal.SIGKILL)
-        self._process.wait()
+        """Every rank, and what it has started."""
+        for process in [each for rank in self._ranks for each in _tree(rank)]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended between the look and the signal
+                process.kill()
+        for rank in self._ranks:
+            rank.wait()
 
-    def _tree(self) -> list[psutil.Process]:
-        """The root and all below it; empty once the root has ended."""
-        if self.poll() is not None:
-            return []
-        root = psutil.Process(self._process.pid)
+
+def _tree(rank: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """A rank and all below it; empty once it has ended."""
+    if rank.poll() is not None:
+        return []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(rank.pid)
         return [root, *root.children(recursive=True)]
-
-    def _is_rank(self, process: psutil.Process) -> bool:
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            return False
-        return self._program in words and not {"accelerate.commands.launch", "trainer.leash"} & set(words)
-
-
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):  # it ended between the look and the signal
-        process.send_signal(number)
+    return []

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.errors import UserError
 from trainer.job import Job, Outcome
@@ -17,7 +20,7 @@ from trainer.leash import die_with_parent
 from trainer.room import no_room
 from trainer.worker.channel import Channel, ChannelHandler
 
-RANK_VARIABLE = "RANK"  # set by `accelerate launch`, one process each
+RANK_VARIABLE = "RANK"  # set by the supervisor where there are several, one process each
 
 NOISE = (
     "torch.utils.checkpoint",
@@ -32,6 +35,7 @@ NOISE = (
     "torch_dtype` is deprecated",
     "No device id is provided via `init_process_group`",
     "Could not find a config file in",  # PEFT asks the Hub about the base, which may be a GGUF file
+    "Gradient accumulation steps mismatch",  # Accelerate's plugin is told 1, as the Trainer accumulates itself
     "lr_scheduler.step()` before `optimizer.step()",
 )
 """Beginnings or parts of messages of the stack's packages that a user can do nothing about."""
@@ -95,14 +99,36 @@ def run(job: Job, channel: Channel) -> Outcome:
 
 
 def main() -> None:
-    die_with_parent(os.getppid())  # `accelerate launch` stands between the leash and several ranks
+    die_with_parent(os.getppid())
     job = Job.model_validate_json(Path(sys.argv[1]).read_text())
     channel = Channel(job, rank=int(os.environ.get(RANK_VARIABLE, "0")))
     channel.listen()
     tame(channel)
-    outcome = run(job, channel)
+    try:
+        outcome = run(job, channel)
+    except BaseException:
+        if job.fit.processes == 1:
+            raise
+        traceback.print_exc()  # a rank that failed ends now: cleaning up could wait for the others
+        sys.stderr.flush()
+        os._exit(1)
     channel.conclude(outcome)
-    sys.exit(0 if outcome.status in ("done", "preempted") else 1)
+    leave(job, 0 if outcome.status in ("done", "preempted") else 1)
+
+
+def leave(job: Job, code: int) -> NoReturn:
+    """End this process; a rank that ends well takes leave of the others, one that does not waits for nobody."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # all is said; Python's last steps know no handlers
+        signal.signal(number, signal.SIG_IGN)
+    if job.fit.processes > 1 and code == 0:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    elif job.fit.processes > 1:
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

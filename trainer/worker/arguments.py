@@ -8,6 +8,7 @@ from trainer.errors import RecipeError
 from trainer.fit import Fit
 from trainer.fit.wishes import checkpointing_of
 from trainer.job import Job
+from trainer.worker import engine
 
 REFUSED = {
     "load_best_model_at_end": "checkpoints leave the machine as soon as they are committed",
@@ -25,12 +26,16 @@ def training_arguments(config_class: Any, job: Job) -> Any:
 
     Raises:
         RecipeError: TRL does not take the recipe's settings, or a recovery could not keep them.
+        UserError: the engine cannot be had on this machine.
     """
     settings = dict(job.recipe.trainer_args)
     for key, reason in REFUSED.items():
         if settings.get(key):
             raise RecipeError(f"`{key}` cannot be used: {reason}", hint=f"take `{key}` out of the recipe")
+    config = engine.deepspeed_config(job.recipe, job.fit, has_bf16=has_bf16(job.fit))
     settings = {**_defaults(settings, job.fit), **_fitted(job), **settings, **_owned(job)}
+    settings |= engine.settings(config, job.fit)
+    engine.start(job, config)
     try:
         arguments = config_class(**settings)
     except (TypeError, ValueError) as error:
@@ -48,6 +53,7 @@ def _defaults(settings: dict[str, Any], fit: Fit) -> dict[str, Any]:
         "bf16": has_bf16(fit) and not settings.get("fp16"),
         "report_to": "none",
         "per_device_eval_batch_size": fit.micro_batch,
+        "ddp_find_unused_parameters": False,  # Transformers looks for them at every step without checkpointing
         "logging_nan_inf_filter": False,  # it would write the loss of a broken step as 0
     }
 
@@ -65,7 +71,6 @@ def _owned(job: Job) -> dict[str, Any]:
         "output_dir": str(job.staging),
         "per_device_train_batch_size": job.fit.micro_batch,
         "gradient_accumulation_steps": job.fit.accumulation,
-        "use_cpu": job.fit.use_cpu,
         "save_strategy": "steps",
         "save_total_limit": None,  # retention is the bucket's
         "logging_strategy": "steps",

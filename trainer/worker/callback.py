@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +13,8 @@ import xxhash
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trainer.job import STAGED_SUFFIX, Job, Staged, mark_staged
-from trainer.worker import resume
+from trainer.job import STAGED_SUFFIX, Job, Staged, mark_staged, write_atomically
+from trainer.worker import engine, resume
 from trainer.worker.channel import Channel
 from trainer.worker.resume import Identity
 
@@ -34,13 +36,17 @@ class Progress(TrainerCallback):
         self._about = about
         self._samples = samples
         self._seen = Seen()
+        self._config: dict[str, Any] | None = None
         self._since = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, *, model: Any, **_: Any
     ) -> None:
         state.compute_steps(args, state.max_steps)  # a resumed state brings the old intervals
+        self._config = args.deepspeed
         model.register_forward_pre_hook(self._seen.hook, with_kwargs=True)
+        if args.world_size > 1:
+            dist.barrier()  # until all are here, a signal ends each at once; from here on they stop together
         self._channel.training_begins()
         self._channel.say(
             "started",
@@ -48,8 +54,9 @@ class Progress(TrainerCallback):
             total_steps=state.max_steps,
             samples=self._samples,
             tokens=self._about.tokens,
-            parameters=sum(weight.numel() for weight in model.parameters()),
-            trainable_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+            parameters=sum(map(_size, model.parameters())),
+            trainable_parameters=sum(_size(weight) for weight in model.parameters() if weight.requires_grad),
+            **self._engine(),
         )
 
     def on_step_end(
@@ -91,7 +98,9 @@ class Progress(TrainerCallback):
         stall_s = time.perf_counter() - self._since
         if state.is_world_process_zero:
             resume.write(self._job.staging / folder, self._about)
-            details = self._about.model_dump(mode="json")
+            if self._config:
+                write_atomically(self._job.staging / folder / engine.FILE, json.dumps(self._config, indent=2))
+            details = self._about.model_dump(mode="json") | self._engine()
             mark_staged(
                 self._job.staging,
                 Staged(folder=folder, step=state.global_step, stall_s=stall_s, details=details),
@@ -120,6 +129,10 @@ class Progress(TrainerCallback):
             self._channel.say("eval", step=state.global_step, **told)
         self._since = time.perf_counter()
 
+    def _engine(self) -> dict[str, Any]:
+        """DeepSpeed's config, if it trains."""
+        return {"deepspeed": self._config} if self._config else {}
+
     def _waiting(self) -> int:
         """Staged folders, by name only: the uploader may remove a marker while we look."""
         return len(list(self._job.staging.glob(f"*{STAGED_SUFFIX}")))
@@ -130,30 +143,50 @@ class Progress(TrainerCallback):
         control.should_training_stop = True
 
 
+def _size(weight: Any) -> int:
+    """Elements, also of a weight that ZeRO 3 has cut."""
+    return int(getattr(weight, "ds_numel", weight.numel()))
+
+
 class Seen:
-    """What the model was trained on since the last look: token ids, not what was meant to be fed to it."""
+    """What the model was trained on since the last look: token ids, not what was meant to be fed to it.
+
+    The sum of a hash of each sequence: a set of sequences has one digest, however it was dealt to ranks and micro
+    batches, padded and ordered.
+    """
 
     def __init__(self) -> None:
-        self._total = xxhash.xxh3_64()
+        self._sum = 0
 
     def hook(self, module: Any, _args: Any, inputs: dict[str, Any]) -> None:
         """Before a forward; those of evaluation and of the reference have no gradient."""
         if module.training and torch.is_grad_enabled():
-            ids = inputs["input_ids"].detach().cpu()  # (batch, sequence)
-            self._total.update(str(tuple(ids.shape)).encode())
-            self._total.update(ids.contiguous().numpy().tobytes())
+            ids = inputs["input_ids"].detach().cpu().to(torch.int64)  # (batch, sequence)
+            for sequence in _sequences(ids, inputs):
+                self._sum += xxhash.xxh3_64_intdigest(sequence.contiguous().numpy().tobytes())
 
     def digest(self, args: TrainingArguments) -> str:
-        """Hex over all since the last call; over every rank's, in the order of ranks, if there are several."""
-        mine = self._total.digest()
-        self._total.reset()
-        if args.world_size == 1:
-            return mine.hex()
-        parts = [
-            torch.zeros(len(mine), dtype=torch.uint8, device=args.device) for _ in range(args.world_size)
-        ]
-        dist.all_gather(parts, torch.tensor(list(mine), dtype=torch.uint8, device=args.device))
-        return xxhash.xxh3_64_hexdigest(b"".join(bytes(part.tolist()) for part in parts))
+        """Hex over all since the last call, of every rank."""
+        mine, self._sum = self._sum % 2**64, 0
+        if args.world_size > 1:
+            signed = mine - 2**64 if mine >= 2**63 else mine
+            total = torch.tensor(signed, dtype=torch.int64, device=args.device)
+            dist.all_reduce(total)  # modulo 2 ** 64, as int64 overflows
+            mine = int(total.item()) % 2**64
+        return f"{mine:016x}"
+
+
+def _sequences(ids: torch.Tensor, inputs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Without padding; several to a row where they are packed, each with positions from 0."""
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    for number, row in enumerate(ids):
+        if mask is not None:
+            yield row[mask[number].detach().cpu().bool()]
+        elif positions is not None:
+            starts = (positions[number].detach().cpu() == 0).nonzero().flatten().tolist()
+            yield from torch.tensor_split(row, starts[1:])
+        else:
+            yield row
 
 
 def _any_rank(args: TrainingArguments, *flags: bool) -> tuple[bool, ...]:

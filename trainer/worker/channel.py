@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from trainer.job import Job, Outcome, write_atomically
 
 
 class Channel:
-    """Lines to `steps.jsonl`, the outcome, and the stop signal; only rank 0 writes.
+    """Lines to `steps.jsonl`, the outcome, and the stop signal; only rank 0 writes, but for what only another knows.
 
     Until `training_begins` a signal ends the process at once, as preempted: there is nothing to save.
     From then on it raises `stop_asked`, which the training loop reads where a step ends.
@@ -23,6 +24,7 @@ class Channel:
     def __init__(self, job: Job, *, rank: int = 0) -> None:
         self.stop_asked = False
         self._job = job
+        self._rank = rank
         self._speaks = rank == 0
         self._ends_at_once = False
         self._lines = job.steps.open("a") if self._speaks else None
@@ -47,20 +49,27 @@ class Channel:
         self._ends_at_once = False
 
     def conclude(self, outcome: Outcome) -> None:
-        """Write how it ended; nothing is said after this. Any rank may find that there is no room."""
+        """Write how it ended; nothing is said after this. Any rank may find that there is no room, or a user's fault;
+        of several that do the first is heard, and rank 0 before the others.
+        """
         lines, self._lines = self._lines, None
-        if lines or outcome.status == "no_room":
+        if self._speaks:
             if lines:
                 lines.close()
-            write_atomically(self._job.outcome, outcome.model_dump_json())
+                write_atomically(self._job.outcome, outcome.model_dump_json())
+        elif outcome.status in ("no_room", "user_error"):
+            mine = self._job.outcome.with_name(f"outcome-{self._rank}.json")
+            mine.write_text(outcome.model_dump_json())
+            with contextlib.suppress(FileExistsError):
+                self._job.outcome.hardlink_to(mine)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.stop_asked = True
         if self._ends_at_once:
             self.conclude(Outcome(status="preempted", message="before the first step"))
-            os._exit(
-                0
-            )  # no cleanup: imports and loads in full flight would delay it or turn it into an error
+            # No cleanup: imports and loads in full flight would delay it or turn it into an error. Ranks that went
+            # past this point already learn from the code that they wait in vain.
+            os._exit(0 if self._job.fit.processes == 1 else 1)
 
 
 class ChannelHandler(logging.Handler):

@@ -15,15 +15,24 @@ log = logging.getLogger(__name__)
 FOLDER = "final"
 
 
-def export(model: Any, tokenizer: Tokenizer, base: Base, job: Job, *, step: int, about: Identity) -> Path:
-    """Write `staging/final/` and mark it staged.
+def export(  # noqa: PLR0913 (what a finished model consists of)
+    model: Any,
+    tokenizer: Tokenizer,
+    base: Base,
+    job: Job,
+    *,
+    step: int,
+    about: Identity,
+    weights: dict[str, Any] | None = None,
+) -> Path:
+    """Write `staging/final/` and mark it staged; `weights` where the model has not its own.
 
     A full model is written whole; LoRA as an adapter that names the recipe's model. Where the base
     lives in this attempt's folder only (`init: tiny`, or an adapter as the recipe's model), nobody could
     load such an adapter: it is merged into the base and the sum is written, as a full model.
     """
     into = job.staging / FOLDER
-    _write(model, base, into, job.work / "adapter")
+    _write(model, base, into, job.work / "adapter", {} if weights is None else {"state_dict": weights})
     tokenizer.save_pretrained(into)
     mark_staged(
         job.staging, Staged(folder=FOLDER, step=step, kind="final", details=about.model_dump(mode="json"))
@@ -31,17 +40,17 @@ def export(model: Any, tokenizer: Tokenizer, base: Base, job: Job, *, step: int,
     return into
 
 
-def _write(model: Any, base: Base, into: Path, scratch: Path) -> None:
+def _write(model: Any, base: Base, into: Path, scratch: Path, weights: dict[str, Any]) -> None:
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
-        model.save_pretrained(into)
+        model.save_pretrained(into, **weights)
         return
     model.peft_config["default"].base_model_name_or_path = base.name or base.path
     if base.name is not None:
-        model.save_pretrained(into)
+        model.save_pretrained(into, **weights)
     else:
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, **weights)
         merge(scratch, into)
 
 

@@ -205,15 +205,25 @@ def lora(recipe: Recipe) -> Any:
 
 
 def digest(model: Any) -> str:
-    """xxh3_128 over every weight's name and bytes."""
+    """xxh3_128 over every weight's name and bytes; what ZeRO 3 has cut is gathered, a weight at a time."""
     import torch
 
     total = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
+    cut = {name: weight for name, weight in model.named_parameters() if hasattr(weight, "ds_id")}
+    for name, kept in sorted(model.state_dict().items()):
+        tensor = _gathered(cut[name]) if name in cut else kept
         if isinstance(tensor, torch.Tensor):
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
+
+
+def _gathered(weight: Any) -> Any:
+    """A copy on the host; every rank has to ask for it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([weight]):
+        return weight.detach().cpu().clone()
 
 
 def make_tiny(into: Path, recipe: Recipe, rows: Iterable[Row]) -> None:

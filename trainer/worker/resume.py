@@ -28,6 +28,8 @@ class Identity(BaseModel):
     model: str
     """Digest of the weights that the run began with."""
     engine: str = "single"
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
     world_size: int
     micro_batch: int
     accumulation: int
@@ -39,6 +41,9 @@ def identity(job: Job, tokens: Tokens, model: str) -> Identity:
         data=tokens.fingerprint,
         tokens=tokens.tokens,
         model=model,
+        engine=job.fit.engine,
+        offload_optimizer=job.fit.offload_optimizer,
+        offload_parameters=job.fit.offload_parameters,
         world_size=job.fit.processes,
         micro_batch=job.fit.micro_batch,
         accumulation=job.fit.accumulation,
@@ -58,14 +63,10 @@ def check(folder: Path, mine: Identity) -> None:
         DataError: the training data are not those that the run began with.
         ModelError: the base model is not the one that the run began with.
     """
-    rng = "rng_state.pth" if mine.world_size == 1 else "rng_state_0.pth"
-    for name in (FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json", rng):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"the checkpoint {folder.name} has no {name}",
-                hint="remove its commit from the bucket: the run goes on from the one before",
-            )
+    _need(folder, FILE)
     theirs = Identity.model_validate_json((folder / FILE).read_text())
+    _need(folder, *_files(theirs))
+    _check_engine(theirs, mine)
     if theirs.data != mine.data:
         raise DataError(
             f"the training data changed: {theirs.tokens} tokens ({theirs.data}) when the run began, "
@@ -80,8 +81,55 @@ def check(folder: Path, mine: Identity) -> None:
     _say_inexact(theirs, mine)
 
 
+def _need(folder: Path, *names: str) -> None:
+    for name in names:
+        if not any(path.is_file() for path in folder.glob(name)):
+            raise UserError(
+                f"the checkpoint {folder.name} has no {name}",
+                hint="remove its commit from the bucket: the run goes on from the one before",
+            )
+
+
+def _files(theirs: Identity) -> list[str]:
+    """What an engine leaves, as patterns; DeepSpeed's every rank its part."""
+    ranks = range(theirs.world_size)
+    rng = ["rng_state.pth"] if theirs.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    common = ["scheduler.pt", "trainer_state.json", *rng]
+    if not theirs.engine.startswith("zero"):
+        return ["optimizer.pt", *common]
+    parts = [f"global_step*/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks]
+    if theirs.engine == "zero3":
+        parts += [f"global_step*/*zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
+    else:
+        parts.append("global_step*/mp_rank_00_model_states.pt")
+    return ["latest", *parts, *common]
+
+
+def _check_engine(theirs: Identity, mine: Identity) -> None:
+    """DeepSpeed loads its own parts only, into as many ranks of the same stage; of others it would load none.
+
+    Raises:
+        UserError: the checkpoint is not in the form that this fit's engine reads.
+    """
+    sharded = [each.engine for each in (theirs, mine) if each.engine.startswith("zero")]
+    if sharded and (theirs.engine, theirs.world_size) != (mine.engine, mine.world_size):
+        raise UserError(
+            f"the checkpoint was written by {theirs.engine} on {theirs.world_size} processes; here are "
+            f"{mine.world_size} with {mine.engine}",
+            hint="go on with as many GPUs of the same kind",
+        )
+
+
 def _say_inexact(theirs: Identity, mine: Identity) -> None:
-    for name in ("world_size", "micro_batch", "accumulation", "threads"):
+    changing = (
+        "engine",
+        "offload_optimizer",
+        "offload_parameters",
+        "world_size",
+        "micro_batch",
+        "accumulation",
+    )
+    for name in (*changing, "threads"):
         before, now = getattr(theirs, name), getattr(mine, name)
         if before != now:
             log.warning("%s was %s and is %s: the run goes on, but not bit for bit", name, before, now)

@@ -6,8 +6,15 @@ from trl import SFTConfig, SFTTrainer
 
 from trainer.job import Job, Outcome
 from trainer.worker import chat, data, model, sources, training
+from trainer.worker.arguments import training_arguments
 from trainer.worker.channel import Channel
+from trainer.worker.engine import Sharded
+from trainer.worker.order import Ordered
 from trainer.worker.resume import identity
+
+
+class OrderedSFTTrainer(Ordered, Sharded, SFTTrainer):  # type: ignore[misc]
+    """An `SFTTrainer` in our order. It leaves data that have `input_ids` and `labels` as they are."""
 
 
 def train(job: Job, channel: Channel) -> Outcome:
@@ -23,13 +30,14 @@ def train(job: Job, channel: Channel) -> Outcome:
     test_tokens = data.for_sft(rows.test, tokenizer, recipe, "test") if rows.test else None
 
     # Model
+    args = training_arguments(SFTConfig, job)
     policy = model.load(base, recipe, job.fit)
     about = identity(job, train_tokens, model.digest(policy))
 
-    # Training: SFTTrainer leaves data that have `input_ids` and `labels` as they are
+    # Training
     trainer = training.build(
-        SFTTrainer,
-        SFTConfig,
+        OrderedSFTTrainer,
+        args,
         job,
         train_tokens,
         test_tokens,

@@ -10,8 +10,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from trainer.errors import RecipeError
 from trainer.job import Job, Outcome
-from trainer.worker import resume
-from trainer.worker.arguments import training_arguments
+from trainer.worker import engine, resume
 from trainer.worker.callback import Progress
 from trainer.worker.channel import Channel
 from trainer.worker.data import Tokens
@@ -33,14 +32,13 @@ def check_test_rows(job: Job, rows: Rows) -> None:
 
 
 def build(
-    trainer_class: Any, config_class: Any, job: Job, train: Tokens, test: Tokens | None, **settings: Any
+    trainer_class: Any, args: Any, job: Job, train: Tokens, test: Tokens | None, **settings: Any
 ) -> Any:
-    """A TRL trainer of our tokens.
+    """A TRL trainer of our tokens; `args` are made before the model, which ZeRO 3 cuts while it is loaded.
 
     Raises:
         RecipeError: TRL finds that the recipe's settings do not go together.
     """
-    args = training_arguments(config_class, job)
     try:
         trainer = trainer_class(
             args=args, train_dataset=train.dataset, eval_dataset=test.dataset if test else None, **settings
@@ -48,6 +46,7 @@ def build(
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RecipeError(f"TRL refuses the recipe: {error}") from error
     trainer.remove_callback(PrinterCallback)
+    trainer.order = (job.recipe, train.fingerprint)
     return trainer
 
 
@@ -67,13 +66,14 @@ def finish(trainer: Any, base: Base, job: Job, channel: Channel, about: Identity
         channel.training_begins()
         log.info("the checkpoint is the last step's: only the export is left")
         # train() would take one step more. The same loader that it uses, so the same weights.
-        trainer._load_from_checkpoint(str(job.resume_from))  # noqa: SLF001
         step = resume.step(job.resume_from)
+        engine.load_only(trainer, job.resume_from, job.fit, steps=step)
     else:
         trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
         step = trainer.state.global_step
     if progress.stopped_at is not None:
         return Outcome(status="preempted", message=f"at step {progress.stopped_at}, which is saved")
+    weights = engine.whole_weights(trainer, job.fit)
     if trainer.is_world_process_zero():
-        export(trainer.model, trainer.processing_class, base, job, step=step, about=about)
+        export(trainer.model, trainer.processing_class, base, job, step=step, about=about, weights=weights)
     return Outcome(status="done")

@@ -1,0 +1,267 @@
+"""Every engine takes the same steps: DDP, ZeRO 2 and 3, with offload, and QLoRA, on processes of this machine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.jobs import Trained, train
+from tests.training.ranks import finish, ranks_job, run, start, wait_for_step
+from trainer.job import Job, Outcome, pending
+from trainer.supervisor.workers import Workers
+
+SFT, DPO = "zephyr-tiny/sft", "zephyr-tiny/dpo"
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"processes": 2, "micro_batch": 2},
+    "zero2": {"processes": 2, "micro_batch": 2, "engine": "zero2"},
+    "zero3": {"processes": 2, "micro_batch": 2, "engine": "zero3"},
+    "offload": {
+        "processes": 2,
+        "micro_batch": 2,
+        "engine": "zero3",
+        "offload_optimizer": True,
+        "offload_parameters": True,
+    },
+}
+LOSS_TOLERANCE = 2e-5
+"""Float32 sums in another order, after six steps at a rate of 5e-3; losses are between 0.1 and 6."""
+DRIFT_TOLERANCE = 1e-5
+"""Of the mean difference: rounding has no direction, a wrong weight of a sample has."""
+NO_COMPILER = "DeepSpeed compiles its communication and its Adam for the CPU: no g++ or ninja here"
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") and (shutil.which("ninja") or Path(sys.executable).with_name("ninja").exists())),
+    reason=NO_COMPILER,
+)
+Engine = Callable[..., Trained]
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Trains under an engine; the same words give the same training once only, also over processes of pytest-xdist."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
+
+    def trained(kind: str, name: str) -> Trained:
+        work = shared / f"{kind}-{name.replace('/', '-')}"
+        with work.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not work.exists():
+                return run(ranks_job(work, name, **ENGINES[kind]))
+        job = Job.model_validate_json((work / "job.json").read_text())
+        return Trained(job, Outcome.model_validate_json(job.outcome.read_text()))
+
+    return trained
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Trains in this process, with a micro batch of the caller's."""
+    done: dict[tuple[str, int], Trained] = {}
+
+    def trained(name: str, micro_batch: int = 8) -> Trained:
+        if (name, micro_batch) not in done:
+            work = tmp_path_factory.mktemp("alone") / "work"
+            done[name, micro_batch] = train(ranks_job(work, name, micro_batch=micro_batch))
+        return done[name, micro_batch]
+
+    return trained
+
+
+def steps_of(trained: Trained, name: str) -> list[Any]:
+    assert trained.outcome.status == "done", trained.outcome
+    return [line[name] for line in trained.of("step")]
+
+
+def assert_alike(one: Trained, other: Trained) -> None:
+    """The same samples at each step, and losses that rounding could have made."""
+    assert steps_of(one, "samples") == steps_of(other, "samples")
+    losses = torch.tensor([steps_of(one, "loss"), steps_of(other, "loss")], dtype=torch.float64)
+    difference = losses[0] - losses[1]
+    assert difference.abs().max() <= LOSS_TOLERANCE
+    assert difference.mean().abs() <= DRIFT_TOLERANCE
+
+
+def final(trained: Trained) -> dict[str, torch.Tensor]:
+    return load_file(trained.final / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [SFT, DPO])
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_accumulation_changes_no_trajectory(alone: Engine, name: str, micro_batch: int) -> None:
+    """1 x 4 x 2 and 1 x 1 x 8 take the steps of 1 x 8 x 1."""
+    assert_alike(alone(name), alone(name, micro_batch))
+
+
+@pytest.mark.parametrize("name", [SFT, DPO])
+def test_two_processes_change_no_trajectory(alone: Engine, engine: Engine, name: str) -> None:
+    """2 x 2 x 2 takes the steps of 1 x 8 x 1: tokens and pairs weigh the same on every rank."""
+    assert_alike(alone(name), engine("ddp", name))
+
+
+def test_four_processes_change_no_trajectory(tmp_path: Path, alone: Engine) -> None:
+    """4 x 2 x 1 takes the steps of 1 x 8 x 1."""
+    assert_alike(alone(SFT), run(ranks_job(tmp_path / "work", SFT, processes=4, micro_batch=2)))
+
+
+def test_another_order_would_show(alone: Engine, tmp_path: Path) -> None:
+    """The tests above can fail: another seed of the data gives other losses."""
+    other = train(ranks_job(tmp_path / "work", SFT, "data_seed=1", micro_batch=8))
+    with pytest.raises(AssertionError):
+        assert_alike(alone(SFT), other)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["zero2", "zero3", "offload"])
+def test_zero_takes_ddps_steps(engine: Engine, kind: str) -> None:
+    """Whatever is cut or offloaded, samples, losses and the final weights are those of whole replicas."""
+    assert_alike(engine("ddp", DPO), engine(kind, DPO))
+    whole, cut = final(engine("ddp", DPO)), final(engine(kind, DPO))
+    assert whole.keys() == cut.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(cut[name], weight, rtol=0, atol=2e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["zero2", "zero3", "offload"])
+def test_the_config_is_in_the_run(engine: Engine, kind: str) -> None:
+    """DeepSpeed's config lies with the attempt, in its events, and in each checkpoint and its manifest."""
+    trained = engine(kind, DPO)
+    told = trained.of("started")[0]["deepspeed"]
+    assert told["zero_optimization"]["stage"] == (2 if kind == "zero2" else 3)
+    assert (trained.checkpoint(3) / "deepspeed.json").exists()
+    assert (trained.job.work / "deepspeed.json").exists()
+    details = pending(trained.job.staging)[0].details
+    assert details["deepspeed"] == told
+    assert (details["engine"], details["world_size"]) == ("zero2" if kind == "zero2" else "zero3", 2)
+
+
+@needs_compiler
+def test_an_export_of_zero_3_is_a_whole_model(engine: Engine) -> None:
+    """`final/` is safetensors of every weight, and Transformers loads it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = engine("zero3", DPO)
+    model = AutoModelForCausalLM.from_pretrained(trained.final)
+    assert sum(weight.numel() for weight in model.parameters()) == trained.of("started")[0]["parameters"]
+    ids = AutoTokenizer.from_pretrained(trained.final)("A hammer is a tool.", return_tensors="pt")
+    assert torch.isfinite(model(**ids).logits).all()
+    assert not list(trained.final.glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["ddp", *(pytest.param(kind, marks=needs_compiler) for kind in ("zero2", "offload"))]
+)
+def test_a_resume_on_the_same_shape_is_exact(tmp_path: Path, engine: Engine, kind: str) -> None:
+    """From the middle of an epoch on, every step and the final weights have the same bits."""
+    whole = engine(kind, DPO)
+    again = run(ranks_job(tmp_path / "work", DPO, resume_from=whole.checkpoint(3), **ENGINES[kind]))
+    assert again.of("started")[0]["step"] == 3
+    assert again.of("step") == whole.of("step")[3:]
+    assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(again).items())
+
+
+@needs_compiler
+def test_a_killed_run_of_zero_3_ends_as_if_undisturbed(tmp_path: Path, engine: Engine) -> None:
+    """SIGKILL of all ranks after the commit of step 3: the next attempt repeats what was lost, with the same bits."""
+    job = ranks_job(tmp_path / "killed", DPO, **ENGINES["zero3"])
+    workers = start(job)
+    try:
+        wait_for_step(job, workers, 4)
+    finally:
+        workers.kill()
+    assert workers.poll() == -signal.SIGKILL
+    assert not job.outcome.exists()
+    whole = engine("zero3", DPO)
+    again = run(
+        ranks_job(tmp_path / "again", DPO, resume_from=job.staging / "checkpoint-3", **ENGINES["zero3"])
+    )
+    assert again.of("step") == whole.of("step")[3:]
+    assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(again).items())
+
+
+@needs_compiler
+def test_a_run_of_zero_3_that_lacks_only_its_export_is_exported(tmp_path: Path, engine: Engine) -> None:
+    """Killed during the export, the next attempt takes no step, gathers the last checkpoint, and writes the same."""
+    whole = engine("zero3", DPO)
+    again = run(ranks_job(tmp_path / "work", DPO, resume_from=whole.checkpoint(6), **ENGINES["zero3"]))
+    assert again.of("step") == again.of("saved") == []
+    assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(again).items())
+
+
+@needs_compiler
+def test_a_checkpoint_of_another_engine_is_refused(tmp_path: Path, engine: Engine) -> None:
+    """DeepSpeed would load nothing of it, or other ranks' parts; the message names both."""
+    job = ranks_job(tmp_path / "work", DPO, resume_from=engine("zero3", DPO).checkpoint(3), micro_batch=8)
+    refused = train(job)
+    assert refused.outcome.status == "user_error"
+    assert "was written by zero3 on 2 processes; here are 1 with single" in refused.outcome.message
+    assert refused.of("step") == []
+
+
+def test_ranks_stop_together(tmp_path: Path, engine: Engine) -> None:
+    """SIGTERM reaches the ranks at different moments; all stop at one step, which is saved and goes on exactly."""
+    job = ranks_job(tmp_path / "stopped", SFT, "max_steps=60", "save_steps=60", **ENGINES["ddp"])
+    workers = start(job)
+    wait_for_step(job, workers, 2)
+    os.kill(workers.pids[1], signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(workers.pids[0], signal.SIGTERM)
+    assert finish(workers) == 0
+    stopped = Trained(job, Outcome.model_validate_json(job.outcome.read_text()))
+    assert stopped.outcome.status == "preempted"
+    last = stopped.of("step")[-1]["step"]
+    assert [each.step for each in pending(job.staging)] == [last]
+    assert last < 60
+    assert len(list(stopped.checkpoint(last).glob("rng_state_*.pth"))) == 2
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
+    """Rank 0 waits for a gradient that does not come: it is ended, and what happened is not told as a preemption."""
+    job = ranks_job(tmp_path / "work", SFT, **ENGINES["ddp"])
+    workers = Workers(job, sys.executable, "tests.training.failing_rank", grace_s=2.0)
+    assert finish(workers) == 1
+    assert not job.outcome.exists()
+    assert [line["step"] for line in Trained(job, Outcome(status="done")).of("step")] in ([1], [1, 2])
+
+
+@needs_compiler
+def test_rmsprop_is_offloaded_as_itself(tmp_path: Path, alone: Engine) -> None:
+    """Notus' setting: DeepSpeed has no RMSprop for the host, so torch's own steps there, and no Adam in its place."""
+    job = ranks_job(tmp_path / "work", DPO, "optim=rmsprop", **ENGINES["offload"])
+    single = train(ranks_job(tmp_path / "single", DPO, "optim=rmsprop", micro_batch=8))
+    assert_alike(single, run(job))
+    with pytest.raises(AssertionError):
+        assert_alike(single, alone(DPO))
+
+
+QLORA = (
+    "use_peft=true",
+    "load_in_4bit=true",
+    "use_bnb_nested_quant=true",
+    "lora_r=4",
+    "lora_target_modules=[q_proj, v_proj]",
+    "optim=paged_adamw_32bit",
+    "max_steps=3",
+)
+
+
+def test_qlora_trains_on_one_process_and_under_ddp(tmp_path: Path) -> None:
+    """NF4 with double quantisation, adapters in bfloat16, paged AdamW: two processes take one's steps, nearly."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is for Linux only")
+    single = train(ranks_job(tmp_path / "single", SFT, *QLORA, micro_batch=8))
+    ddp = run(ranks_job(tmp_path / "ddp", SFT, *QLORA, **ENGINES["ddp"]))
+    assert steps_of(ddp, "samples") == steps_of(single, "samples")
+    assert steps_of(ddp, "loss") == pytest.approx(steps_of(single, "loss"), abs=5e-3)
+    started = single.of("started")[0]
+    assert 0 < started["trainable_parameters"] < started["parameters"]

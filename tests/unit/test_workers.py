@@ -1,0 +1,195 @@
+"""The processes of one attempt's training: what they are told, and how they end together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.fit import Fit
+from trainer.job import Job
+from trainer.recipe import Recipe
+from trainer.supervisor.workers import Meeting, Workers, command, environment
+
+RECIPE = {
+    "name": "fake",
+    "method": "sft",
+    "init": "tiny",
+    "dataset_mixture": {"datasets": [{"id": "generated:chats"}]},
+    "global_batch_size": 4,
+}
+
+
+def job(work: Path, **fit: Any) -> Job:
+    layout: dict[str, Any] = {
+        "processes": 1,
+        "micro_batch": 1,
+        "accumulation": 1,
+        "engine": "single",
+        "attention": "sdpa",
+        "activation_checkpointing": False,
+        "reference": "none",
+        "threads": 3,
+        "use_cpu": True,
+        "reasons": (),
+    }
+    return Job(
+        run_id="r",
+        attempt=1,
+        recipe=Recipe.model_validate(RECIPE),
+        fit=Fit.model_validate({**layout, **fit}),
+        work=work,
+        model=None,
+        resume_from=None,
+    )
+
+
+def test_a_rank_is_the_program_with_the_job(tmp_path: Path) -> None:
+    """Which rank it is stands in its environment."""
+    assert command(tmp_path / "job.json", "python", "a.program") == [
+        "python", "-m", "a.program", str(tmp_path / "job.json"),
+    ]  # fmt: skip
+
+
+def added(job: Job, **arguments: Any) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment(job, {"HOME": "/home"}, **arguments).items()
+        if name not in ("HOME", "PYTHONPATH")
+    }
+
+
+def test_one_process_on_the_cpu_is_told_its_threads(tmp_path: Path) -> None:
+    """Nothing else: it is no rank."""
+    assert added(job(tmp_path)) == {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "3"}
+
+
+def test_ranks_get_torchruns_variables(tmp_path: Path) -> None:
+    """On the second of two nodes ranks go on where the first one's end."""
+    ddp = job(tmp_path, processes=16, nodes=2, engine="ddp", use_cpu=False)
+    assert added(ddp, local_rank=3, at=Meeting("10.0.0.1", 29500, node=1)) == {
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "3",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "RANK": "11",
+        "LOCAL_RANK": "3",
+        "WORLD_SIZE": "16",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+
+
+def test_deepspeed_wants_a_rank_of_one_process_too(tmp_path: Path) -> None:
+    """One GPU with offload is ZeRO with a world of one; on the CPU it is told which device it has."""
+    alone = added(job(tmp_path, engine="zero3"), at=Meeting(port=1))
+    assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1")
+    assert (alone["DS_ACCELERATOR"], alone["ACCELERATE_TORCH_DEVICE"]) == ("cpu", "cpu")
+    assert "DS_ACCELERATOR" not in added(job(tmp_path, engine="zero3", use_cpu=False))
+
+
+def test_the_allocators_setting_can_be_anothers(tmp_path: Path) -> None:
+    """What the environment says already stays."""
+    theirs = environment(job(tmp_path, use_cpu=False), {"PYTORCH_ALLOC_CONF": "backend:native"})
+    assert theirs["PYTORCH_ALLOC_CONF"] == "backend:native"
+
+
+PROGRAM = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+open(f"{sys.argv[1]}.{rank}", "w").write(str(os.getpid()))
+fate = os.environ["FATE"].split(",")[rank]
+while fate == "waits" or (fate == "stops" and not told):
+    time.sleep(0.01)
+if fate == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(int(fate) if fate.isdigit() else 0)
+"""
+
+
+@pytest.fixture
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Starts as many ranks as fates are named, of a program that needs no torch."""
+    (tmp_path / "fated.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    started: list[Workers] = []
+
+    def start(*fates: str, grace_s: float = 30.0) -> Workers:
+        monkeypatch.setenv("FATE", ",".join(fates))
+        made = job(tmp_path, processes=len(fates), engine="ddp")
+        started.append(Workers(made, sys.executable, "fated", grace_s=grace_s))
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob("job.json.*"))) < len(fates):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+
+
+def end(workers: Workers) -> int:
+    deadline = time.monotonic() + 30
+    while (code := workers.poll()) is None:
+        assert time.monotonic() < deadline
+        workers.wait(0.05)
+    return code
+
+
+def test_ranks_that_all_end_well_are_done(workers: Any) -> None:
+    """The exit code is 0 when the last one has ended."""
+    assert end(workers("0", "0")) == 0
+
+
+def test_a_rank_that_was_killed_is_told_as_such(workers: Any) -> None:
+    """The kernel kills for memory with SIGKILL, which is worth another try; the others do not wait for ever."""
+    assert end(workers("waits", "killed", grace_s=0.2)) == -signal.SIGKILL
+
+
+def test_a_rank_that_failed_takes_the_others_with_it(workers: Any) -> None:
+    """They have a moment to say what they know."""
+    running = workers("waits", "3", "waits", grace_s=0.2)
+    started = time.monotonic()
+    assert end(running) == 3
+    assert time.monotonic() - started < 20
+    assert end(running) == 3
+
+
+def test_the_first_failure_is_the_one_that_counts(workers: Any, tmp_path: Path) -> None:
+    """What follows from it, such as the kill of those that wait, is not the reason."""
+    running = workers("waits", "killed", grace_s=60)
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{(tmp_path / 'job.json.1').read_text()}/fd") and time.monotonic() < deadline:  # noqa: PTH110
+        running.wait(0.01)
+        assert running.poll() is None
+        if running._exit_code:
+            break
+    os.kill(int((tmp_path / "job.json.0").read_text()), signal.SIGTERM)  # heard, and nothing done
+    running.kill()
+    assert running.poll() == -signal.SIGKILL
+
+
+def test_a_stop_reaches_every_rank(workers: Any) -> None:
+    """Each is asked itself; nobody stands in between."""
+    running = workers("stops", "stops")
+    assert running.poll() is None
+    running.stop()
+    assert end(running) == 0
+
+
+def test_a_kill_leaves_nothing(workers: Any, tmp_path: Path) -> None:
+    """Ranks that hear nothing end all the same."""
+    running = workers("waits", "waits")
+    running.kill()
+    assert running.poll() == -signal.SIGKILL
+    for rank in range(2):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / f"job.json.{rank}").read_text()), 0)
