@@ -18,7 +18,7 @@ from launcher.cloud_records import PHASES
 from launcher.skypilot import JOB_FIELDS
 from launcher.task import cloud_name
 from tests.e2e.lab import catalogs
-from tests.unit.test_order import order
+from tests.unit.test_orders import order
 from trainer.recipe import default_run_id, load, names
 
 ROOT = Path(__file__).resolve().parents[2]
