@@ -8,7 +8,7 @@ SAME_IN_BOTH := not bucket and not sync and not uploader and not checkpoints and
   and not prices and not offers and not predictions and not spot and not estimate and not image and not submit \
   and not orders and not cloud and not task and not architecture
 
-.PHONY: setup demo check test test-image lock fields bench soak clean
+.PHONY: setup demo check test test-slurm test-image lock fields bench soak clean
 
 setup: .venv/.ready .venv-trainer/.ready  ## two environments: launcher with SkyPilot, trainer with torch
 
@@ -33,7 +33,10 @@ test: setup  ## every test that this machine can run; what it lacks is skipped w
 	$(LAUNCHER) -m pytest tests/unit tests/faults -n 2
 	$(TRAINER) -m pytest tests/unit -n 2 -k "$(SAME_IN_BOTH)"
 	$(TRAINER) -m pytest tests/training -n 2
-	$(LAUNCHER) -m pytest tests/e2e --ignore tests/e2e/test_image.py
+	$(LAUNCHER) -m pytest tests/e2e --ignore tests/e2e/test_image.py --ignore tests/e2e/test_slurm.py
+
+test-slurm: setup  ## jobs on a real SkyPilot over a real Slurm, which lose their machines; some fifteen minutes
+	$(LAUNCHER) -m pytest tests/e2e/test_slurm.py
 
 test-image: setup  ## builds the image with podman, trains in it, pushes it to a registry here; some ten minutes
 	$(LAUNCHER) -m pytest tests/e2e/test_image.py

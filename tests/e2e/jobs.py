@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ SMALLEST = (
     "micro_batch_size=8",
 )
 LAST_STEP = 12
-SFT, DPO = "zephyr-tiny/sft", "zephyr-tiny/dpo"
+DPO = "zephyr-tiny/dpo"
 ARRIVES_S = 600.0
 """Seconds in which a submitted job has to be where it is waited for; on two idle cores it takes some 60."""
 
@@ -42,33 +42,18 @@ class Job:
 
     def launch(self, *overrides: str) -> None:
         """As a managed job."""
-        self._managed(*self.words(*overrides))
-
-    def launch_pipeline(self) -> None:
-        """SFT and DPO, as a managed job of two tasks."""
-        sft, dpo = self._overrides(), self._overrides()
-        envs = {"SFT_RECIPE": SFT, "DPO_RECIPE": DPO, "SFT_OVERRIDES": sft, "DPO_OVERRIDES": dpo}
-        self._managed(*self._words("zephyr", envs))
+        words = ["jobs", "launch", "--yes", "--detach-run", "--name", self.name]
+        self.lab.sky.run(*words, *self.words(*overrides))
 
     def words(self, *overrides: str) -> list[str]:
         """The task as it is shipped, on the laboratory's cluster, with a recipe that takes seconds."""
-        envs = {"RECIPE": DPO, "OVERRIDES": self._overrides(*overrides), "RUN": self.name}
-        return self._words("dpo_full", envs)
-
-    def _managed(self, *words: str) -> None:
-        self.lab.sky.run("jobs", "launch", "--yes", "--detach-run", "--name", self.name, *words)
-
-    def _words(self, task: str, envs: Mapping[str, str]) -> list[str]:
-        envs = {**envs, "CHECKPOINTS": self.lab.checkpoints, **self.lab.trainer}
+        envs = {"RECIPE": DPO, "OVERRIDES": " ".join((*TINY, *SMALLEST, *overrides)), "RUN": self.name}
+        envs |= {"CHECKPOINTS": self.lab.checkpoints, **self.lab.trainer}
         secrets = {**self.lab.secrets, "AWS_ENDPOINT_URL": self.store.url}
-        words = ["--infra", "slurm", "--gpus", "A100:8", str(ROOT / "jobs" / f"{task}.yaml")]
+        words = ["--infra", "slurm", "--gpus", "A100:8", str(ROOT / "jobs" / "dpo_full.yaml")]
         for kind, values in (("--env", envs), ("--secret", secrets)):
             words += [word for name, value in values.items() for word in (kind, f"{name}={value}")]
         return words
-
-    @staticmethod
-    def _overrides(*more: str) -> str:
-        return " ".join((*TINY, *SMALLEST, *more))
 
     def wait_for(self, *statuses: str, timeout_s: float = 600.0) -> str:
         return self.lab.sky.wait_for(self.name, *statuses, timeout_s=timeout_s)
