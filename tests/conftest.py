@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers.gcs import GCS, gcs_environ, gcs_server
-from tests.servers.rclone import rclone_server
+from tests.servers.rclone import BUCKET, rclone_server
 from tests.servers.s3 import FaultyS3, environ, make_bucket, s3_server
 
 
@@ -29,11 +29,10 @@ def gcs_host() -> Iterator[tuple[GCS, str]]:
 
 
 @pytest.fixture(scope="session")
-def rclone_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """`rclone serve s3`: the folder that holds its buckets, and its URL."""
-    folder = tmp_path_factory.mktemp("rclone")
-    with rclone_server(folder) as url:
-        yield folder, url
+def rclone_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of `rclone serve s3`; one for all tests of this process."""
+    with rclone_server(tmp_path_factory.mktemp("rclone")) as url:
+        yield url
 
 
 def reach(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None:
@@ -72,13 +71,10 @@ def gcs(gcs_host: tuple[GCS, str], monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def rclone(rclone_endpoint: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """URI of a new bucket of a store that takes no conditional create."""
-    folder, url = rclone_endpoint
-    name = f"test-{uuid.uuid4().hex[:12]}"
-    (folder / name).mkdir()
-    reach(monkeypatch, environ(url))
-    return f"s3://{name}/runs"
+def rclone(rclone_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of an empty place in a store that takes no conditional create."""
+    reach(monkeypatch, environ(rclone_endpoint))
+    return f"s3://{BUCKET}/test-{uuid.uuid4().hex[:12]}/runs"
 
 
 @pytest.fixture(params=["folder", "s3", "gcs"])

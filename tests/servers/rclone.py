@@ -12,12 +12,14 @@ from pathlib import Path
 from tests.harness import wait_until
 from tests.servers.s3 import ACCESS
 
+BUCKET = "bucket"
 RCLONE = Path(sys.executable).with_name("rclone")
 
 
 @contextmanager
 def rclone_server(folder: Path) -> Iterator[str]:
-    """An S3 server over `folder`, whose sub-folders are the buckets; its URL."""
+    """An S3 server over `folder`, in which it makes one bucket, `BUCKET`; its URL."""
+    (folder / BUCKET).mkdir()  # the server does not see what others make later
     port = _free_port()
     keys = f"{ACCESS['AWS_ACCESS_KEY_ID']},{ACCESS['AWS_SECRET_ACCESS_KEY']}"
     command = [RCLONE, "serve", "s3", folder, "--addr", f"127.0.0.1:{port}", "--auth-key", keys]
@@ -29,7 +31,7 @@ def rclone_server(folder: Path) -> Iterator[str]:
         "--vfs-write-wait",
         "0s",
         "--dir-cache-time",
-        "0s",
+        "24h",  # with 0 s rclone 1.75.2 was seen to spin for minutes (vfs.Dir.cacheCleanup)
         "--log-level",
         "ERROR",
     ]
