@@ -12,7 +12,7 @@ import click
 
 from launcher import terminal
 from launcher.plan_cli import Hours
-from trainer.errors import ExitCode
+from trainer.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from launcher.cloud import Cloud
@@ -137,6 +137,11 @@ def _there(
     if options["dryrun"]:
         _print_order(order, as_json=options["as_json"])
         return ExitCode.DONE
+    if order.request.nodes > 1:
+        raise UserError(
+            f"{order.request.nodes} nodes would be rented for ranks that do not find each other yet",
+            hint="`--nodes 1`, with more GPUs",
+        )
     console = terminal.stderr()
     desk = Desk(
         cloud=cloud or SkyPilot(),
