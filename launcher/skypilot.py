@@ -318,7 +318,7 @@ def _asking(doing: str) -> Iterator[Any]:
             yield sky
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # the server's faults come in any class; what we do not know is raised again
         if told := sort_fault(error, doing):
             raise told from None
         raise
@@ -339,7 +339,7 @@ def _job_on(sky: Any, record: Any) -> tuple[int | None, str] | None:
         found = sky.get(sky.job_status(record.name))
     except (sky.exceptions.ClusterNotUpError, sky.exceptions.CommandError):  # it goes down just now
         return None
-    except Exception as error:
+    except Exception as error:  # as above
         if absent(error):
             return None
         raise

@@ -245,4 +245,4 @@ def test_prices_that_are_at_hand_are_read_without_skypilot() -> None:
         "assert prices.source == 'snapshot' and prices.offers\n"
         "assert not {'sky', 'pandas', 'numpy', 'requests'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

@@ -106,7 +106,7 @@ def main() -> None:
     tame(channel)
     try:
         outcome = run(job, channel)
-    except BaseException:
+    except BaseException:  # whatever it is, the other ranks must not wait for this one
         if job.fit.processes == 1:
             raise
         traceback.print_exc()  # a rank that failed ends now: cleaning up could wait for the others
