@@ -35,7 +35,7 @@ test: setup  ## every test that this machine can run; what it lacks is skipped w
 	$(TRAINER) -m pytest tests/training -n 2
 	$(LAUNCHER) -m pytest tests/e2e --ignore tests/e2e/test_image.py --ignore tests/e2e/test_slurm.py
 
-test-slurm: setup  ## jobs on a real SkyPilot over a real Slurm, which lose their machines; some fifteen minutes
+test-slurm: setup  ## jobs on a real SkyPilot over a real Slurm, which lose their machines; some eight minutes
 	$(LAUNCHER) -m pytest tests/e2e/test_slurm.py
 
 test-image: setup  ## builds the image with podman, trains in it, pushes it to a registry here; some ten minutes
