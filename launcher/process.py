@@ -162,7 +162,7 @@ class Supervisor:
         try:
             self._process.suspend()  # so that it starts nothing more while we look
             ran = self.alive()
-            # torchrun's workers lead sessions of their own, so killing the group is not enough.
+            # Workers may lead sessions of their own, so killing the group is not enough.
             victims = [*self._process.children(recursive=True), self._process]
         except psutil.NoSuchProcess:
             return False

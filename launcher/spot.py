@@ -97,17 +97,6 @@ class Spot(BaseModel):
     why: str
 
 
-class Choice(BaseModel):
-    """Spot against on demand, in dollars."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    use_spot: bool
-    spot_usd: float
-    on_demand_usd: float
-    why: str
-
-
 class _Costs(NamedTuple):
     """Hours."""
 
@@ -203,22 +192,6 @@ def daly(*, save_s: float, mean_s: float) -> float:
 def save_steps(interval_s: float, *, step_s: float, total_steps: int) -> int:
     """The recipe's `save_steps` nearest an interval."""
     return max(1, min(total_steps, round(interval_s / step_s)))
-
-
-def choose(spot: Spot, *, spot_usd_per_h: float, on_demand_usd_per_h: float, on_demand_h: float) -> Choice:
-    """The cheaper of both in expectation; on demand if they cost the same."""
-    spot_usd, on_demand_usd = spot.paid_hours * spot_usd_per_h, on_demand_h * on_demand_usd_per_h
-    use_spot = spot_usd < on_demand_usd
-    told = f"spot: {spot.paid_hours:.1f} h paid at ${spot_usd_per_h:.2f}, ${spot_usd:,.2f} expected"
-    other = f"on demand: {on_demand_h:.1f} h at ${on_demand_usd_per_h:.2f}, ${on_demand_usd:,.2f}"
-    return Choice(
-        use_spot=use_spot,
-        spot_usd=spot_usd,
-        on_demand_usd=on_demand_usd,
-        why=f"{told}; {other}"
-        if use_spot
-        else f"fall back to on demand: {told}, which saves nothing; {other}",
-    )
 
 
 def _held(costs: _Costs) -> _Held:

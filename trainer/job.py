@@ -71,7 +71,7 @@ class Staged(BaseModel):
 
 
 class Outcome(BaseModel):
-    """How the workers ended. torchrun turns every exit code into 1, so the truth is in this file."""
+    """How the workers ended. An exit code is a number without a message, so the truth is in this file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -103,6 +103,21 @@ def test_spot_counts_preemptions_and_on_demand_does_not() -> None:
     assert (steady.hours, steady.save_steps, steady.expectation) == (steady.estimate.hours, None, None)
 
 
+def test_spot_that_saves_nothing_gives_way_to_on_demand() -> None:
+    """Spot at nearly the price of on demand costs more in the end, for what is lost and done again."""
+
+    def dearer(offer: Offer) -> Offer:
+        if not offer.usd_per_h or not offer.spot_usd_per_h:
+            return offer
+        return offer.model_copy(update={"spot_usd_per_h": 0.99 * offer.usd_per_h})
+
+    prices = PRICES.model_copy(update={"offers": tuple(map(dearer, PRICES.offers))})
+    found = planned(prices=prices, accelerator="A100-80GB", count=8)
+    assert found.chosen
+    assert not found.chosen.spot
+    assert any(row.spot for row in found.rows)
+
+
 def test_what_does_not_fit_is_rejected_with_the_way_out() -> None:
     """A V100 has no bfloat16; a single A100's host is too small for the optimizer."""
     rejected = {each.what.split()[0]: each for each in planned().rejected}

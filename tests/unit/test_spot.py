@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher import spot
-from launcher.spot import Spot, best_interval, choose, daly, market, save_steps, spot_expectation
+from launcher.spot import Spot, best_interval, daly, market, save_steps, spot_expectation
 
 H = 3600.0
 USUAL: dict[str, Any] = {
@@ -170,19 +170,7 @@ def test_a_machine_that_never_lasts_a_start_costs_without_end() -> None:
     """Where a restart takes a hundred times a machine's life, the expectation says never, not an error."""
     never = expect(preemptions_per_h=2000.0)
     assert math.isinf(never.hours)
-    assert not choose(never, spot_usd_per_h=0.1, on_demand_usd_per_h=100.0, on_demand_h=12.0).use_spot
-
-
-def test_spot_that_saves_nothing_is_refused_with_both_prices() -> None:
-    """The choice falls back to on demand where spot is expected to cost as much, and says what each costs."""
-    found = expect()
-    good = choose(found, spot_usd_per_h=10.0, on_demand_usd_per_h=30.0, on_demand_h=12.2)
-    bad = choose(found, spot_usd_per_h=29.0, on_demand_usd_per_h=30.0, on_demand_h=12.2)
-    assert good.use_spot
-    assert not bad.use_spot
-    assert "fall back" in bad.why
-    assert f"${bad.spot_usd:,.2f}" in bad.why
-    assert f"${bad.on_demand_usd:,.2f}" in bad.why
+    assert math.isinf(never.paid_hours)
 
 
 def test_an_interval_becomes_save_steps() -> None:
