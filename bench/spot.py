@@ -2,7 +2,7 @@
 
 FOLDER holds traces as https://github.com/skypilot-org/spot-traces has them: `{"metadata": {"gap_seconds": ...},
 "data": [machines that could be had at each tick]}`. A run is replayed from many offsets of a trace, which is taken
-as a ring so that none is cut off, and the mean is set beside `launcher.spot.spot_expectation` with the trace's own
+as a ring so that none is cut off, and the mean is set beside `launcher.plan.spot.spot_expectation` with the trace's own
 rate of preemptions and its own mean wait.
 """
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
-from launcher.spot import HOUR_S, best_interval, spot_expectation  # noqa: E402
+from launcher.plan.spot import HOUR_S, best_interval, spot_expectation  # noqa: E402
 
 OFFSETS = 200
 LENGTHS_H = (4.0, 12.0, 48.0)

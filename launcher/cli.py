@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from launcher import terminal
-from launcher.build_cli import build
-from launcher.checkpoints_cli import checkpoints
-from launcher.plan_cli import plan
-from launcher.submit_cli import submit
+from launcher.checkpoints.cli import checkpoints
+from launcher.image.cli import build
+from launcher.plan.cli import plan
+from launcher.submit.cli import submit
 from trainer.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from launcher.cloud import Cloud, Standing
-    from launcher.runs import Reader
-    from launcher.standing import Known, Local, RowDict, Submitted
+    from launcher.cloud.protocol import Cloud, Standing
+    from launcher.runs.read import Reader
+    from launcher.submit.standing import Known, Local, RowDict, Submitted
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 COLUMNS = {
@@ -76,7 +76,8 @@ def status(cloud: Cloud | None, everything: bool, as_json: bool) -> None:
 
     Dollars are the attempts' hours at the price of the machine that was chosen.
     """
-    from launcher import render, standing
+    from launcher import render
+    from launcher.submit import standing
 
     rows = standing.table(terminal.state_folder(), _cloud(cloud), now=time.time(), everything=everything)
     if as_json:
@@ -97,11 +98,12 @@ def status(cloud: Cloud | None, everything: bool, as_json: bool) -> None:
 @click.pass_obj
 def logs(cloud: Cloud | None, run: str, follow: bool, checkpoints: str | None) -> None:
     """Print the log of RUN: the supervisor's, by way of SkyPilot if it runs elsewhere."""
-    from launcher import local, standing
+    from launcher.local import machine
+    from launcher.submit import standing
 
     found = _find(run, checkpoints)
     if isinstance(found, standing.Local):
-        local.print_log(found.home, click.echo, follow=follow)
+        machine.print_log(found.home, click.echo, follow=follow)
         return
     there = _standing(found, _cloud(cloud))
     if there is None:
@@ -119,7 +121,7 @@ def logs(cloud: Cloud | None, run: str, follow: bool, checkpoints: str | None) -
 @click.pass_obj
 def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
     """Stop RUN: it saves, uploads and commits first, as far as the machine's notice allows."""
-    from launcher import standing, stop
+    from launcher.submit import standing, stop
 
     found = _find(run, checkpoints)
     if isinstance(found, standing.Local):
@@ -143,7 +145,7 @@ def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
 @click.pass_context
 def down(context: click.Context, run: str, checkpoints: str | None) -> int:
     """Give back what RUN has rented; what is at work is cancelled first."""
-    from launcher import standing
+    from launcher.submit import standing
 
     found = _find(run, checkpoints)
     context.invoke(cancel, run=run, checkpoints=checkpoints)
@@ -156,7 +158,7 @@ def down(context: click.Context, run: str, checkpoints: str | None) -> int:
 
 
 def _cancel_here(found: Local) -> int:
-    from launcher import follow, local, process
+    from launcher.local import follow, machine, process
 
     supervisor = process.attach(found.home)
     if supervisor is None:
@@ -166,34 +168,34 @@ def _cancel_here(found: Local) -> int:
         f"cancelling {found.record.run_id} (pid {supervisor.pid}): it saves, uploads and commits first"
     )
     follow.cancel(found.home, supervisor)
-    local.print_log(found.home, click.echo, follow=True, last_lines=0)
+    machine.print_log(found.home, click.echo, follow=True, last_lines=0)
     click.echo("cancelled; the command that started it goes on from the newest commit")
     return ExitCode.DONE
 
 
 def _find(run: str, checkpoints: str | None) -> Known:
-    from launcher import standing
-    from launcher.runs import canonical
+    from launcher.runs.read import canonical
+    from launcher.submit import standing
 
     address = canonical(checkpoints, Path.cwd()) if checkpoints else None
     return standing.find(terminal.state_folder(), run, address)
 
 
 def _standing(found: Submitted, cloud: Cloud) -> Standing | None:
-    from launcher.cloud import find
+    from launcher.cloud.protocol import find
 
     return find(cloud, found.record.name, found.record.kind)
 
 
 def _reader(found: Submitted) -> Reader:
-    from launcher.runs import Reader
+    from launcher.runs.read import Reader
     from trainer.bucket import open_run
 
     return Reader(open_run(found.record.checkpoints, found.record.run_id), found.record.run_id)
 
 
 def _cloud(given: Cloud | None) -> Cloud:
-    from launcher.skypilot import SkyPilot
+    from launcher.cloud.skypilot import SkyPilot
 
     return given or SkyPilot()
 

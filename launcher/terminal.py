@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from launcher.follow import Answer
+    from launcher.local.follow import Answer
 
 
 def state_folder() -> Path:

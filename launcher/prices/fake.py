@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from launcher.skypilot import Fetched
+from launcher.cloud.skypilot import Fetched
 from trainer.errors import Unavailable, UserError
 
 

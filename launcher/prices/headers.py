@@ -8,10 +8,10 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from launcher.plan import Row, Wishes, parse_gpus, plan
+from launcher.plan.rank import Row, Wishes, parse_gpus, plan
+from launcher.plan.workload import workload_of
 from launcher.prices import store
 from launcher.prices.offer import Prices, offer_of
-from launcher.workload import workload_of
 from trainer.recipe import Recipe, load
 from trainer.recipe.architecture import find_architecture
 from trainer.recipe.yaml_file import RECIPES

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from datetime import UTC, datetime
 
-from launcher import skypilot
-from launcher.offers import DEFAULT_INFRA
+from launcher.cloud import skypilot
+from launcher.prices.load import DEFAULT_INFRA
 from launcher.prices.offer import Row
 from launcher.prices.store import SNAPSHOT
 from launcher.prices.table import Table, dump

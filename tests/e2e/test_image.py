@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.image import INPUTS
+from launcher.image.spec import INPUTS
 from tests.e2e.image.site import Container, Site, wheels
 from tests.e2e.lab.namespace import NotToBeHad
 from tests.harness import ROOT, RunView, TrainerRun, wait_until

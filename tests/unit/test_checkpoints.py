@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launcher.checkpoints.transfer import bar
 from launcher.cli import main
-from launcher.transfer import bar
 from tests.harness import ROOT, wait_until
 from tests.servers.s3 import FaultyS3
 from trainer.bucket import Bucket, open_run

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import process
 from launcher.cli import main
-from launcher.local import supervisor_environment
-from launcher.process import Home
-from launcher.runs import Reader
+from launcher.local import process
+from launcher.local.machine import supervisor_environment
+from launcher.local.process import Home
+from launcher.runs.read import Reader
 from launcher.settings import VARIABLES
 from tests.fakes import trainer_program
 from tests.fakes.runs import attempt_events, write_commit, write_events

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from launcher.cloud_faults import KNOWN, absent, plain, sort_fault
-from launcher.cloud_records import PHASES, Lines, of_cluster, of_job
+from launcher.cloud.faults import KNOWN, absent, plain, sort_fault
+from launcher.cloud.records import PHASES, Lines, of_cluster, of_job
 from trainer.errors import Unavailable
 
 

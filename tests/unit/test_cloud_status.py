@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from launcher import submissions
-from launcher.cloud import Kind, Phase, Standing
-from launcher.cloud_fake import FakeCloud
-from launcher.runs import Reader
-from launcher.standing import find, table, usd_so_far
-from launcher.submissions import Sent
+from launcher.cloud.fake import FakeCloud
+from launcher.cloud.protocol import Kind, Phase, Standing
+from launcher.runs.read import Reader
+from launcher.submit import submissions
+from launcher.submit.standing import find, table, usd_so_far
+from launcher.submit.submissions import Sent
 from tests.fakes.runs import BEGIN, attempt_events, write_commit, write_events
 from trainer.bucket import open_run
 from trainer.errors import Unavailable, UserError

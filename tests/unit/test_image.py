@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import image as images
-from launcher.image import Builder, Recipe
+from launcher.image import spec as images
+from launcher.image.spec import Builder, Recipe
 from trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

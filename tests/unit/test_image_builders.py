@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import builders
-from launcher.builders import Wishes
-from launcher.image import ImageError
+from launcher.image import builders
+from launcher.image.builders import Wishes
+from launcher.image.spec import ImageError
 from trainer.errors import UserError
 
 FAKE = """#!/bin/sh

@@ -13,14 +13,20 @@ import psutil
 import pytest
 from rich.console import Console
 
-from launcher import process
-from launcher.follow import MAX_FRUITLESS, Answer, Ending, Follower, Submission, Wishes, cancel, judge
-from launcher.local import checked_run_id, print_log, submit, supervisor_command, supervisor_environment
-from launcher.preempt import Preemptions, plan
-from launcher.process import Home, LogTail, Record
-from launcher.progress import PlainView, facts
-from launcher.runs import Reader, Run
-from launcher.signals import Signals
+from launcher.local import process
+from launcher.local.follow import MAX_FRUITLESS, Answer, Ending, Follower, Submission, Wishes, cancel, judge
+from launcher.local.machine import (
+    checked_run_id,
+    print_log,
+    submit,
+    supervisor_command,
+    supervisor_environment,
+)
+from launcher.local.preempt import Preemptions, plan
+from launcher.local.process import Home, LogTail, Record
+from launcher.local.progress import PlainView, facts
+from launcher.local.signals import Signals
+from launcher.runs.read import Reader, Run
 from tests.fakes import trainer_program
 from trainer.bucket import open_run
 from trainer.errors import UserError
@@ -322,7 +328,7 @@ def test_the_supervisor_finds_this_package_and_the_chosen_python() -> None:
     environment = supervisor_environment(
         {"PYTHONPATH": "/theirs", "A": "b"}, trainer_python=Path("/opt/python")
     )
-    assert environment["PYTHONPATH"].split(os.pathsep) == [str(Path(process.__file__).parents[1]), "/theirs"]
+    assert environment["PYTHONPATH"].split(os.pathsep) == [str(Path(process.__file__).parents[2]), "/theirs"]
     assert (environment["A"], environment["AEOLUS_TRAINER_PYTHON"]) == ("b", "/opt/python")
     assert "AEOLUS_TRAINER_PYTHON" not in supervisor_environment({})
 

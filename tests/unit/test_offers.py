@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.offers import Offer, Prices, load_prices
+from launcher.cloud.skypilot import Fetched
 from launcher.prices import store
 from launcher.prices.fake import FakeCatalogs
+from launcher.prices.load import Offer, Prices, load_prices
 from launcher.prices.offer import Row
 from launcher.prices.table import Table
-from launcher.skypilot import Fetched
 from trainer.errors import Unavailable, UserError
 from trainer.hardware import Shape
 
@@ -239,7 +239,7 @@ def test_prices_that_are_at_hand_are_read_without_skypilot() -> None:
         "import sys, tempfile\n"
         "from datetime import UTC, datetime\n"
         "from pathlib import Path\n"
-        "from launcher.offers import load_prices\n"
+        "from launcher.prices.load import load_prices\n"
         "from launcher.prices.fake import FakeCatalogs\n"
         "prices = load_prices(now=datetime.now(UTC), folder=Path(tempfile.mkdtemp()), catalogs=FakeCatalogs())\n"
         "assert prices.source == 'snapshot' and prices.offers\n"

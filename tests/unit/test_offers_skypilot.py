@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher import skypilot
+from launcher.cloud import skypilot
 from launcher.prices.offer import Row
 from trainer.errors import Unavailable
 
@@ -44,7 +44,7 @@ LAMBDA = (
 )
 SCRIPT = """
 import json
-from launcher import skypilot
+from launcher.cloud import skypilot
 from trainer.errors import UserError
 answers = skypilot.catalogs(["gcp", "lambda", "cudo"])
 print(json.dumps({infra: str(a) if isinstance(a, UserError) else a.rows for infra, a in answers.items()}))
@@ -134,7 +134,7 @@ def test_without_skypilot_the_error_says_how_to_install_it() -> None:
     """The trainer's environment has none; nor has everybody's laptop."""
     script = (
         "import sys; sys.modules['sky'] = None\n"
-        "from launcher import skypilot\n"
+        "from launcher.cloud import skypilot\n"
         "print(skypilot.catalogs(['gcp'])['gcp'])\n"
     )
     said = subprocess.run(

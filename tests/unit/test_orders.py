@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.job_files import JOBS, find, names
-from launcher.offers import DEFAULT_INFRA
-from launcher.order import Order, Wanted, prepare
+from launcher.prices.load import DEFAULT_INFRA
 from launcher.prices.offer import Prices, offer_of
 from launcher.prices.store import snapshot
 from launcher.settings import Settings
-from launcher.task import to_yaml
+from launcher.submit.job_files import JOBS, find, names
+from launcher.submit.order import Order, Wanted, prepare
+from launcher.submit.task import to_yaml
 from trainer.errors import BucketError, NoFit, UserError
 from trainer.recipe import default_run_id, load
 

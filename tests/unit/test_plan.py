@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.plan import Plan, Wishes, parse_gpus, plan
+from launcher.plan.rank import Plan, Wishes, parse_gpus, plan
 from launcher.prices.offer import Offer, Prices, offer_of
 from launcher.prices.store import snapshot
 from trainer.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from launcher.cli import cli
-from launcher.plan_cli import Hours
+from launcher.plan.cli import Hours
 from launcher.prices import store
 from trainer.errors import UserError
 

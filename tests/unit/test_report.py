@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher.render import change, duration, facts_table, size, to_json
-from launcher.report import draw, picture_path, summary
-from launcher.runs import Attempt, Run
+from launcher.runs.read import Attempt, Run
+from launcher.runs.report import draw, picture_path, summary
 from tests.fakes.runs import BEGIN, attempt_events
 from trainer.events import Event
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runs import Reader, Redone, Run, canonical, folder_of
+from launcher.runs.read import Reader, Redone, Run, canonical, folder_of
 from tests.fakes.runs import attempt_events, write_commit, write_events
 from trainer.bucket import open_run
 

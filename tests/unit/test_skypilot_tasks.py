@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from launcher.cloud_faults import ABSENT, KNOWN
-from launcher.cloud_records import PHASES
-from launcher.skypilot import JOB_FIELDS
-from launcher.task import cloud_name
+from launcher.cloud.faults import ABSENT, KNOWN
+from launcher.cloud.records import PHASES
+from launcher.cloud.skypilot import JOB_FIELDS
+from launcher.submit.task import cloud_name
 from tests.e2e.lab import catalogs
 from tests.unit.test_orders import order
 from trainer.recipe import default_run_id, load, names
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_0123456789"
 SCRIPT = """
 import inspect, json, sys
-from launcher import skypilot
+from launcher.cloud import skypilot
 orders = json.load(sys.stdin)
 told = {}
 with skypilot._asking("look") as sky:

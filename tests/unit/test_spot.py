@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher import spot
-from launcher.spot import Spot, best_interval, daly, market, save_steps, spot_expectation
+from launcher.plan import spot
+from launcher.plan.spot import Spot, best_interval, daly, market, save_steps, spot_expectation
 
 H = 3600.0
 USUAL: dict[str, Any] = {

@@ -10,16 +10,16 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher import submissions
-from launcher.cloud import Kind, Phase, Standing
-from launcher.cloud_fake import FakeCloud
-from launcher.follow import Answer, Ending
-from launcher.order import Order
-from launcher.process import Home, Record
-from launcher.runs import Reader, Run
-from launcher.submissions import Sent
-from launcher.submit import Desk, judge, submit
-from launcher.task import Candidate, Request, task_config
+from launcher.cloud.fake import FakeCloud
+from launcher.cloud.protocol import Kind, Phase, Standing
+from launcher.local.follow import Answer, Ending
+from launcher.local.process import Home, Record
+from launcher.runs.read import Reader, Run
+from launcher.submit import submissions
+from launcher.submit.launch import Desk, judge, submit
+from launcher.submit.order import Order
+from launcher.submit.submissions import Sent
+from launcher.submit.task import Candidate, Request, task_config
 from tests.fakes.runs import attempt_events, write_commit, write_events
 from tests.unit.test_task import BASE
 from trainer.bucket import open_run

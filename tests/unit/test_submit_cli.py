@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from launcher.cli import main
-from launcher.cloud import Say, Standing
-from launcher.cloud_fake import FakeCloud
+from launcher.cloud.fake import FakeCloud
+from launcher.cloud.protocol import Say, Standing
 from launcher.settings import VARIABLES
 from tests.fakes.runs import attempt_events
 from trainer.bucket import open_run

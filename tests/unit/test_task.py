@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.plan import Plan
-from launcher.task import Candidate, Request, candidates, cloud_name, task_config, to_yaml
+from launcher.plan.rank import Plan
+from launcher.submit.task import Candidate, Request, candidates, cloud_name, task_config, to_yaml
 from tests.unit.test_plan import planned
 from trainer.errors import RecipeError, UserError
 

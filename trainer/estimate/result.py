@@ -51,7 +51,7 @@ class Estimate(BaseModel):
 
     @property
     def work_s(self) -> float:
-        """Training alone, without starts, restores and saves: the work of `launcher.spot.spot_expectation`."""
+        """Training alone, without starts, restores and saves: the work of `launcher.plan.spot.spot_expectation`."""
         return self.steps * self.step_s + self.once_s - self.saves_s
 
     @property

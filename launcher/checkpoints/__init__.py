@@ -1,0 +1,1 @@
+"""A run's checkpoints, looked at, verified, pulled and pruned."""

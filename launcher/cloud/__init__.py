@@ -1,0 +1,1 @@
+"""What the launcher wants of a cloud, and SkyPilot, which has it."""

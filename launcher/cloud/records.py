@@ -1,0 +1,79 @@
+"""What SkyPilot 0.14.1 answers, as values of our own; needs no SkyPilot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from launcher.cloud.faults import plain
+from launcher.cloud.protocol import Phase, Say, Standing
+
+PHASES: Mapping[str, Phase] = {
+    "INIT": "waiting",
+    "PENDING": "waiting",
+    "SUBMITTED": "waiting",
+    "STARTING": "waiting",
+    "SETTING_UP": "waiting",
+    "RUNNING": "running",
+    "WINDING_DOWN": "running",
+    "RECOVERING": "recovering",
+    "CANCELLING": "stopping",
+    "SUCCEEDED": "done",
+    "CANCELLED": "cancelled",
+}
+"""Of `ManagedJobStatus` (`sky/jobs/state.py`) and `JobStatus` (`sky/skylet/job_lib.py`); all others are `failed`."""
+
+
+def of_cluster(record: Any, job: tuple[int | None, str] | None) -> Standing:
+    status = record.status.value
+    starting: Phase = "waiting" if status in ("INIT", "PENDING") else "idle"
+    resources = str(record.resources_str or "")
+    return Standing(
+        kind="cluster",
+        name=record.name,
+        job_id=job[0] if job else None,
+        phase=PHASES.get(job[1], "failed") if job else starting,
+        said=f"{status}, job {job[1]}" if job else status,
+        where=resources or None,
+        reason=record.init_status_reason,
+        since=float(record.launched_at),
+    )
+
+
+def of_job(record: Any) -> Standing:
+    status = record.status.value if record.status else "PENDING"
+    place = [str(part) for part in (record.cloud, record.region) if part and str(part) != "-"]
+    return Standing(
+        kind="managed job",
+        name=record.job_name or "",
+        job_id=record.job_id,
+        phase=PHASES.get(status, "failed"),
+        said=status,
+        where="/".join(place).lower() or None,
+        recoveries=record.recovery_count or 0,
+        reason=record.failure_reason,
+        since=record.submitted_at,
+    )
+
+
+class Lines:
+    """A stream that hands whole lines on, without colours; of a spinner, its last state."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        *whole, self._rest = (self._rest + text).split("\n")
+        self.writelines(whole)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self._say(plain(line.rstrip("\r").rpartition("\r")[2]))
+
+    def flush(self) -> None:
+        """SkyPilot flushes after every piece: half a line waits for its other half."""
+
+    def isatty(self) -> bool:
+        return False

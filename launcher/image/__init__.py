@@ -1,0 +1,1 @@
+"""The trainer's image: tagged by its content, made by whatever builder is here."""

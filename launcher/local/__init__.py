@@ -1,0 +1,1 @@
+"""This machine as a backend: starts a supervisor, follows it, recovers it."""

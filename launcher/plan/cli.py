@@ -1,0 +1,170 @@
+"""`python -m launcher plan`: what fits where, for how long and for how much, before anything is paid."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trainer.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from launcher.plan.rank import Plan, Rejected, Row, Wishes
+
+TOP = 12
+"""Rows that are shown without `--all`."""
+TOP_REJECTED = 6
+WIDTH = 150
+HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+class Hours(click.ParamType):
+    """`90m`, `24h`, `2d`; a plain number is hours."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd]?)", str(value).strip().lower())
+        if not match or not float(match[1]):
+            self.fail(f"{value!r} is no time: as in 90m, 24h or 2d", param, ctx)
+        return float(match[1]) * HOURS[match[2] or "h"]
+
+
+@click.command()
+@click.argument("recipe", default="dpo_full")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--gpus", metavar="NAME[:N]", help="GPUs of a node, such as A100:8.  [default: all]")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option("--spot/--on-demand", default=None, help="Only one of the markets.  [default: both]")
+@click.option(
+    "--infra",
+    multiple=True,
+    metavar="CLOUD[/REGION]",
+    help="Where; may be repeated.  [default: settings, else gcp, lambda]",
+)
+@click.option("--budget", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="At most.")
+@click.option("--deadline", type=Hours(), metavar="TIME", help="At most: 90m, 24h, 2d.")
+@click.option("--by", type=click.Choice(["dollars", "hours"]), default="dollars", show_default=True)
+@click.option("--rows", type=click.IntRange(min=1), help="Of a data set that is not known here.")
+@click.option("--all", "everything", is_flag=True, help="Every row and every rejection.")
+@click.option("--refresh", is_flag=True, help="Ask for prices even if those of today are here.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def plan(recipe: str, overrides: tuple[str, ...], **options: Any) -> int:
+    """Rank everything that could train RECIPE (a file, or a name such as zephyr-7b/dpo_full).
+
+    Exit codes: 0 something fits; 2 nothing does, or the recipe or an option is wrong.
+    """
+    from launcher import render
+
+    planned = _plan(recipe, overrides, options)
+    if options["as_json"]:
+        click.echo(render.to_json(as_dict(planned)))
+    else:
+        _print(planned, everything=options["everything"])
+    return ExitCode.DONE if planned.chosen else ExitCode.USAGE
+
+
+def _plan(recipe: str, overrides: tuple[str, ...], options: dict[str, Any]) -> Plan:
+    from launcher import settings
+    from launcher.plan import planning
+    from trainer.recipe import load
+
+    return planning.planned(
+        load(recipe, overrides).recipe,
+        _wishes(options),
+        infra=options["infra"] or settings.load(os.environ).infra,
+        now=datetime.now(UTC),
+        rows=options["rows"],
+        refresh=options["refresh"],
+    )
+
+
+def _wishes(options: dict[str, Any]) -> Wishes:
+    from launcher.plan.rank import Wishes, parse_gpus
+
+    accelerator, count = parse_gpus(options["gpus"]) if options["gpus"] else (None, None)
+    return Wishes(
+        accelerator=accelerator,
+        count=count,
+        nodes=options["nodes"],
+        spot=options["spot"],
+        budget_usd=options["budget"],
+        deadline_h=options["deadline"],
+        by=options["by"],
+    )
+
+
+def as_dict(planned: Plan) -> dict[str, Any]:
+    """For programs: every row, with the terms of its memory and of its time."""
+    rows = [{**row.model_dump(mode="json"), "fit_words": row.fit.words()} for row in planned.rows]
+    return {**planned.model_dump(mode="json"), "rows": rows, "chosen": rows[0] if rows else None}
+
+
+def _print(planned: Plan, *, everything: bool) -> None:
+    from rich.console import Console
+
+    from launcher.plan import planning
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)  # a file or a pipe folds nothing
+    rows = planned.rows if everything else planned.rows[:TOP]
+    if rows:
+        console.print(_table(rows))
+        if left := len(planned.rows) - len(rows):
+            console.print(f"and {left} dearer or slower: --all", style="dim")
+    _print_rejected(planned.rejected, console, everything=everything)
+    if planned.chosen is None:
+        raise UserError(f"{planned.recipe}: {planned.why}", hint=planning.way_out(planned.rejected))
+    console.print(f"\n[bold]chosen[/] {planned.why}", soft_wrap=True)
+    for reason in planned.chosen.fit.reasons:
+        console.print(f"  {reason}", style="dim", soft_wrap=True, markup=False)
+    console.print(f"data   {planned.workload.source}", style="dim", soft_wrap=True, markup=False)
+    console.print(f"prices {planned.prices}", style="dim", markup=False)
+    for note in planned.notes:
+        console.print(f"       {note}", style="dim", soft_wrap=True, markup=False)
+
+
+def _table(rows: tuple[Row, ...]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("shape", "where", "market"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("fit", overflow="fold", min_width=24)
+    for name in ("GPU GiB", "host GiB", "hours", "$/h", "$"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, row in enumerate(rows):
+        table.add_row(*_cells(row), style="bold" if number == 0 else None)
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    from trainer.hardware import usable_gib
+
+    return [
+        str(row.shape),
+        f"{row.offer.infra}/{row.offer.region}",
+        "spot" if row.spot else "on demand",
+        row.fit.words(),
+        f"{row.fit.gpu.gib:.0f} of {usable_gib(row.shape) or 0:.0f}",
+        f"{row.fit.host.gib:.0f} of {row.shape.host_memory_gib:.0f}",
+        f"{row.hours:.1f}",
+        f"{row.usd_per_h:.2f}",
+        f"{row.usd:,.0f}",
+    ]
+
+
+def _print_rejected(rejected: tuple[Rejected, ...], console: Console, *, everything: bool) -> None:
+    if not rejected:
+        return
+    console.print("\n[bold]rejected[/]")
+    for each in rejected if everything else rejected[:TOP_REJECTED]:
+        console.print(f"  {each.what}: {each.why}", style="dim", soft_wrap=True, markup=False)
+    if not everything and (left := len(rejected) - TOP_REJECTED) > 0:
+        console.print(f"  and {left} more: --all", style="dim")

@@ -1,0 +1,1 @@
+"""A run, read from its bucket, and what it came to."""

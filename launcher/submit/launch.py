@@ -1,0 +1,240 @@
+"""Launches an order, unless its run is at work or done, and follows it to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.cloud.protocol import Cloud, Kind, Say, Standing, find
+from launcher.local import process
+from launcher.local.follow import Answer, Ending, How
+from launcher.local.process import Home
+from launcher.runs.read import Reader, Run
+from launcher.submit import stop, submissions
+from launcher.submit.order import Order
+from launcher.submit.submissions import Sent
+from trainer.bucket import open_run
+from trainer.errors import ExitCode, UserError
+
+POLL_S = 5.0
+"""Between two looks at a managed job that waits for a machine; SkyPilot's controller looks every 20 s."""
+REATTACH_LINES = 20
+"""Lines of the log that somebody who comes back is shown."""
+BROKEN = 5
+"""Log streams that may break in a row, the job at work all the while."""
+Ask = Callable[[], Answer]
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where a submission is made: this machine's memory of them, the cloud, the terminal, the clock."""
+
+    cloud: Cloud
+    state: Path
+    say: Say
+    ask: Ask | None = None
+    """What a Ctrl-C asks; without it, Ctrl-C leaves the run at work."""
+    now: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
+
+
+def submit(order: Order, desk: Desk, *, detach: bool) -> tuple[Ending, Run]:
+    """Bring the run to its end, or leave it at work if the user wants that; what is at work is never rented twice.
+
+    Raises:
+        UserError: the run is at work on this machine, its bucket cannot be read, or SkyPilot refuses the task.
+        Unavailable: no machine can be had, or SkyPilot's server is away.
+    """
+    request = order.request
+    reader = Reader(open_run(request.checkpoints, request.run_id), request.run_id)
+    run = reader.read()
+    if run.state == "done":
+        return Ending("done", f"run {request.run_id} is done since {run.finished}: {run.final_uri}"), run
+    _not_here(order, desk.state)
+    standing = _at_work(order, desk)
+    came_back = standing is not None
+    if standing is None:
+        standing = _launch(order, desk)
+    if detach:
+        return Ending("detached", detached_text(standing, request.run_id)), run
+    tail = REATTACH_LINES if came_back else 0
+    return follow(standing, reader, desk, run_id=request.run_id, tail=tail)
+
+
+def follow(
+    standing: Standing, reader: Reader, desk: Desk, *, run_id: str, tail: int = 0
+) -> tuple[Ending, Run]:
+    """Show the log until the job ends, or the user leaves it."""
+    try:
+        ended = _watch(standing, desk, tail=tail)
+    except KeyboardInterrupt:
+        answer = desk.ask() if desk.ask else "detach"
+        if answer == "continue":
+            return follow(standing, reader, desk, run_id=run_id, tail=REATTACH_LINES)
+        if answer == "detach":
+            return Ending("detached", detached_text(standing, run_id)), reader.read()
+        stop.cancel(standing, desk.cloud, reader, desk.say, sleep=desk.sleep)
+        ended = find(desk.cloud, standing.name, standing.kind)
+    run = reader.read()
+    if ended and ended.at_work:
+        return Ending("detached", f"the log breaks off again and again; {detached_text(ended, run_id)}"), run
+    how = judge(ended, run)
+    return Ending(how, _told(how, ended, run)), run
+
+
+def judge(standing: Standing | None, run: Run) -> How:
+    """What became of a job that is no longer at work; a cluster that is gone leaves its run's bucket to tell."""
+    if run.state == "done":
+        return "done"
+    end = run.attempts[-1].end if run.attempts else None
+    if end and end["kind"] == "failed" and end.get("exit_code") in (ExitCode.USAGE, ExitCode.CONFIG):
+        return "refused"
+    if end and end["kind"] == "superseded":
+        return "superseded"
+    if standing is None or standing.phase in ("cancelled", "idle", "stopping"):
+        return "cancelled"
+    return "failed"
+
+
+def detached_text(standing: Standing, run_id: str) -> str:
+    """What somebody who leaves needs to come back."""
+    return (
+        f"training goes on by itself: {_what(standing)}\n"
+        f"  the same command follows it again, and so does `launcher logs {run_id} -f`; "
+        f"`launcher cancel {run_id}` stops it"
+    )
+
+
+def _not_here(order: Order, state: Path) -> None:
+    home = Home.of(state, order.request.run_id, order.request.checkpoints)
+    if found := process.attach(home):
+        raise UserError(
+            f"run {order.request.run_id} is at work on this machine (pid {found.pid})",
+            hint=f"`launcher cancel {order.request.run_id}` first, or choose another `--name`",
+        )
+
+
+def _at_work(order: Order, desk: Desk) -> Standing | None:
+    """The run's job that is at work already."""
+    standing = find(desk.cloud, order.name)
+    if standing is None or not standing.at_work:
+        return None
+    mine = submissions.recall(desk.state, order.request.run_id, order.request.checkpoints)
+    others = [sent for sent in submissions.known(desk.state) if sent.name == order.name]
+    if mine is None and others:
+        raise UserError(
+            f"{_what(standing)} is at work on a run of this name in {others[0].checkpoints}",
+            hint="choose another `--name`",
+        )
+    desk.say(f"run {order.request.run_id} is at work already, as {_what(standing)}: nothing is rented")
+    if mine is None:  # submitted from elsewhere
+        submissions.remember(desk.state, _sent(order, desk, standing.job_id, kind=standing.kind))
+    return standing
+
+
+def _launch(order: Order, desk: Desk) -> Standing:
+    before = submissions.recall(desk.state, order.request.run_id, order.request.checkpoints)
+    kind: Kind = "managed job" if order.managed else "cluster"
+    sent = _sent(order, desk, None, kind=kind)
+    submissions.remember(desk.state, sent)
+    try:
+        job_id = _ask(order, desk)
+    except (UserError, KeyboardInterrupt):
+        _forget(before, sent, desk)
+        raise
+    submissions.remember(desk.state, sent.model_copy(update={"job_id": job_id}))
+    found = find(desk.cloud, order.name, kind)
+    return found or Standing(kind=kind, name=order.name, job_id=job_id, phase="waiting", said="SUBMITTED")
+
+
+def _ask(order: Order, desk: Desk) -> int | None:
+    if order.managed:
+        return desk.cloud.launch_managed(order.config, name=order.name, secrets=order.secrets, say=desk.say)
+    return desk.cloud.launch(
+        order.config,
+        name=order.name,
+        secrets=order.secrets,
+        retry_until_up=order.retry_until_up,
+        say=desk.say,
+    )
+
+
+def _forget(before: Sent | None, sent: Sent, desk: Desk) -> None:
+    """A launch that failed leaves no record, unless it left a machine: that one must be seen in `status`."""
+    left: Standing | None = None
+    with contextlib.suppress(UserError):
+        left = find(desk.cloud, sent.name, sent.kind)
+    if left is None and before:
+        submissions.remember(desk.state, before)
+    elif left is None:
+        submissions.forget(desk.state, sent)
+
+
+def _sent(order: Order, desk: Desk, job_id: int | None, *, kind: Kind) -> Sent:
+    return Sent(
+        run_id=order.request.run_id,
+        recipe=order.recipe,
+        checkpoints=order.request.checkpoints,
+        kind=kind,
+        name=order.name,
+        job_id=job_id,
+        where=order.where,
+        usd_per_h=order.row.usd_per_h if order.row else None,
+        submitted=desk.now(),
+    )
+
+
+def _watch(standing: Standing, desk: Desk, *, tail: int) -> Standing | None:
+    """Until the job is no longer at work: how it stands then; None if its cluster is gone."""
+    now: Standing | None = standing
+    broken = 0
+    while now and now.at_work and broken < BROKEN:
+        now = _wait_for_machine(now, desk)
+        if now and now.at_work:
+            desk.cloud.logs(now, desk.say, follow=True, tail=tail)
+            now, tail, broken = find(desk.cloud, now.name, now.kind), 1, broken + 1
+            if now and now.at_work:
+                desk.sleep(POLL_S)
+    return now
+
+
+def _wait_for_machine(standing: Standing, desk: Desk) -> Standing | None:
+    """A managed job that waits for its machine: what its controller tries where, as it tries it."""
+    now: Standing | None = standing
+    seen = 0
+    while now and now.kind == "managed job" and now.phase == "waiting":
+        lines = desk.cloud.tried(now)
+        for line in lines[seen:]:
+            desk.say(line)
+        seen = max(seen, len(lines))
+        desk.sleep(POLL_S)
+        now = find(desk.cloud, now.name, now.kind)
+    return now
+
+
+def _told(how: How, standing: Standing | None, run: Run) -> str:
+    end = run.attempts[-1].end if run.attempts else None
+    said = str(end.get("message", "")) if end else ""
+    why = said or (standing.reason if standing and standing.reason else "") or "it left no message"
+    commit = max(run.commits, default=None)
+    place = "from the beginning: nothing was committed yet" if commit is None else f"from step {commit}"
+    paid = standing is not None and standing.kind == "cluster"
+    rest = f"\n  its cluster is still there: `launcher down {run.run_id}`" if paid else ""
+    messages: dict[How, str] = {
+        "done": f"done: {run.final_uri}",
+        "cancelled": f"cancelled; the same command goes on {place}",
+        "refused": f"the run cannot start like this: {why}",
+        "superseded": "a newer attempt, submitted elsewhere, owns the run now; nothing to do here",
+        "failed": f"the job failed ({standing.said if standing else 'gone'}): {why}\n"
+        f"  `launcher logs {run.run_id}` has the rest; the same command goes on {place}",
+    }
+    return messages[how] + rest
+
+
+def _what(standing: Standing) -> str:
+    number = f" {standing.job_id}" if standing.kind == "managed job" and standing.job_id is not None else ""
+    where = f" on {standing.where}" if standing.where else ""
+    return f"{standing.kind}{number} {standing.name}{where} ({standing.said})"

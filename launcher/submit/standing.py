@@ -1,0 +1,225 @@
+"""How the runs of this machine stand: local ones, managed jobs and clusters, by their buckets and by SkyPilot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from launcher.cloud.protocol import Cloud, Kind, Standing
+from launcher.local import process
+from launcher.local.process import Home, Record
+from launcher.runs.read import Attempt, Reader, Run
+from launcher.submit import submissions
+from launcher.submit.submissions import Sent
+from trainer.bucket import open_run
+from trainer.errors import UserError
+
+READERS = 8
+"""Buckets that are read at once."""
+RowDict = dict[str, str | int | float | None]
+
+
+class Local(NamedTuple):
+    """A run that was started on this machine."""
+
+    home: Home
+    record: Record
+
+    @property
+    def began(self) -> float:
+        return self.record.created
+
+
+class Submitted(NamedTuple):
+    """A run that was submitted to SkyPilot from this machine."""
+
+    record: Sent
+
+    @property
+    def began(self) -> float:
+        return self.record.submitted
+
+
+Known = Local | Submitted
+
+
+def known(state: Path) -> list[Known]:
+    """Everything that was started or submitted from here, the latest first."""
+    found: list[Known] = [Local(home, record) for home, record in process.known(state)]
+    found += [Submitted(sent) for sent in submissions.known(state)]
+    return sorted(found, key=lambda each: each.began, reverse=True)
+
+
+def find(state: Path, run: str, checkpoints: str | None) -> Known:
+    """The run of that name: at work on this machine, else the one that was started last.
+
+    Raises:
+        UserError: there is none, or there are several in several places.
+    """
+    everything = known(state)
+    found = [
+        each
+        for each in everything
+        if each.record.run_id == run and checkpoints in (None, each.record.checkpoints)
+    ]
+    places = list(dict.fromkeys(each.record.checkpoints for each in found))
+    if len(places) > 1:
+        raise UserError(
+            f"{len(places)} runs are called {run}: in {', '.join(places)}",
+            hint="choose one with --checkpoints",
+        )
+    if found:
+        here = (each for each in found if isinstance(each, Local) and each.record.process())
+        return next(here, found[0])
+    names = ", ".join(dict.fromkeys(each.record.run_id for each in everything)) or "none yet"
+    raise UserError(f"no run {run} was started on this machine", hint=f"known runs: {names}")
+
+
+def table(state: Path, cloud: Cloud, *, now: float, everything: bool = False) -> list[RowDict]:
+    """A row a run, the latest first. SkyPilot is asked only of what was submitted and is not known to be over.
+
+    Args:
+        state: this machine's.
+        cloud: what is asked.
+        now: unix time, seconds.
+        everything: also what SkyPilot has that was not submitted from here.
+    """
+    runs = known(state)
+    open_ones = [each.record for each in runs if isinstance(each, Submitted) and not each.record.over]
+    standings, fault = _standings(cloud, open_ones, everything=everything)
+    with ThreadPoolExecutor(READERS) as readers:
+        seen = list(readers.map(_read, runs))
+    rows = []
+    for each, run in zip(runs, seen, strict=True):
+        if isinstance(each, Local):
+            rows.append(_local(each, run))
+        else:
+            standing = standings.pop((each.record.kind, each.record.name), None)
+            if fault is None and not each.record.over and (standing is None or _gone(standing)):
+                seen_at = standing.where if standing and standing.where else each.record.where
+                submissions.remember(state, each.record.model_copy(update={"over": True, "where": seen_at}))
+            rows.append(_submitted(each.record, standing, run, fault=fault, now=now))
+    return [*rows, *(_unknown(standing) for standing in standings.values() if everything)]
+
+
+def usd_so_far(run: Run, usd_per_h: float | None, *, now: float, at_work: bool) -> float | None:
+    """The attempts' hours at the price of what was chosen; set-up and waiting are not in it.
+
+    An attempt is counted until its last event; the newest, if it is at work, until now.
+    """
+    if usd_per_h is None or not run.attempts:
+        return None
+    seconds = sum(_last(attempt) - attempt.began for attempt in run.attempts[:-1])
+    newest = run.attempts[-1]
+    seconds += (now if at_work else _last(newest)) - newest.began
+    return round(usd_per_h * seconds / 3600, 2)
+
+
+def _standings(
+    cloud: Cloud, sents: Sequence[Sent], *, everything: bool
+) -> tuple[dict[tuple[Kind, str], Standing], UserError | None]:
+    found: dict[tuple[Kind, str], Standing] = {}
+    jobs = [sent.name for sent in sents if sent.kind == "managed job"]
+    clusters = [sent.name for sent in sents if sent.kind == "cluster"]
+    try:
+        if jobs or everything:
+            found |= _keyed(cloud.jobs(None if everything else jobs))
+        if clusters or everything:
+            found |= _keyed(cloud.clusters(None if everything else clusters))
+    except UserError as error:
+        return found, error
+    return found, None
+
+
+def _keyed(standings: Mapping[str, Standing]) -> dict[tuple[Kind, str], Standing]:
+    return {(standing.kind, name): standing for name, standing in standings.items()}
+
+
+def _read(each: Known) -> Run | UserError:
+    record = each.record
+    try:
+        return Reader(open_run(record.checkpoints, record.run_id), record.run_id).read()
+    except UserError as error:  # a bucket may be out of reach; the row says so
+        return error
+
+
+def _local(each: Local, run: Run | UserError) -> RowDict:
+    alive = each.record.process() is not None
+    row = _row(each.record, "local", "this machine", run)
+    row["pid"] = each.record.pid if alive else None
+    if isinstance(run, UserError):
+        row["state"] = "running" if alive else "?"
+    else:
+        row["state"] = "running" if alive and run.state != "done" else _stopped(run)
+    return row
+
+
+def _submitted(
+    sent: Sent, standing: Standing | None, run: Run | UserError, *, fault: UserError | None, now: float
+) -> RowDict:
+    where = standing.where if standing and standing.where else sent.where
+    number = f" {sent.job_id}" if sent.kind == "managed job" and sent.job_id is not None else ""
+    row = _row(sent, sent.kind, f"{sent.kind}{number}: {where}", run)
+    row["said"] = standing.said if standing else None
+    if isinstance(run, UserError):
+        row["state"] = standing.phase if standing else "?"
+        return row
+    at_work = standing is not None and standing.at_work
+    row["usd"] = usd_so_far(run, sent.usd_per_h, now=now, at_work=at_work)
+    row["state"] = _state(standing, run, unsure=fault is not None)
+    row["error"] = fault.message if fault and not sent.over else None
+    return row
+
+
+def _state(standing: Standing | None, run: Run, *, unsure: bool) -> str:
+    """The bucket knows of the end, SkyPilot of the way there; an attempt with no end was lost with its machine."""
+    if run.state == "done":
+        return "done"
+    if standing and standing.phase != "idle":
+        return standing.phase
+    return run.state if unsure else _stopped(run)
+
+
+def _stopped(run: Run) -> str:
+    return "preempted" if run.state == "running" else run.state
+
+
+def _gone(standing: Standing) -> bool:
+    return standing.kind == "managed job" and not standing.at_work
+
+
+def _row(record: Record | Sent, kind: str, where: str, run: Run | UserError) -> RowDict:
+    row: RowDict = {
+        "run": record.run_id,
+        "kind": kind,
+        "where": where,
+        "state": "?",
+        "step": None,
+        "committed": None,
+        "attempts": None,
+        "usd": None,
+        "recipe": record.recipe,
+        "checkpoints": record.checkpoints,
+        "pid": None,
+        "said": None,
+        "error": None,
+    }
+    if isinstance(run, UserError):
+        return {**row, "error": run.message}
+    seen = {"step": run.step, "committed": max(run.commits, default=None), "attempts": len(run.attempts)}
+    return {**row, **seen}
+
+
+def _unknown(standing: Standing) -> RowDict:
+    """What SkyPilot has that was not submitted from here: it need not be a run of ours."""
+    where = f"{standing.kind}: {standing.where}" if standing.where else standing.kind
+    empty = dict.fromkeys(("step", "committed", "attempts", "usd", "recipe", "checkpoints", "pid", "error"))
+    facts = {"run": standing.name, "kind": standing.kind, "where": where, "state": standing.phase}
+    return {**facts, **empty, "said": standing.said}
+
+
+def _last(attempt: Attempt) -> float:
+    return datetime.fromisoformat(attempt.events[-1]["time"]).timestamp()
