@@ -20,9 +20,6 @@ TASK_ID_VARIABLE = "SKYPILOT_TASK_ID"
 """The same across the recoveries of a managed job, so it names the run (SkyPilot 0.14.1)."""
 
 
-NODES_VARIABLE = "SKYPILOT_NUM_NODES"
-
-
 class Options(NamedTuple):
     """The options of `run`, as click hands them over."""
 
@@ -74,8 +71,9 @@ def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Noti
     from trainer.recipe import default_run_id, load
     from trainer.supervisor.metadata import Metadata
     from trainer.supervisor.supervise import Request, run
+    from trainer.supervisor.team import position
 
-    _refuse_several_nodes()
+    where = position(os.environ)
     Metadata(notice).start()
     loaded = load(recipe, overrides)
     for note in loaded.notes:
@@ -92,17 +90,7 @@ def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Noti
         work=work,
         staging=options.staging,
     )
-    return run(request, notice)
-
-
-def _refuse_several_nodes() -> None:
-    """Each node would claim the run from the others, and none would get far."""
-    nodes = os.environ.get(NODES_VARIABLE, "1")
-    if nodes not in ("", "1"):
-        raise UserError(
-            f"{nodes} nodes were started for one run; ranks of several nodes do not find each other yet",
-            hint="take one node with more GPUs: `num_nodes: 1`",
-        )
+    return run(request, notice, where)
 
 
 def _task_id() -> str | None:

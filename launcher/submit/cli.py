@@ -12,7 +12,7 @@ import click
 
 from launcher import terminal
 from launcher.plan.cli import Hours
-from trainer.errors import ExitCode, UserError
+from trainer.errors import ExitCode
 
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud
@@ -138,11 +138,6 @@ def _there(
     if options["dryrun"]:
         _print_order(order, as_json=options["as_json"])
         return ExitCode.DONE
-    if order.request.nodes > 1:
-        raise UserError(
-            f"{order.request.nodes} nodes would be rented for ranks that do not find each other yet",
-            hint="`--nodes 1`, with more GPUs",
-        )
     console = terminal.stderr()
     desk = Desk(
         cloud=cloud or SkyPilot(),

@@ -2,6 +2,7 @@
 
 The supervisor runs it in place of `trainer.worker`. Like the real one it tells each step's value,
 saves every `save_steps`, leaves a save out while two uploads wait, and stops at a step when asked to.
+Of several nodes each writes its own file, node 0 the others, and there all is told.
 $COUNTING_FAULT makes it a wrong one, so that what looks for wrongs can be tried:
 
     forgets        goes on from a checkpoint's step with a new state, as a missing optimizer file would
@@ -58,11 +59,14 @@ class Program:
         self.state = State(int(job.recipe.trainer_args.get("seed", 0)))
         self.total = int(job.recipe.trainer_args["max_steps"])
         self.save_steps = int(job.recipe.trainer_args["save_steps"])
+        self.rank = int(os.environ.get("RANK", "0"))
         self.step_s = float(os.environ.get("COUNTING_STEP_S", "0.006"))
         signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def tell(self, kind: str, **fields: object) -> None:
+        if self.rank:
+            return
         with self.job.steps.open("a") as file:
             file.write(json.dumps({"kind": kind, **fields}) + "\n")
 
@@ -74,14 +78,25 @@ class Program:
         if kind == "checkpoint" and len(pending(self.job.staging)) > 1:
             self.tell("save_skipped", step=self.state.step, reason="two uploads wait")
             return
-        self.state.write(self.job.staging / name)
+        if self.rank == 0:
+            self.state.write(self.job.staging / name)
+        if self.job.fit.nodes > 1:
+            self._write_mine(self.job.staging / name)
         staged = Staged.model_validate({"folder": name, "step": self.state.step, "kind": kind})
         mark_staged(self.job.staging, staged)
         self.tell("saved", step=self.state.step, stall_s=0.0)
 
+    def _write_mine(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / f"of-rank-{self.rank}.bin").write_bytes(self.state.weights)
+
     def resume(self) -> None:
         if self.job.resume_from is None:
             return
+        if self.job.fit.nodes > 1:
+            parts = sorted(self.job.resume_from.glob("of-rank-*.bin"))
+            if len(parts) != self.job.fit.nodes:
+                raise FileNotFoundError(f"{len(parts)} parts of {self.job.fit.nodes}")
         self.state.read(self.job.resume_from)
         if os.environ.get("COUNTING_FAULT") == "forgets":
             self.state.weights = hashlib.sha256(b"new").digest()
@@ -98,7 +113,8 @@ class Program:
             if stopping:
                 self.end("preempted", f"at step {self.state.step}")
                 return
-        self.save("final", "final")
+        if self.rank == 0:
+            self.save("final", "final")
         self.end("done")
 
 

@@ -12,6 +12,7 @@ from trainer.errors import UserError
 from trainer.recipe import load
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.supervise import Request, run
+from trainer.supervisor.team import position
 
 PROGRAM = "tests.fakes.counting"
 
@@ -38,7 +39,7 @@ def main() -> int:
         tmpfs=work.parent / "tmpfs",
     )
     try:
-        return run(request, notice)
+        return run(request, notice, position(os.environ))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 (as `python -m trainer` says it)
         return error.exit_code

@@ -88,9 +88,11 @@ def test_a_node_that_never_comes_is_named_and_nothing_is_committed(tmp_path: Pat
     attempt = claim(bucket, {})
     upload(bucket, attempt, tmp_path, 1, 10)
     slept: list[float] = []
-    with pytest.raises(Unavailable, match="step 10 is not committed: no part of node 2 of 3 in 6 s"):
+    with pytest.raises(Unavailable, match="step 10 is not committed: no part of node 2 of 3 in 5 s"):
         lead(bucket, attempt, tmp_path, 10, Waiting(patience_s=5, sleep=slept.append))
-    assert slept == [2.0] * 3
+    assert slept[0] < 0.2
+    assert slept[-1] == 2.0
+    assert sum(slept) >= 5
     assert committed(bucket) == []
 
 

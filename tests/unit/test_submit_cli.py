@@ -191,10 +191,8 @@ def test_what_cannot_fit_is_exit_code_2(user: User) -> None:
     assert not user.cloud.asked
 
 
-def test_several_nodes_are_not_rented_for_nothing(user: User) -> None:
-    """Their ranks would not find each other; the dry run still shows the task."""
-    user.submits("--managed", "--nodes", "2")
-    assert user.code == 2
-    assert "2 nodes would be rented" in user.err
-    assert not user.cloud.asked
-    assert yaml.safe_load(user.submits("--managed", "--nodes", "2", "--dryrun"))["num_nodes"] == 2
+def test_several_nodes_are_one_job(user: User) -> None:
+    """The task says how many, and each of its nodes says which it is, by torchrun's names."""
+    config = yaml.safe_load(user.submits("--managed", "--nodes", "2", "--dryrun"))
+    assert config["num_nodes"] == 2
+    assert "GROUP_RANK=$SKYPILOT_NODE_RANK" in config["run"]

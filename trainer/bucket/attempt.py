@@ -37,6 +37,11 @@ class Attempt:
         self.exclusive = exclusive
         """Whether the store gives a number to one attempt only, whenever they start."""
 
+    @property
+    def token(self) -> str:
+        """What tells this attempt's card from another's of the same number."""
+        return self._token
+
     def check(self) -> None:
         """See that the run is still ours; to be asked before each commit and each deletion.
 

@@ -27,6 +27,7 @@ from trainer.job import Staged
 
 log = logging.getLogger(__name__)
 FOLDER = ".parts/"
+FIRST_POLL_S = 0.1
 
 
 class Node(NamedTuple):
@@ -40,10 +41,13 @@ class Waiting(NamedTuple):
     """How node 0 waits for the parts of the others."""
 
     poll_s: float = 2.0
+    """Between two looks, which are paid by the request; the first ones come sooner."""
     patience_s: float = 30 * 60.0
     """Nodes save at the same step, so they differ by their network alone; a node that is lost ends the whole
     attempt long before."""
     sleep: Callable[[float], None] = time.sleep
+    gone: Callable[[], str | None] = lambda: None
+    """Why a part that is missing will never come."""
 
 
 WAITING = Waiting()
@@ -59,7 +63,7 @@ class Part(BaseModel):
 
 
 class Skipped(Exception):
-    """A node has left this step out and uploaded a later one: it will never be whole."""
+    """A node is gone, or has left this step out and uploaded a later one: it will never be whole."""
 
 
 class _Found(NamedTuple):
@@ -100,24 +104,26 @@ def gather(
     """Wait for the parts of nodes 1 to `nodes` - 1; what they uploaded.
 
     Raises:
-        Skipped: a node went on to a later step without this one.
+        Skipped: a node is gone, or went on to a later step without this one.
         Superseded: a newer attempt has claimed the run meanwhile.
         Unavailable: a part did not come within the patience, or cannot be read.
     """
     wanted = set(range(1, nodes))
-    waited_s = 0.0
+    waited_s, pause_s = 0.0, min(FIRST_POLL_S, waiting.poll_s)
     while missing := wanted - (found := _look(bucket, attempt.number, staged.step)).there:
         for node, step in sorted(found.beyond.items()):
             if node in missing:
                 raise Skipped(f"node {node} left step {staged.step} out and uploaded step {step}")
+        if reason := waiting.gone():
+            raise Skipped(f"step {staged.step} is not whole: {reason}")
         if waited_s >= waiting.patience_s:
             nodes_missing = ", ".join(map(str, sorted(missing)))
             raise Unavailable(
                 f"step {staged.step} is not committed: no part of node {nodes_missing} of {nodes} in {waited_s:.0f} s",
                 hint="look at that node's log; the step before stays the newest checkpoint",
             )
-        waiting.sleep(waiting.poll_s)
-        waited_s += waiting.poll_s
+        waiting.sleep(pause_s)
+        waited_s, pause_s = waited_s + pause_s, min(2 * pause_s, waiting.poll_s)
         attempt.check()
     return tuple(file for node in sorted(wanted) for file in _part(bucket, attempt, staged, node).files)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.bucket.manifest import File, Manifest, Unreadable, commits, sizes
+from trainer.bucket.manifest import File, Manifest, Unreadable, commit_key, commits, read, sizes
 from trainer.bucket.store import SMALL_AT_ONCE, Bucket, Checked, in_parallel
 from trainer.errors import UserError
 
@@ -31,13 +31,19 @@ class Restored(NamedTuple):
     seconds: float
 
 
-def restore(bucket: Bucket, into: Path, reject: Callable[[int, str], None]) -> Restored | None:
+def restore(
+    bucket: Bucket,
+    into: Path,
+    reject: Callable[[int, str], None],
+    trying: Callable[[Manifest], None] = lambda _: None,
+) -> Restored | None:
     """Bring the newest checkpoint that verifies.
 
     Args:
         bucket: the run's.
         into: folder for it; the checkpoint becomes `into/checkpoint-<step>`.
         reject: told the step of each newer one that does not verify, and why: file, expected, got.
+        trying: told each one that is about to be brought.
 
     Returns:
         None if there is no checkpoint, or none that verifies.
@@ -53,14 +59,37 @@ def restore(bucket: Bucket, into: Path, reject: Callable[[int, str], None]) -> R
         if fault := manifest.fault(sizes(bucket, manifest.prefix)):
             reject(manifest.step, fault)
             continue
-        path = into / f"checkpoint-{manifest.step}"
+        trying(manifest)
         try:
-            fetch(bucket, manifest, path)
+            return _bring_whole(bucket, manifest, into, began)
         except CorruptCheckpoint as error:
             reject(manifest.step, error.message)
-            continue
-        return Restored(manifest, path, manifest.size, time.monotonic() - began)
     return None
+
+
+def restore_named(bucket: Bucket, step: int, attempt: int, into: Path) -> Restored:
+    """Bring the checkpoint of a step that an attempt committed, to `into/checkpoint-<step>`.
+
+    Raises:
+        CorruptCheckpoint: its manifest is not there, or a file does not verify.
+        BucketError, Unavailable: as `restore`.
+    """
+    began = time.monotonic()
+    manifest = read(bucket, commit_key(step), step)
+    if not isinstance(manifest, Manifest) or manifest.attempt != attempt:
+        found = (
+            manifest.reason
+            if isinstance(manifest, Unreadable)
+            else f"{commit_key(step)} is another's or gone"
+        )
+        raise CorruptCheckpoint(f"attempt {attempt} committed no step {step} that can be read: {found}")
+    return _bring_whole(bucket, manifest, into, began)
+
+
+def _bring_whole(bucket: Bucket, manifest: Manifest, into: Path, began: float) -> Restored:
+    path = into / f"checkpoint-{manifest.step}"
+    fetch(bucket, manifest, path)
+    return Restored(manifest, path, manifest.size, time.monotonic() - began)
 
 
 def fetch(bucket: Bucket, manifest: Manifest, into: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 from trainer.bucket.attempt import Attempt
 from trainer.bucket.commit import commit, prune
 from trainer.bucket.manifest import File, Manifest
-from trainer.bucket.parts import Node, Skipped, gather, upload_part
+from trainer.bucket.parts import WAITING, Node, Skipped, Waiting, gather, upload_part
 from trainer.bucket.store import Bucket
 from trainer.errors import BucketError, Unavailable, UserError
 from trainer.job import STAGED_SUFFIX, Staged, pending
@@ -60,12 +60,14 @@ class Uploader(threading.Thread):
         keep: int,
         tell: Listener,
         node: Node = ALONE,
+        waiting: Waiting = WAITING,
         poll_s: float = 0.2,
         backoff: Callable[[int], float] = backoff_s,
     ) -> None:
         """Uploads from `staging`; keeps the newest `keep` checkpoints in the bucket; looks every `poll_s`.
 
-        Of several nodes each uploads its part, and node 0 commits and keeps order.
+        Of several nodes each uploads its part, and node 0, which waits for the others as `waiting` says, commits and
+        keeps order.
         """
         super().__init__(name="uploader", daemon=True)  # a transfer that hangs must not hold up the exit
         self._bucket = bucket
@@ -75,6 +77,7 @@ class Uploader(threading.Thread):
         self._keep = keep
         self._tell = tell
         self._node = node
+        self._waiting = waiting
         self._poll_s = poll_s
         self._backoff = backoff
         self._changed = threading.Condition()  # guards what follows, and what is removed from staging
@@ -164,7 +167,7 @@ class Uploader(threading.Thread):
         try:
             manifest = self._bring(staged)
         except Skipped as reason:
-            log.warning("%s: it is not committed", reason)
+            log.warning("%s; it is not committed", reason)
             self._tell.dropped(staged.step)
             manifest = None
         with self._changed:
@@ -193,7 +196,7 @@ class Uploader(threading.Thread):
         """What the other nodes wrote of it; the final model is node 0's alone."""
         if self._node.nodes == 1 or staged.kind == "final":
             return ()
-        return gather(self._bucket, self._attempt, staged, nodes=self._node.nodes)
+        return gather(self._bucket, self._attempt, staged, nodes=self._node.nodes, waiting=self._waiting)
 
     def _prune(self) -> None:
         try:

@@ -26,7 +26,7 @@ def fit(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> Fit:
             the model's numbers are not known; names what would do.
         RecipeError: the recipe does not limit the length of its sequences.
     """
-    share, rest = divmod(recipe.global_batch_size, max(shape.gpus, 1))
+    share, rest = divmod(recipe.global_batch_size, shape.gpus or shape.nodes)
     if rest or not share:
         raise words.uneven(recipe, shape)
     if shape.count == 0:
@@ -67,13 +67,15 @@ def _chosen(
 
 
 def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> Fit:
-    """One process with all cores, as the recipe says: memory is predicted, and never traded for time."""
-    share = recipe.global_batch_size
+    """One process a node with all its cores, as the recipe says: memory is predicted, and never traded for time."""
+    nodes = shape.nodes
+    share = recipe.global_batch_size // nodes
     micro = largest_divisor(share, at_most=recipe.micro_batch_size or LARGEST_MICRO_BATCH)
     layout = Layout(
-        processes=1,
+        processes=nodes,
+        nodes=nodes,
         micro_batch=micro,
-        engine="single",
+        engine="ddp" if nodes > 1 else "single",
         attention=attention_of(recipe) or "sdpa",
         activation_checkpointing=checkpointing_of(recipe) is not False,  # TRL's default is on
         reference=reference_of(recipe),
@@ -92,9 +94,9 @@ def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> 
         use_cpu=True,
         host=host,
         reasons=(
-            "1 process",
+            "1 process" if nodes == 1 else f"{nodes} processes, one for each node",
             words.why_micro(recipe, share=share, micro=micro),
-            f"accumulation {share // micro}: 1 x {micro} x {share // micro} = {share}",
+            f"accumulation {share // micro}: {nodes} x {micro} x {share // micro} = {recipe.global_batch_size}",
             f"{shape.cores} threads each: {shape.cores} cores for 1",
             known or "memory: not predicted, as the model's numbers or the sequences' length are not known",
         ),

@@ -125,14 +125,15 @@ def largest(usage: Usage, count: int = 3) -> str:
 
 
 def uneven(recipe: Recipe, shape: Shape) -> NoFit:
-    batch, count = recipe.global_batch_size, shape.gpus
+    batch, count = recipe.global_batch_size, shape.gpus or shape.nodes
+    what = "GPUs" if shape.gpus else "machines"
     counts = [size for size in range(1, batch + 1) if batch % size == 0]
     below = [size for size in counts if size <= count][-1:]
     above = [size for size in counts if size > count][:1]
     batches = [size for size in (batch // count * count, (batch // count + 1) * count) if size]
     return NoFit(
-        f"recipe {recipe.name} has global_batch_size {batch}, which {count} GPUs ({shape}) cannot share evenly",
-        hint=f"take {' or '.join(str(size) for size in (*below, *above))} GPUs, "
+        f"recipe {recipe.name} has global_batch_size {batch}, which {count} {what} ({shape}) cannot share evenly",
+        hint=f"take {' or '.join(str(size) for size in (*below, *above))} {what}, "
         f"or {' or '.join(f'`global_batch_size={size}`' for size in batches)}, which trains another model",
     )
 

@@ -33,10 +33,10 @@ class Shape(BaseModel):
         return self.nodes * self.count
 
     def __str__(self) -> str:
-        return f"{self.nodes} x {self._one_node}" if self.nodes > 1 else self._one_node
+        return f"{self.nodes} x {self.one_node}" if self.nodes > 1 else self.one_node
 
     @property
-    def _one_node(self) -> str:
+    def one_node(self) -> str:
         if self.accelerator:
             return f"{self.accelerator}:{self.count}"
         return f"cpu ({self.cores} core{'s' if self.cores > 1 else ''}, {self.host_memory_gib:.0f} GiB)"

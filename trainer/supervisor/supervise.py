@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
+import xxhash
 from pydantic import BaseModel, ConfigDict
 
 from trainer.bucket import Bucket, open_run
 from trainer.bucket import attempt as attempts
 from trainer.bucket.manifest import final
-from trainer.bucket.restore import restore
+from trainer.bucket.parts import WAITING, Node
 from trainer.bucket.uploader import Uploader
 from trainer.errors import ExitCode, NoRoom, RecipeError, Superseded, UserError
 from trainer.events import EventLog
 from trainer.fit import Fit, fit
-from trainer.hardware import Shape, detect
+from trainer.hardware import detect
 from trainer.job import STEPS, Job, Outcome
 from trainer.memory import checkpoint_bytes
 from trainer.recipe import Recipe
@@ -32,6 +34,7 @@ from trainer.supervisor.inputs import fetch_model
 from trainer.supervisor.narrator import Narrator
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.staging import RESERVE, TMPFS, Folders, Wanted, expected_size, folders, place
+from trainer.supervisor.team import ALONE, Position, Team, meet
 from trainer.supervisor.workers import PROGRAM, Workers, worker_python
 
 log = logging.getLogger(__name__)
@@ -60,9 +63,14 @@ class Request(BaseModel):
     tmpfs: Path = TMPFS
     """Where memory can be written to as files."""
 
+    def digest(self) -> str:
+        """Of what all nodes of a run must agree on."""
+        words = f"{self.checkpoints}\n{self.run_id}\n{self.recipe.digest()}"
+        return xxhash.xxh3_128_hexdigest(words.encode())
 
-def run(request: Request, notice: Notice) -> ExitCode:
-    """Bring the run as far as this machine lasts.
+
+def run(request: Request, notice: Notice, where: Position = ALONE) -> ExitCode:
+    """Bring the run as far as this machine lasts, with the other nodes that were started with it.
 
     Raises:
         UserError: with the exit code that says whether a recovery can help.
@@ -71,29 +79,48 @@ def run(request: Request, notice: Notice) -> ExitCode:
     if done := final(bucket):
         log.info("run %s is done since %s: %s/final/", request.run_id, done.created, bucket.uri)
         return ExitCode.DONE
-    record.write_or_compare(bucket, request.run_id, request.recipe, request.notes)
-    shape = detect()
-    architecture = architecture_for(request.recipe, shape)
-    planned = fit(request.recipe, shape, architecture)
-    predicted = checkpoint_bytes(request.recipe, architecture, planned) if architecture else None
     python = worker_python()
-    if notice.given:
-        return ExitCode.RECOVER
-    attempt = attempts.claim(bucket, {"node": shape.node, "shape": str(shape)})
+    team = meet(where, request.digest(), detect(), lambda: notice.given)
+    try:
+        code = _take_part(request, bucket, team, notice, python)
+    except UserError as error:
+        team.end(error.exit_code, error.message, error.hint)
+        raise
+    except BaseException as error:
+        team.end(ExitCode.BUG, repr(error))
+        raise
+    return team.end(code)
+
+
+def _take_part(request: Request, bucket: Bucket, team: Team, notice: Notice, python: str) -> ExitCode:
+    """Claim the run, or hear that node 0 has, and see the attempt through."""
+    if team.terms:
+        attempt = attempts.Attempt(
+            bucket, team.terms.attempt, token=team.terms.token, exclusive=team.terms.exclusive
+        )
+        planned, predicted = team.terms.fit, team.terms.predicted
+    else:
+        record.write_or_compare(bucket, request.run_id, request.recipe, request.notes)
+        architecture = architecture_for(request.recipe, team.shape)
+        planned = fit(request.recipe, team.shape, architecture)
+        predicted = checkpoint_bytes(request.recipe, architecture, planned) if architecture else None
+        if notice.given:
+            return ExitCode.RECOVER
+        attempt = attempts.claim(bucket, {"node": team.shape.node, "shape": str(team.shape)})
+        team.begin(attempt, planned, predicted)
     every_s = FOLDER_EVERY_S if bucket.is_folder else STORE_EVERY_S
-    key = f"events/{attempt.number:04d}.jsonl"
-    events = EventLog(attempt.number, lambda data: bucket.put(key, data), every_s=every_s)
+    events = EventLog(attempt.number, _writer(bucket, attempt, team.node), every_s=every_s)
     with (
         folders(request.work, attempt.number, request.tmpfs) as mine,
         Heartbeat(events, attempt, every_s=min(1.0, every_s)) as heartbeat,
     ):
         narrator = Narrator(events, request.recipe, mine.work / STEPS, window=lambda: notice.window)
-        narrator.claimed(shape, planned, bucket.uri)
+        narrator.claimed(team.shape, planned, bucket.uri)
         if not attempt.exclusive:
             narrator.warned(attempts.NOT_EXCLUSIVE)
         try:
             return _Attempt(
-                request, bucket, attempt, heartbeat, narrator, mine=mine, shape=shape, predicted=predicted
+                request, bucket, attempt, heartbeat, narrator, mine=mine, team=team, predicted=predicted
             ).run(planned, python, notice)
         except Superseded as error:
             narrator.superseded(error)
@@ -101,6 +128,12 @@ def run(request: Request, notice: Notice) -> ExitCode:
         except UserError as error:
             narrator.failed(error.message, error.exit_code)
             raise
+
+
+def _writer(bucket: Bucket, attempt: attempts.Attempt, node: Node) -> Callable[[bytes], None]:
+    """Where an attempt's events go: node 0 tells them for all."""
+    key = f"events/{attempt.number:04d}.jsonl"
+    return (lambda _: None) if node.rank else (lambda data: bucket.put(key, data))
 
 
 class _Attempt:
@@ -115,7 +148,7 @@ class _Attempt:
         narrator: Narrator,
         *,
         mine: Folders,
-        shape: Shape,
+        team: Team,
         predicted: int | None,
     ) -> None:
         self._request = request
@@ -124,7 +157,7 @@ class _Attempt:
         self._heartbeat = heartbeat
         self._narrator = narrator
         self._folders = mine
-        self._shape = shape
+        self._team = team
         self._predicted = predicted  # bytes of a checkpoint
         self._work = mine.work
 
@@ -155,13 +188,13 @@ class _Attempt:
         placement = place(
             expected_size(self._bucket, model, self._predicted),
             self._folders.look(
-                kept=int((RESERVE * self._shape.host_memory_gib + planned.offloaded_gib) * 2**30)
+                kept=int((RESERVE * self._team.shape.host_memory_gib + planned.offloaded_gib) * 2**30)
             ),
             self._request.staging,
             adapter=bool(recipe.model_args.get("use_peft")),
         )
         self._narrator.staging(placement.staging, placement.reason)
-        restored = restore(self._bucket, self._folders.make(placement), self._narrator.rejected)
+        restored = self._team.restore(self._bucket, self._folders.make(placement), self._narrator.rejected)
         self._narrator.recall(record.last_commits(self._bucket, self._attempt.number))
         self._narrator.restored(restored)
         self._narrator.window()
@@ -184,8 +217,10 @@ class _Attempt:
             recipe_digest=self._request.recipe.digest(),
             keep=job.recipe.keep_checkpoints,
             tell=self._narrator,
+            node=self._team.node,
+            waiting=WAITING._replace(gone=lambda: self._team.broken),
         )
-        workers = Workers(job, python, self._request.program)
+        workers = Workers(job, python, self._request.program, at=self._team.meeting)
         uploader.start()
         try:
             exit_code = self._watch(workers, uploader, notice)
@@ -201,11 +236,13 @@ class _Attempt:
         """Tell what the workers do until they end; hand on a notice, once."""
         told = False
         while (exit_code := workers.poll()) is None:
-            if uploader.error or self._heartbeat.superseded:
+            if uploader.error or self._heartbeat.superseded or self._team.broken:
                 workers.kill()
-            if notice.given and not told:
+            source = notice.source if notice.given else self._team.noticed
+            if source and not told:
                 told = True
-                self._narrator.notice(notice.source)
+                self._narrator.notice(source)
+                self._team.notice(source)
                 workers.stop()
             self._narrator.listen()
             workers.wait(POLL_S)
@@ -215,6 +252,9 @@ class _Attempt:
     def _settle(self, job: Job, exit_code: int, notice: Notice) -> ExitCode:
         """What the workers' outcome means for the run; no outcome means that they were killed or broke."""
         outcome = Outcome.model_validate_json(job.outcome.read_text()) if job.outcome.exists() else None
+        exit_code, outcome = self._team.ended(exit_code, outcome)
+        if self._team.node.rank:
+            return ExitCode.RECOVER  # node 0 says what it really is
         if outcome and outcome.status == "user_error":
             raise RecipeError(outcome.message, hint=outcome.hint)
         if outcome and outcome.status == "no_room":
@@ -225,7 +265,10 @@ class _Attempt:
         if outcome and outcome.status == "preempted":
             self._narrator.preempted(outcome.message)
             return ExitCode.RECOVER
-        if outcome is None and notice.given:
+        if broken := self._team.broken:
+            self._narrator.failed(broken, ExitCode.RECOVER)
+            return ExitCode.RECOVER
+        if outcome is None and (notice.given or self._team.noticed):
             self._narrator.preempted("before the workers could save")
             return ExitCode.RECOVER
         return self._crashed(exit_code)

@@ -134,6 +134,7 @@ class Workers:
         python: str,
         program: str = PROGRAM,
         *,
+        at: Meeting | None = None,
         grace_s: float = GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -142,7 +143,8 @@ class Workers:
         self._grace_s, self._clock = grace_s, clock
         self._failed_at: float | None = None
         self._exit_code: int | None = None
-        at = meeting() if job.fit.processes > 1 or job.fit.engine.startswith("zero") else DEFAULT_MEETING
+        together = job.fit.processes > 1 or job.fit.engine.startswith("zero")
+        at = at or (meeting() if together else DEFAULT_MEETING)
         self._ranks = [
             subprocess.Popen(
                 leashed(command(job_file, python, program)), env=environment(job, local_rank=rank, at=at)

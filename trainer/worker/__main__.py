@@ -20,7 +20,7 @@ from trainer.leash import die_with_parent
 from trainer.room import no_room
 from trainer.worker.channel import Channel, ChannelHandler
 
-RANK_VARIABLE = "RANK"  # set by the supervisor where there are several, one process each
+RANK_VARIABLE, LOCAL_RANK_VARIABLE = "RANK", "LOCAL_RANK"  # set by the supervisor where there are several
 
 NOISE = (
     "torch.utils.checkpoint",
@@ -101,7 +101,8 @@ def run(job: Job, channel: Channel) -> Outcome:
 def main() -> None:
     die_with_parent(os.getppid())
     job = Job.model_validate_json(Path(sys.argv[1]).read_text())
-    channel = Channel(job, rank=int(os.environ.get(RANK_VARIABLE, "0")))
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in (RANK_VARIABLE, LOCAL_RANK_VARIABLE))
+    channel = Channel(job, rank=rank, local_rank=local_rank)
     channel.listen()
     tame(channel)
     try:

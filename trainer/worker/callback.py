@@ -91,7 +91,7 @@ class Progress(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """The folder is whole once every rank has written its part of it."""
+        """The folder is whole once every rank has written its part of it; each node has its own."""
         if args.world_size > 1:
             dist.barrier()
         folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -100,6 +100,7 @@ class Progress(TrainerCallback):
             resume.write(self._job.staging / folder, self._about)
             if self._config:
                 write_atomically(self._job.staging / folder / engine.FILE, json.dumps(self._config, indent=2))
+        if state.is_local_process_zero:
             details = self._about.model_dump(mode="json") | self._engine()
             mark_staged(
                 self._job.staging,

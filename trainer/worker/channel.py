@@ -15,19 +15,22 @@ from trainer.job import Job, Outcome, write_atomically
 
 
 class Channel:
-    """Lines to `steps.jsonl`, the outcome, and the stop signal; only rank 0 writes, but for what only another knows.
+    """Lines to `steps.jsonl`, the outcome, and the stop signal.
+
+    Rank 0 tells the steps, and the first rank of each node the outcome, but for what only another knows.
 
     Until `training_begins` a signal ends the process at once, as preempted: there is nothing to save.
     From then on it raises `stop_asked`, which the training loop reads where a step ends.
     """
 
-    def __init__(self, job: Job, *, rank: int = 0) -> None:
+    def __init__(self, job: Job, *, rank: int = 0, local_rank: int | None = None) -> None:
         self.stop_asked = False
         self._job = job
         self._rank = rank
-        self._speaks = rank == 0
+        self._concludes = (rank if local_rank is None else local_rank) == 0
         self._ends_at_once = False
-        self._lines = job.steps.open("a") if self._speaks else None
+        self._lines = job.steps.open("a") if rank == 0 else None
+        self._concluded = False
 
     def say(self, kind: Kind, **fields: Any) -> None:
         """Write one line and flush it; floats are written so that they read back equal."""
@@ -50,13 +53,15 @@ class Channel:
 
     def conclude(self, outcome: Outcome) -> None:
         """Write how it ended; nothing is said after this. Any rank may find that there is no room, or a user's fault;
-        of several that do the first is heard, and rank 0 before the others.
+        of several that do the first is heard, and a node's first rank before its others.
         """
         lines, self._lines = self._lines, None
-        if self._speaks:
-            if lines:
-                lines.close()
+        if lines:
+            lines.close()
+        if self._concludes:
+            if not self._concluded:
                 write_atomically(self._job.outcome, outcome.model_dump_json())
+            self._concluded = True
         elif outcome.status in ("no_room", "user_error"):
             mine = self._job.outcome.with_name(f"outcome-{self._rank}.json")
             mine.write_text(outcome.model_dump_json())

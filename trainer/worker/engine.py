@@ -61,6 +61,8 @@ def deepspeed_config(recipe: Recipe, fit: Fit, *, has_bf16: bool) -> dict[str, A
         "zero_optimization": _zero3(fit) if fit.engine == "zero3" else _zero2(),
         "steps_per_print": NEVER,
     }
+    if fit.nodes > 1:  # no folder is shared: the bucket is
+        config["checkpoint"] = {"use_node_local_storage": True}
     if fit.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = _host(fit)
         config["zero_force_ds_cpu_optimizer"] = steps_on_host(recipe)
