@@ -19,6 +19,7 @@ VARIABLES = {
     "AEOLUS_NODE_PYTHON": "node_python",
     "AEOLUS_INFRA": "infra",
     "AEOLUS_IMAGE": "image",
+    "AEOLUS_REGISTRY": "registry",
     "AEOLUS_BUDGET": "budget_usd",
 }
 """Environment variables that override the file, and the keys they stand for."""
@@ -42,7 +43,12 @@ class Settings(BaseModel):
     infra: tuple[str, ...] = Field(default=("gcp", "lambda"), min_length=1)
     """Where `submit` looks for machines; in the environment with commas between."""
     image: str | None = None
-    """Docker image with the trainer, for rented machines; None has each node install the pinned packages."""
+    """Docker image with the trainer, for rented machines; None has each node install the pinned packages.
+
+    `auto` is that of this checkout, built and pushed to the registry when a machine is rented for it.
+    """
+    registry: str | None = None
+    """Where images go, as in `ghcr.io/NAME`."""
     budget_usd: float | None = Field(default=None, gt=0)
     """The most that a run may be expected to cost; `--budget` goes before it."""
 

@@ -66,7 +66,7 @@ class Built(BaseModel):
     layers: tuple[Layer, ...] = ()
 
 
-def ensure(wishes: Wishes, *, say: Say, environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Built:
+def ensure(wishes: Wishes, say: Say, *, environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Built:
     """The image of this checkout: built unless the registry, or this machine, has it.
 
     Raises:
@@ -99,6 +99,16 @@ def ensure(wishes: Wishes, *, say: Say, environ: Mapping[str, str] = os.environ,
         seconds=time.monotonic() - started,
         layers=work.layers(),
     )
+
+
+def name(wishes: Wishes, *, root: Path = ROOT) -> str:
+    """What `ensure` would call the image of this checkout; builds nothing.
+
+    Raises:
+        UserError: a wish cannot be granted.
+    """
+    _check(wishes, root)
+    return images.name_of(read(root, wishes), wishes.registry)
 
 
 def read(root: Path, wishes: Wishes) -> Recipe:
@@ -164,7 +174,10 @@ def _check(wishes: Wishes, root: Path) -> None:
     if not (root / images.DOCKERFILE).is_file():
         raise UserError(f"no {images.DOCKERFILE} in {root}", hint="run this from a checkout")
     if (wishes.push or wishes.builder == "gcloud") and not wishes.registry:
-        raise UserError("nowhere to push to", hint="--registry, as in ghcr.io/NAME or HOST:PORT")
+        raise UserError(
+            "nowhere to push to",
+            hint='`registry = "ghcr.io/NAME"` in the settings, or $AEOLUS_REGISTRY, or `build --registry`',
+        )
     if wishes.wheels and not wishes.wheels.is_dir():
         raise UserError(f"no folder {wishes.wheels} of wheels")
 

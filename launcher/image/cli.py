@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 @click.option(
     "--registry",
     metavar="HOST/PATH",
-    envvar="AEOLUS_REGISTRY",
-    help="As in ghcr.io/NAME, docker.io/NAME, REGION-docker.pkg.dev/PROJECT/REPOSITORY, HOST:PORT.",
+    help="As in ghcr.io/NAME, docker.io/NAME, REGION-docker.pkg.dev/PROJECT/REPOSITORY, HOST:PORT.  [default: settings]",
 )
 @click.option(
     "--builder",
@@ -47,7 +46,7 @@ def build(*, as_json: bool, remember: bool, **options: Any) -> int:
     from launcher.image import builders
     from launcher.remember import remember as write
 
-    made = builders.ensure(_wishes(options), say=lambda line: click.echo(line, err=True))
+    made = builders.ensure(_wishes(options), lambda line: click.echo(line, err=True))
     where = write(os.environ, "image", made.image) if remember else None
     if as_json:
         about = {"remembered_in": str(where) if where else None}
@@ -60,10 +59,12 @@ def build(*, as_json: bool, remember: bool, **options: Any) -> int:
 
 
 def _wishes(options: dict[str, Any]) -> Wishes:
+    from launcher import settings
     from launcher.image.builders import Wishes
 
+    site = settings.load(os.environ)
     given = {key: value for key, value in options.items() if value is not None}
-    return Wishes.model_validate(given)
+    return Wishes.model_validate({"registry": site.registry, **given})
 
 
 def _print(made: Built) -> None:

@@ -58,7 +58,10 @@ can be rented will do, or none of it can be had; 75 cancelled, the same command 
     help="Where; may be repeated. `slurm`, `kubernetes`, `ssh`: machines of your own; `local`: this one."
     "  [default: settings, else gcp and lambda]",
 )
-@click.option("--image", help="Docker image that has the trainer.  [default: settings, else none]")
+@click.option(
+    "--image",
+    help="Docker image that has the trainer; `auto` makes that of this checkout.  [default: settings, else none]",
+)
 @click.option(
     "--checkpoints",
     metavar="URI",

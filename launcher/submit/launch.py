@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.cloud.protocol import Cloud, Kind, Say, Standing, find
+from launcher.image import builders
+from launcher.image.builders import Wishes
 from launcher.local import process
 from launcher.local.follow import Answer, Ending, How
 from launcher.local.process import Home
@@ -35,6 +37,8 @@ class Desk:
     cloud: Cloud
     state: Path
     say: Say
+    build: Callable[[Wishes, Say], object] = builders.ensure
+    """Makes an order's image."""
     ask: Ask | None = None
     """What a Ctrl-C asks; without it, Ctrl-C leaves the run at work."""
     now: Callable[[], float] = time.time
@@ -136,6 +140,8 @@ def _at_work(order: Order, desk: Desk) -> Standing | None:
 
 
 def _launch(order: Order, desk: Desk) -> Standing:
+    if order.build:
+        desk.build(order.build, desk.say)
     before = submissions.recall(desk.state, order.request.run_id, order.request.checkpoints)
     kind: Kind = "managed job" if order.managed else "cluster"
     sent = _sent(order, desk, None, kind=kind)

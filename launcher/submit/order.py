@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher import settings
 from launcher.cloud import skypilot
+from launcher.image.builders import Wishes as Build
 from launcher.local.machine import checked_run_id
 from launcher.plan import planning
 from launcher.plan.planning import LoadPrices
@@ -17,6 +18,7 @@ from launcher.prices.load import load_prices
 from launcher.runs.read import canonical
 from launcher.settings import Settings
 from launcher.submit import handover, job_files, task
+from launcher.submit.container import container, login
 from launcher.submit.job_files import JobFile
 from launcher.submit.task import Candidate, Config, Request
 from trainer.errors import UserError
@@ -64,6 +66,8 @@ class Order:
     """Why it is this, a line each."""
     secrets: Mapping[str, str] = field(repr=False)
     """Values: for the launch alone."""
+    build: Build | None = None
+    """The image has to be made before a machine can start from it."""
 
     @property
     def name(self) -> str:
@@ -121,7 +125,8 @@ def prepare(
     save = _save_steps(place, wanted.overrides)
     recipe, mounts = handover.recipe_there(job.recipe)
     secrets = handover.secrets(job.base, checkpoints, environ)
-    image = wanted.image or (None if own else site.image)
+    made = container(wanted.image, site, own=own)
+    secrets |= login(made.image, environ)
     request = Request(
         run_id=checked_run_id(wanted.name) if wanted.name else default_run_id(loaded.recipe),
         recipe=recipe,
@@ -129,9 +134,9 @@ def prepare(
         overrides=(*overrides, *save),
         candidates=place.candidates,
         nodes=nodes,
-        image=image,
+        image=made.image,
         secrets=tuple(secrets),
-        workdir=handover.workdir(image),
+        workdir=handover.workdir(made.image),
         mounts=mounts,
         node_python=str(site.node_python) if own and site.node_python else None,
         autostop=not place.managed and not own,
@@ -145,6 +150,7 @@ def prepare(
         row=place.row,
         said=(*loaded.notes, *place.said, *(f"{word}: the plan's interval for spot" for word in save)),
         secrets=secrets,
+        build=made.wishes,
     )
 
 

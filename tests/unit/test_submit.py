@@ -12,6 +12,7 @@ import pytest
 
 from launcher.cloud.fake import FakeCloud
 from launcher.cloud.protocol import Kind, Phase, Standing
+from launcher.image.builders import Wishes
 from launcher.local.follow import Answer, Ending
 from launcher.local.process import Home, Record
 from launcher.runs.read import Reader, Run
@@ -68,6 +69,8 @@ class Site:
         self.runs = root / "runs"
         self.state = root / "state"
         self.said: list[str] = []
+        self.wishes: Wishes | None = None
+        self.built: list[Wishes] = []
 
     def order(self, *, managed: bool = True) -> Order:
         request = Request(run_id=NAME, recipe="r", checkpoints=str(self.runs), candidates=(PLACE,))
@@ -80,6 +83,7 @@ class Site:
             row=None,
             said=(),
             secrets={"HF_TOKEN": "hf_0123456789"},
+            build=self.wishes,
         )
 
     def submit(
@@ -89,6 +93,7 @@ class Site:
             cloud=cloud,
             state=self.state,
             say=self.said.append,
+            build=lambda wishes, _say: self.built.append(wishes),
             ask=(lambda: answer) if answer else None,
             now=lambda: 1000.0,
             sleep=lambda _: None,
@@ -316,3 +321,28 @@ def test_no_line_names_a_secret(site: Site) -> None:
     site.submit(FakeCloud(), detach=True)
     order = site.order()
     assert not any("hf_0123456789" in text for text in (*site.said, repr(order), str(order.config)))
+
+
+def test_an_image_is_made_when_a_machine_is_rented_for_it(site: Site) -> None:
+    """Before SkyPilot is asked, and not again for a run that is at work."""
+    site.wishes = Wishes(registry="ghcr.io/me", push=True)
+    cloud = FakeCloud()
+    site.submit(cloud, detach=True)
+    site.submit(cloud, detach=True)
+    assert site.built == [site.wishes]
+    assert len(cloud.launched) == 1
+
+
+def test_an_image_that_cannot_be_made_rents_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The builder's message is the answer, and no record of a submission is left."""
+    site.wishes = Wishes(registry="ghcr.io/me", push=True)
+    cloud = FakeCloud()
+
+    def fails(_wishes: Wishes) -> None:
+        raise UserError("nothing here can build an image")
+
+    monkeypatch.setattr(site, "built", type("Fails", (), {"append": staticmethod(fails)}))
+    with pytest.raises(UserError, match="nothing here can build"):
+        site.submit(cloud)
+    assert not cloud.launched
+    assert site.sent() is None
