@@ -21,6 +21,7 @@ VARIABLES = {
     "AEOLUS_IMAGE": "image",
     "AEOLUS_REGISTRY": "registry",
     "AEOLUS_BUDGET": "budget_usd",
+    "AEOLUS_USD_PER_H": "usd_per_h",
 }
 """Environment variables that override the file, and the keys they stand for."""
 
@@ -50,7 +51,9 @@ class Settings(BaseModel):
     registry: str | None = None
     """Where images go, as in `ghcr.io/NAME`."""
     budget_usd: float | None = Field(default=None, gt=0)
-    """The most that a run may be expected to cost; `--budget` goes before it."""
+    """The most that a run may cost; `--budget` goes before it."""
+    usd_per_h: float | None = Field(default=None, ge=0)
+    """What an hour of a machine of one's own costs, all nodes together; rented ones have a catalog's price."""
 
     @field_validator("infra", mode="before")
     @classmethod

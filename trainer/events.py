@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 Kind = Literal[
-    "claimed",  # recipe, fit, shape, node
+    "claimed",  # recipe, fit, shape, price (usd_per_h, market, cloud, region), plan: what was promised
     "restored",  # step, files, bytes, seconds; or step 0 with the reason
     "rejected",  # step, reason: a checkpoint that did not verify
     "started",  # total_steps, samples; the workers are about to take the first step

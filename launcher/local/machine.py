@@ -30,13 +30,20 @@ def supervisor_command(
 
 
 def supervisor_environment(
-    environ: Mapping[str, str], *, trainer_python: Path | None = None
+    environ: Mapping[str, str], *, trainer_python: Path | None = None, told: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """The caller's, so that `-m trainer` is this package's and no folder of that name where the user stands."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))
     chosen = {"AEOLUS_TRAINER_PYTHON": str(trainer_python)} if trainer_python else {}
-    return {**environ, **chosen, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    return {
+        **environ,
+        **chosen,
+        **(told or {}),
+        "PYTHONPATH": path,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def checked_run_id(name: str) -> str:

@@ -199,6 +199,7 @@ def _submission(
     from launcher.local import machine
     from launcher.local.follow import Submission
     from launcher.runs.read import canonical
+    from launcher.submit import promise
     from trainer.recipe import default_run_id, load
 
     site = settings.load(os.environ)
@@ -210,7 +211,9 @@ def _submission(
         recipe=recipe,
         checkpoints=address,
         command=machine.supervisor_command(recipe, overrides, checkpoints=address, run_id=run_id),
-        environment=machine.supervisor_environment(os.environ, trainer_python=site.trainer_python),
+        environment=machine.supervisor_environment(
+            os.environ, trainer_python=site.trainer_python, told=promise.own_price(site.usd_per_h)
+        ),
     )
 
 

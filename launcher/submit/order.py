@@ -17,7 +17,7 @@ from launcher.plan.rank import Row, Wishes, parse_gpus
 from launcher.prices.load import load_prices
 from launcher.runs.read import canonical
 from launcher.settings import Settings
-from launcher.submit import handover, job_files, task
+from launcher.submit import handover, job_files, promise, task
 from launcher.submit.container import container, login
 from launcher.submit.job_files import JobFile
 from launcher.submit.task import Candidate, Config, Request
@@ -90,6 +90,8 @@ class _Place:
     managed: bool
     row: Row | None
     said: tuple[str, ...]
+    envs: Mapping[str, str] = field(default_factory=dict)
+    """What the nodes are told of money."""
 
 
 def prepare(
@@ -118,7 +120,7 @@ def prepare(
     handover.refuse_local_files(loaded.recipe, rented=not own)
     nodes = wanted.nodes or int(job.base.get("num_nodes") or 1)
     place = (
-        _at_home(loaded.recipe, wanted, infra, nodes)
+        _at_home(loaded.recipe, wanted, site, infra, nodes)
         if own
         else _rented(loaded.recipe, wanted, site, job, infra=infra, nodes=nodes, now=now, prices=prices)
     )
@@ -140,6 +142,7 @@ def prepare(
         mounts=mounts,
         node_python=str(site.node_python) if own and site.node_python else None,
         autostop=not place.managed and not own,
+        envs=place.envs,
     )
     return Order(
         recipe=loaded.recipe.name,
@@ -185,7 +188,8 @@ def _rented(  # noqa: PLR0913 (what a plan depends on)
         budget_usd=wanted.budget_usd or site.budget_usd,
         deadline_h=wanted.deadline_h,
     )
-    found = planning.planned(recipe, wishes, infra=infra, now=now, rows=wanted.rows, prices=prices)
+    asked = prices(now=now, infra=infra, refresh=False)
+    found = planning.planned(recipe, wishes, infra=infra, now=now, rows=wanted.rows, prices=lambda **_: asked)
     chosen = found.chosen
     if chosen is None:
         raise planning.refusal(found)
@@ -204,10 +208,11 @@ def _rented(  # noqa: PLR0913 (what a plan depends on)
     if managed and not wanted.managed:
         said.append("as a managed job: spot machines are lost, and SkyPilot finds the next one")
     places = task.candidates(found, managed=managed, asked=infra, named=named)
-    return _Place(places, managed, chosen, tuple(said))
+    told = promise.variables(chosen, places, asked.offers, nodes=nodes)
+    return _Place(places, managed, chosen, tuple(said), told)
 
 
-def _at_home(recipe: Recipe, wanted: Wanted, infra: Sequence[str], nodes: int) -> _Place:
+def _at_home(recipe: Recipe, wanted: Wanted, site: Settings, infra: Sequence[str], nodes: int) -> _Place:
     """Machines that are not rented: nothing to rank, but what cannot fit on such GPUs is refused all the same."""
     if wanted.spot:
         raise UserError(f"{', '.join(infra)} has no spot", hint="`--managed` recovers a lost job there, too")
@@ -232,7 +237,7 @@ def _at_home(recipe: Recipe, wanted: Wanted, infra: Sequence[str], nodes: int) -
     places = tuple(
         Candidate(infra=name, accelerators=f"{accelerator}:{count}", use_spot=None) for name in infra
     )
-    return _Place(places, wanted.managed, None, said)
+    return _Place(places, wanted.managed, None, said, promise.own_price(site.usd_per_h))
 
 
 def _save_steps(place: _Place, overrides: Sequence[str]) -> tuple[str, ...]:

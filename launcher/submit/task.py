@@ -61,6 +61,8 @@ class Request(BaseModel):
     secrets: tuple[str, ...] = ()
     """Names of variables; their values are handed over at the launch and are in no file."""
     workdir: str | None = None
+    envs: Mapping[str, str] = {}
+    """Variables of the nodes beside the task's own; nothing secret."""
     mounts: Mapping[str, str] = {}
     """Path on the node: path here."""
     node_python: str | None = None
@@ -138,6 +140,7 @@ def _envs(base: Mapping[str, Any], request: Request) -> dict[str, str]:
         "OVERRIDES": " ".join(_handed_on(request.overrides)),
         "RUN": request.run_id,
         **python,
+        **request.envs,
     }
 
 

@@ -48,6 +48,15 @@ def pause_s(failures: int) -> float:
     return min(60.0, 0.5 * 2.0**failures)
 
 
+def look_up(key: str, *, environ: Mapping[str, str] = os.environ, timeout_s: float = LOOK_S) -> str | None:
+    """What the server has under `key` now; None where there is no server, no such key, or no answer in time."""
+    try:
+        return Metadata(Notice(), environ=environ).ask(key, {}, timeout_s).value
+    except (_NoServer, _Later) as error:
+        log.debug("GCE does not say %s: %s", key, error)
+        return None
+
+
 class Metadata(threading.Thread):
     """Waits for `instance/preempted` to turn and gives notice; ends by itself where there is no such server.
 
@@ -92,7 +101,7 @@ class Metadata(threading.Thread):
 
     def _is_spot(self) -> bool:
         try:
-            return self._ask("instance/scheduling/preemptible", {}, self._look_s).value == "TRUE"
+            return self.ask("instance/scheduling/preemptible", {}, self._look_s).value == "TRUE"
         except (_NoServer, _Later) as error:
             log.debug("GCE does not say whether this machine is spot: %s", error)
             return False
@@ -110,7 +119,7 @@ class Metadata(threading.Thread):
         failures = 0
         while not self._notice.given:
             try:
-                return self._ask(key, query, timeout_s)
+                return self.ask(key, query, timeout_s)
             except (_NoServer, _Later) as error:
                 if after is None and isinstance(error, _NoServer):
                     raise
@@ -119,7 +128,8 @@ class Metadata(threading.Thread):
             self._notice.wait(self._pause(failures))
         return None
 
-    def _ask(self, key: str, query: Mapping[str, str], timeout_s: float) -> Answer:
+    def ask(self, key: str, query: Mapping[str, str], timeout_s: float) -> Answer:
+        """One request; raises what says that there is no server, or none that answers now."""
         url = f"{self._root}{key}?{urllib.parse.urlencode(query)}"
         request = urllib.request.Request(url, headers={FLAVOR: "Google"})  # noqa: S310 (http only, by design)
         try:

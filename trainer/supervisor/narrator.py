@@ -18,6 +18,7 @@ from trainer.fit import Fit
 from trainer.hardware import Shape
 from trainer.job import Tail
 from trainer.recipe import Recipe
+from trainer.supervisor.price import Price
 from trainer.supervisor.window import Pace, Verdict, Window, verdict
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ class Narrator:
         self._listening = threading.Lock()
         self._print_every = int(recipe.trainer_args.get("logging_steps") or DEFAULT_LOGGING_STEPS) or 1
 
-    def claimed(self, shape: Shape, planned: Fit, uri: str) -> None:
+    def claimed(
+        self, shape: Shape, planned: Fit, uri: str, *, price: Price | None = None, plan: Event | None = None
+    ) -> None:
         event = self._events.add(
             "claimed",
             run=uri,
@@ -56,6 +59,8 @@ class Narrator:
             recipe=self._recipe.name,
             shape=shape.model_dump(),
             fit=planned.model_dump(),
+            price=(price or Price()).model_dump(),
+            plan=plan,
         )
         log.info("attempt %d of %s on %s: %s", event["attempt"], uri, shape, "; ".join(planned.reasons))
 

@@ -33,6 +33,7 @@ from trainer.supervisor.heartbeat import Heartbeat
 from trainer.supervisor.inputs import fetch_model
 from trainer.supervisor.narrator import Narrator
 from trainer.supervisor.preemption import Notice
+from trainer.supervisor.price import plan_here, price_here
 from trainer.supervisor.staging import RESERVE, TMPFS, Folders, Wanted, expected_size, folders, place
 from trainer.supervisor.team import ALONE, Position, Team, meet
 from trainer.supervisor.workers import PROGRAM, Workers, worker_python
@@ -115,7 +116,8 @@ def _take_part(request: Request, bucket: Bucket, team: Team, notice: Notice, pyt
         Heartbeat(events, attempt, every_s=min(1.0, every_s)) as heartbeat,
     ):
         narrator = Narrator(events, request.recipe, mine.work / STEPS, window=lambda: notice.window)
-        narrator.claimed(team.shape, planned, bucket.uri)
+        price = price_here(team.shape)
+        narrator.claimed(team.shape, planned, bucket.uri, price=price, plan=plan_here())
         if not attempt.exclusive:
             narrator.warned(attempts.NOT_EXCLUSIVE)
         try:

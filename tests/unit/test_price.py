@@ -1,0 +1,177 @@
+"""A node finds its own price in what the launcher wrote down, and what the plan promised."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.servers.metadata import MetadataServer
+from tests.unit.test_orders import _no_settings, order  # noqa: F401 (a fixture, used by being there)
+from trainer.hardware import Shape
+from trainer.supervisor.metadata import HOST_VARIABLE
+from trainer.supervisor.price import CLUSTER, PLAN, PRICES, USD_PER_H, Price, plan_here, price_here
+
+A100 = Shape(accelerator="A100", count=8, memory_gib=39.6, cores=96, host_memory_gib=680, node="n")
+CPU = Shape(accelerator=None, count=0, memory_gib=None, cores=2, host_memory_gib=4, node="n")
+
+
+def listed(infra: str, market: str, usd_per_h: float, **given: Any) -> dict[str, Any]:
+    return {"infra": infra, "gpus": "A100:8", "market": market, "usd_per_h": usd_per_h, **given}
+
+
+LISTING = [
+    listed("gcp/us-central1", "spot", 9.0, instance_type="a2-highgpu-8g"),
+    listed("gcp/us-central1", "on demand", 29.0, instance_type="a2-highgpu-8g"),
+    listed("gcp/europe-west4", "spot", 11.0, instance_type="a2-highgpu-8g"),
+    listed("lambda/us-east-1", "on demand", 15.0),
+]
+
+
+def environ(cloud: str, region: str | None, prices: object = LISTING) -> dict[str, str]:
+    cluster = {"cluster_name": "c", "cloud": cloud, "region": region, "zone": None}
+    return {CLUSTER: json.dumps(cluster), PRICES: json.dumps(prices)}
+
+
+def looks(answers: dict[str, str]) -> Any:
+    return answers.get
+
+
+@pytest.mark.parametrize(
+    ("preemptible", "region", "found"),
+    [
+        ("TRUE", "us-central1", Price(usd_per_h=9.0, market="spot", cloud="gcp", region="us-central1")),
+        (
+            "FALSE",
+            "us-central1",
+            Price(usd_per_h=29.0, market="on demand", cloud="gcp", region="us-central1"),
+        ),
+        ("TRUE", "europe-west4", Price(usd_per_h=11.0, market="spot", cloud="gcp", region="europe-west4")),
+        ("TRUE", "asia-east1", Price(market="spot", cloud="gcp", region="asia-east1")),
+    ],
+)
+def test_a_machine_of_google_s_has_the_price_of_its_region_and_market(
+    preemptible: str, region: str, found: Price
+) -> None:
+    """SkyPilot says where it is, Google's metadata server what it is; another region's price is not taken for it."""
+    answers = {"instance/scheduling/preemptible": preemptible}
+    assert price_here(A100, environ=environ("GCP", region), look=looks(answers)) == found
+
+
+def test_a_cloud_with_one_market_needs_nobody_to_tell_it() -> None:
+    """Lambda has no spot, and no metadata server that would have to be waited for."""
+    found = price_here(A100, environ=environ("Lambda", "us-east-1"), look=lambda _key: pytest.fail("asked"))
+    assert found == Price(usd_per_h=15.0, market="on demand", cloud="lambda", region="us-east-1")
+
+
+def test_an_open_market_counts_as_the_dearest() -> None:
+    """A budget is then kept too soon, never too late; the market stays unknown."""
+    found = price_here(A100, environ=environ("GCP", "us-central1"), look=looks({}))
+    assert found == Price(usd_per_h=29.0, market=None, cloud="gcp", region="us-central1")
+
+
+def test_hosts_of_one_gpu_are_told_apart_by_their_type() -> None:
+    """An L4 is rented with several hosts, each at its own price."""
+    both = [
+        listed("gcp/us-central1", "spot", 1.0, instance_type="small"),
+        listed("gcp/us-central1", "spot", 2.0, instance_type="large"),
+    ]
+    answers = {
+        "instance/scheduling/preemptible": "TRUE",
+        "instance/machine-type": "projects/1/machineTypes/small",
+    }
+    there = environ("GCP", "us-central1", both)
+    assert price_here(A100, environ=there, look=looks(answers)).usd_per_h == 1.0
+    del answers["instance/machine-type"]
+    assert price_here(A100, environ=there, look=looks(answers)).usd_per_h == 2.0
+
+
+@pytest.mark.parametrize(
+    ("given", "usd_per_h"),
+    [
+        ({}, None),
+        ({USD_PER_H: "2.5"}, 2.5),
+        ({USD_PER_H: "0"}, 0.0),
+        ({USD_PER_H: "two"}, None),
+        ({USD_PER_H: "-1"}, None),
+        ({USD_PER_H: "nan"}, None),
+        ({PRICES: "[{"}, None),
+        ({PRICES: '[{"infra": 1}]', CLUSTER: "nonsense"}, None),
+        ({CLUSTER: "[]"}, None),
+    ],
+)
+def test_a_machine_of_one_s_own_costs_what_its_owner_says(
+    given: dict[str, str], usd_per_h: float | None
+) -> None:
+    """Nothing said is no price, and what cannot be read neither: no run fails of it."""
+    assert price_here(CPU, environ=given) == Price(usd_per_h=usd_per_h)
+
+
+def test_google_s_own_server_is_asked() -> None:
+    """Over a socket, as on a machine of Google's."""
+    with MetadataServer(spot=True) as server:
+        here = {**environ("GCP", "us-central1"), HOST_VARIABLE: server.host}
+        assert price_here(A100, environ=here).market == "spot"
+        server.values["instance/scheduling/preemptible"] = "FALSE"
+        assert price_here(A100, environ=here).usd_per_h == 29.0
+
+
+def test_other_gpus_than_the_plan_s_have_no_price() -> None:
+    """A number for another machine would be wrong."""
+    other = A100.model_copy(update={"count": 4})
+    assert price_here(other, environ=environ("Lambda", "us-east-1")).usd_per_h is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_a_plan_that_cannot_be_read_is_none(text: str) -> None:
+    """Plain `sky launch` has none, and that is fine."""
+    assert plan_here({PLAN: text}) is None
+    assert plan_here({}) is None
+
+
+def test_what_an_order_sends_is_what_a_node_finds() -> None:
+    """Launcher and trainer agree on names and forms: the chosen machine finds the plan's own price."""
+    made = order(gpus="A100-80GB:8")
+    row = made.row
+    assert row
+    envs = made.config["envs"]
+    shape = row.shape.model_copy(update={"node": "another-name"})
+    there = {**envs, **environ("GCP", row.offer.region), PRICES: envs[PRICES]}
+    answers = {"instance/scheduling/preemptible": "TRUE" if row.spot else "FALSE"}
+    found = price_here(shape, environ=there, look=looks(answers))
+    assert found.usd_per_h == pytest.approx(row.usd_per_h)
+    assert found.market == ("spot" if row.spot else "on demand")
+    told = plan_here(envs)
+    assert told
+    assert (told["usd"], told["hours"]) == (
+        pytest.approx(row.usd, abs=1e-3),
+        pytest.approx(row.hours, abs=1e-3),
+    )
+    assert {"usd_per_h", "market", "gpu_gib", "host_gib", "step_s"} <= told.keys()
+
+
+def test_every_place_that_skypilot_may_choose_has_its_price() -> None:
+    """A candidate names a cloud, and SkyPilot goes through its regions."""
+    made = order(gpus="A100-80GB:8")
+    prices = json.loads(made.config["envs"][PRICES])
+    clouds = {each["infra"] for each in made.config["resources"]["ordered"]}
+    assert {each["infra"].partition("/")[0] for each in prices} == clouds
+    assert len({each["infra"] for each in prices if each["infra"].startswith("gcp/")}) > 1
+    assert all(each["gpus"] == "A100-80GB:8" and each["usd_per_h"] > 0 for each in prices)
+
+
+def test_prices_are_of_all_nodes() -> None:
+    """What is paid for an hour of the run."""
+    one, two = (json.loads(order(gpus="A100-80GB:8", nodes=n).config["envs"][PRICES]) for n in (1, 2))
+    by_place = {(each["infra"], each["market"]): each["usd_per_h"] for each in one}
+    for each in two:
+        assert each["usd_per_h"] == pytest.approx(2 * by_place[each["infra"], each["market"]], abs=1e-3)
+
+
+def test_machines_of_one_s_own_get_the_price_of_the_settings() -> None:
+    """And rented ones do not."""
+    own = order("zephyr-tiny/dpo", gpus="A100:8", infra=("slurm",), environ={USD_PER_H: "3"})
+    assert own.config["envs"][USD_PER_H] == "3"
+    assert not {PRICES, PLAN} & own.config["envs"].keys()
+    assert USD_PER_H not in order(gpus="A100-80GB:8", environ={USD_PER_H: "3"}).config["envs"]
