@@ -14,7 +14,9 @@ from typing import Any, Literal, NamedTuple
 import click
 
 from trainer.errors import ExitCode, UserError
+from trainer.hours import Hours
 from trainer.supervisor.preemption import Notice
+from trainer.variables import BUDGET_USD, DEADLINE_H
 
 TASK_ID_VARIABLE = "SKYPILOT_TASK_ID"
 """The same across the recoveries of a managed job, so it names the run (SkyPilot 0.14.1)."""
@@ -27,6 +29,8 @@ class Options(NamedTuple):
     run_id: str | None
     work: Path | None
     staging: Literal["auto", "tmpfs", "disk"]
+    budget: float | None
+    deadline: float | None
 
 
 @click.group()
@@ -47,11 +51,26 @@ def main() -> None:
     show_default=True,
     help="Where checkpoints wait for their upload: memory if there is room for three, or --work's disk.",
 )
+@click.option(
+    "--budget",
+    envvar=BUDGET_USD,
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="USD",
+    help="Of all attempts together: when it is used up, the run saves and stops.",
+)
+@click.option(
+    "--deadline",
+    envvar=DEADLINE_H,
+    type=Hours(),
+    metavar="TIME",
+    help="90m, 24h, 2d since the first attempt began: likewise.",
+)
 def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
     """Start RECIPE (a file, or a name such as zephyr-tiny/dpo), or go on with its run.
 
     Exit codes: 0 done; 75 preempted or the infrastructure failed, start it again; 77 a newer attempt
-    owns the run; 78 the recipe, data or bucket is wrong; else a bug.
+    owns the run; 78 the recipe, data or bucket is wrong; 79 the budget or the deadline is used up, what there
+    is is saved; else a bug.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
@@ -69,6 +88,7 @@ def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
 def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Notice) -> ExitCode:
     # Imported here so that `--help` and a signal in the first moments are answered at once.
     from trainer.recipe import default_run_id, load
+    from trainer.spent import Limits
     from trainer.supervisor.metadata import Metadata
     from trainer.supervisor.supervise import Request, run
     from trainer.supervisor.team import position
@@ -89,6 +109,7 @@ def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Noti
         run_id=run_id,
         work=work,
         staging=options.staging,
+        limits=Limits(budget_usd=options.budget, deadline_h=options.deadline),
     )
     return run(request, notice, where)
 

@@ -17,6 +17,8 @@ class ExitCode(IntEnum):
     """A newer attempt owns the run: neither recover nor retry this one (`EX_NOPERM`)."""
     CONFIG = 78
     """The recipe, the data or the bucket's address is wrong: a retry cannot help (`EX_CONFIG`)."""
+    LIMIT = 79
+    """The run's budget or deadline is used up, and its work is saved: nobody goes on without a higher one."""
 
 
 class UserError(Exception):

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 Kind = Literal[
-    "claimed",  # recipe, fit, shape, price (usd_per_h, market, cloud, region), plan: what was promised
+    "claimed",  # recipe, fit, shape, price (usd_per_h, market, cloud, region), plan: what was promised, limits
     "restored",  # step, files, bytes, seconds; or step 0 with the reason
     "rejected",  # step, reason: a checkpoint that did not verify
     "started",  # total_steps, samples; the workers are about to take the first step
@@ -26,7 +26,9 @@ Kind = Literal[
     "upload_failed",  # step, reason, tries: so many since the last commit
     "window",  # holds, seconds, bytes, bytes_per_s, window_s: whether a notice leaves time for a save
     "notice",  # source: SIGTERM ...
+    "limit",  # what: "budget" or "deadline", share: 0.8 or 1.0 of it, limit, usd, hours: so far, all attempts
     "preempted",  # step
+    "stopped",  # message, what, limit, usd, hours: a limit is used up, and what there was is saved
     "superseded",  # by: attempt
     "failed",  # message, exit_code
     "exported",  # files, bytes, seconds, weights_digest

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from trainer.errors import ExitCode, UserError
+from trainer.hours import Hours
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,19 +20,6 @@ TOP = 12
 """Rows that are shown without `--all`."""
 TOP_REJECTED = 6
 WIDTH = 150
-HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
-
-
-class Hours(click.ParamType):
-    """`90m`, `24h`, `2d`; a plain number is hours."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd]?)", str(value).strip().lower())
-        if not match or not float(match[1]):
-            self.fail(f"{value!r} is no time: as in 90m, 24h or 2d", param, ctx)
-        return float(match[1]) * HOURS[match[2] or "h"]
 
 
 @click.command()

@@ -17,8 +17,8 @@ from trainer.events import Event, of_kind, parse
 if TYPE_CHECKING:
     from trainer.bucket import Bucket
 
-State = Literal["new", "running", "preempted", "failed", "superseded", "done"]
-End = Literal["preempted", "failed", "superseded", "done"]
+State = Literal["new", "running", "preempted", "stopped", "failed", "superseded", "done"]
+End = Literal["preempted", "stopped", "failed", "superseded", "done"]
 
 _ATTEMPT = re.compile(r"events/(\d+)\.jsonl")
 FINAL_KEY = "commits/final.json"
@@ -58,7 +58,9 @@ class Attempt:
     @cached_property
     def end(self) -> Event | None:
         """The event that ended it."""
-        return next(iter(reversed(of_kind(self.events, "preempted", "failed", "superseded", "done"))), None)
+        return next(
+            iter(reversed(of_kind(self.events, "preempted", "stopped", "failed", "superseded", "done"))), None
+        )
 
     @cached_property
     def step_s(self) -> float:

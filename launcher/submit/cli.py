@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher import terminal
-from launcher.plan.cli import Hours
 from trainer.errors import ExitCode
+from trainer.hours import Hours
 
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud

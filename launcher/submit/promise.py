@@ -9,11 +9,8 @@ from typing import Any
 from launcher.plan.rank import Row
 from launcher.prices.offer import Offer
 from launcher.submit.task import Candidate
-
-PRICES = "AEOLUS_PRICES"
-PLAN = "AEOLUS_PLAN"
-USD_PER_H = "AEOLUS_USD_PER_H"
-"""Of machines of one's own."""
+from trainer.spent import Limits
+from trainer.variables import BUDGET_USD, DEADLINE_H, PLAN, PRICES, USD_PER_H
 
 
 def variables(
@@ -27,6 +24,12 @@ def variables(
 def own_price(usd_per_h: float | None) -> dict[str, str]:
     """The same for a machine that is not rented."""
     return {} if usd_per_h is None else {USD_PER_H: f"{usd_per_h:g}"}
+
+
+def limits(kept: Limits) -> dict[str, str]:
+    """The limits that the run's own supervisor keeps."""
+    told = {BUDGET_USD: kept.budget_usd, DEADLINE_H: kept.deadline_h}
+    return {name: f"{value:.10g}" for name, value in told.items() if value is not None}
 
 
 def prices(

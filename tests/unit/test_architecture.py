@@ -11,7 +11,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "bitsandbytes"}
-CONTRACT = {"errors", "recipe", "hardware", "memory", "fit", "estimate", "bucket", "events"}
+CONTRACT = {
+    "errors",
+    "recipe",
+    "hardware",
+    "memory",
+    "fit",
+    "estimate",
+    "bucket",
+    "events",
+    "hours",
+    "spent",
+    "variables",
+}
 """What the launcher shares with the node; `job` and `leash` are between supervisor and worker."""
 DECIDES = (
     "trainer.fit.",

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from launcher.cli import cli
-from launcher.plan.cli import Hours
 from launcher.prices import store
 from trainer.errors import UserError
+from trainer.hours import Hours
 
 
 @pytest.fixture

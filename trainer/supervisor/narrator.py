@@ -18,8 +18,9 @@ from trainer.fit import Fit
 from trainer.hardware import Shape
 from trainer.job import Tail
 from trainer.recipe import Recipe
+from trainer.spent import Limit, Limits
 from trainer.supervisor.price import Price
-from trainer.supervisor.window import Pace, Verdict, Window, verdict
+from trainer.supervisor.window import SURE, Pace, Verdict, Window, verdict
 
 log = logging.getLogger(__name__)
 DEFAULT_LOGGING_STEPS = 10
@@ -50,7 +51,14 @@ class Narrator:
         self._print_every = int(recipe.trainer_args.get("logging_steps") or DEFAULT_LOGGING_STEPS) or 1
 
     def claimed(
-        self, shape: Shape, planned: Fit, uri: str, *, price: Price | None = None, plan: Event | None = None
+        self,
+        shape: Shape,
+        planned: Fit,
+        uri: str,
+        *,
+        price: Price | None = None,
+        plan: Event | None = None,
+        limits: Limits | None = None,
     ) -> None:
         event = self._events.add(
             "claimed",
@@ -61,6 +69,7 @@ class Narrator:
             fit=planned.model_dump(),
             price=(price or Price()).model_dump(),
             plan=plan,
+            limits=(limits or Limits()).model_dump(),
         )
         log.info("attempt %d of %s on %s: %s", event["attempt"], uri, shape, "; ".join(planned.reasons))
 
@@ -190,6 +199,30 @@ class Narrator:
     def notice(self, source: str) -> None:
         self._events.add("notice", source=source)
         log.warning("%s: saving, uploading and committing before this machine goes", source)
+
+    def save_s(self) -> float:
+        """Seconds that a save and its upload may take from now on, one under way included; 0 if nobody knows."""
+        save = self._pace.save()
+        return (save.seconds + save.upload_s) / SURE if save else 0.0
+
+    def limit(self, limit: Limit, share: float, *, usd: float, hours: float) -> None:
+        self._events.add(
+            "limit", what=limit.what, share=share, limit=limit.of, usd=round(usd, 4), hours=round(hours, 4)
+        )
+        rest = "; saving, uploading and committing, then this run stops" if share >= 1.0 else ""
+        log.warning("%s: %s%s", "used up" if share >= 1.0 else "nearly used up", limit, rest)
+
+    def stopped(self, limit: Limit, where: str, *, usd: float, hours: float) -> None:
+        message = f"{limit.what} used up ({limit}): stopped {where}; a higher one goes on from the newest commit"
+        self._events.add(
+            "stopped",
+            message=message,
+            what=limit.what,
+            limit=limit.of,
+            usd=round(usd, 4),
+            hours=round(hours, 4),
+        )
+        log.warning("%s", message)
 
     def preempted(self, message: str) -> None:
         self._events.add("preempted", message=message)

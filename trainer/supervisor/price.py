@@ -18,13 +18,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from trainer.hardware import Shape
 from trainer.supervisor.metadata import look_up
+from trainer.variables import PLAN, PRICES, USD_PER_H
 
 log = logging.getLogger(__name__)
 CLUSTER = "SKYPILOT_CLUSTER_INFO"
-PRICES = "AEOLUS_PRICES"
-PLAN = "AEOLUS_PLAN"
-USD_PER_H = "AEOLUS_USD_PER_H"
-"""Of a machine of one's own: one number, which goes before everything else."""
 Market = Literal["spot", "on demand"]
 LookUp = Callable[[str], str | None]
 """A key of Google's metadata server to its value; None where there is none."""
@@ -62,7 +59,7 @@ LISTING = TypeAdapter(tuple[Listed, ...])
 def price_here(shape: Shape, *, environ: Mapping[str, str] = os.environ, look: LookUp | None = None) -> Price:
     """The price of this machine, with where it stands and its market; asks GCE's metadata server, on GCE alone.
 
-    Where the market or the instance type remains open, the dearest that is possible: a budget is then kept too soon,
+    A machine of one's own costs what $AEOLUS_USD_PER_H says, which goes before everything else. Where the market or the instance type remains open, the dearest that is possible: a budget is then kept too soon,
     never too late.
     """
     cloud, region = _place(environ)

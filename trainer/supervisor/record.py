@@ -74,6 +74,11 @@ def last_commits(bucket: Bucket, attempt: int, *, attempts: int = 3) -> list[Eve
     return []
 
 
+def events_before(bucket: Bucket, attempt: int) -> list[list[Event]]:
+    """The events of each attempt before `attempt`, in their order."""
+    return [parse(bucket.get_or_none(f"events/{number:04d}.jsonl") or b"") for number in range(1, attempt)]
+
+
 def _own_version() -> str:
     try:
         return version("aeolus")

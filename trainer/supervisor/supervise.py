@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import xxhash
@@ -28,9 +29,11 @@ from trainer.memory import checkpoint_bytes
 from trainer.recipe import Recipe
 from trainer.recipe.architecture import architecture_for
 from trainer.room import room_in, take_on_ballast
+from trainer.spent import Limits
 from trainer.supervisor import record
 from trainer.supervisor.heartbeat import Heartbeat
 from trainer.supervisor.inputs import fetch_model
+from trainer.supervisor.limits import Watch
 from trainer.supervisor.narrator import Narrator
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.price import plan_here, price_here
@@ -63,6 +66,7 @@ class Request(BaseModel):
     staging: Wanted = "auto"
     tmpfs: Path = TMPFS
     """Where memory can be written to as files."""
+    limits: Limits = Limits()
 
     def digest(self) -> str:
         """Of what all nodes of a run must agree on."""
@@ -117,12 +121,25 @@ def _take_part(request: Request, bucket: Bucket, team: Team, notice: Notice, pyt
     ):
         narrator = Narrator(events, request.recipe, mine.work / STEPS, window=lambda: notice.window)
         price = price_here(team.shape)
-        narrator.claimed(team.shape, planned, bucket.uri, price=price, plan=plan_here())
+        narrator.claimed(
+            team.shape, planned, bucket.uri, price=price, plan=plan_here(), limits=request.limits
+        )
         if not attempt.exclusive:
             narrator.warned(attempts.NOT_EXCLUSIVE)
+        before = partial(record.events_before, bucket, attempt.number)
+        kept = Limits() if team.node.rank else request.limits  # node 0 watches for all
+        limits = Watch(kept, narrator, usd_per_h=price.usd_per_h, earlier=before)
         try:
             return _Attempt(
-                request, bucket, attempt, heartbeat, narrator, mine=mine, team=team, predicted=predicted
+                request,
+                bucket,
+                attempt,
+                heartbeat,
+                narrator,
+                mine=mine,
+                team=team,
+                predicted=predicted,
+                limits=limits,
             ).run(planned, python, notice)
         except Superseded as error:
             narrator.superseded(error)
@@ -152,6 +169,7 @@ class _Attempt:
         mine: Folders,
         team: Team,
         predicted: int | None,
+        limits: Watch,
     ) -> None:
         self._request = request
         self._bucket = bucket
@@ -162,6 +180,7 @@ class _Attempt:
         self._team = team
         self._predicted = predicted  # bytes of a checkpoint
         self._work = mine.work
+        self._limits = limits
 
     def run(self, planned: Fit, python: str, notice: Notice) -> ExitCode:
         try:
@@ -175,10 +194,12 @@ class _Attempt:
             raise UserError(error.message + tries, hint=error.hint) from None
 
     def _run(self, planned: Fit, python: str, notice: Notice) -> ExitCode:
+        if self._limits.reached:
+            return self._gone("before anything was started")
         job = self._prepare(planned)
+        self._limits.look(notice)
         if notice.given:
-            self._narrator.preempted("before the workers were started")
-            return ExitCode.RECOVER
+            return self._gone("before the workers were started")
         exit_code = self._train(job, python, notice)
         return self._settle(job, exit_code, notice)
 
@@ -240,10 +261,12 @@ class _Attempt:
         while (exit_code := workers.poll()) is None:
             if uploader.error or self._heartbeat.superseded or self._team.broken:
                 workers.kill()
+            self._limits.look(notice)
             source = notice.source if notice.given else self._team.noticed
             if source and not told:
                 told = True
-                self._narrator.notice(source)
+                if not self._limits.reached:
+                    self._narrator.notice(source)
                 self._team.notice(source)
                 workers.stop()
             self._narrator.listen()
@@ -265,15 +288,21 @@ class _Attempt:
             self._narrator.done(model, self._bucket.uri)
             return ExitCode.DONE
         if outcome and outcome.status == "preempted":
-            self._narrator.preempted(outcome.message)
-            return ExitCode.RECOVER
+            return self._gone(outcome.message)
         if broken := self._team.broken:
             self._narrator.failed(broken, ExitCode.RECOVER)
             return ExitCode.RECOVER
         if outcome is None and (notice.given or self._team.noticed):
-            self._narrator.preempted("before the workers could save")
-            return ExitCode.RECOVER
+            return self._gone("before the workers could save")
         return self._crashed(exit_code)
+
+    def _gone(self, where: str) -> ExitCode:
+        """The machine goes, and another one goes on; or the run's limit is used up, and none does."""
+        if self._limits.reached:
+            self._limits.stopped(where)
+            return ExitCode.LIMIT
+        self._narrator.preempted(where)
+        return ExitCode.RECOVER
 
     def _crashed(self, exit_code: int) -> ExitCode:
         """A worker that a signal killed is worth another try, unless the last tries got nowhere either."""

@@ -1,0 +1,134 @@
+"""A run that reaches its budget saves, commits and stops; a higher one goes on, to the same end as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.runs.read import Reader
+from tests.faults.test_supervisor import RECIPE
+from tests.harness import ROOT, RunView, wait_until
+from trainer.errors import ExitCode
+from trainer.spent import Limits, of_attempt
+from trainer.supervisor.preemption import Notice
+from trainer.supervisor.supervise import Request, run
+from trainer.variables import BUDGET_USD, DEADLINE_H, USD_PER_H
+
+TOTAL_STEPS = 12
+A_DOLLAR_A_SECOND = "3600"
+RECIPE_12 = RECIPE.model_copy(update={"trainer_args": {"max_steps": TOTAL_STEPS, "save_steps": 5, "seed": 7}})
+
+
+@pytest.fixture
+def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+    monkeypatch.setenv("AEOLUS_TRAINER_PYTHON", sys.executable)
+    monkeypatch.setenv(USD_PER_H, A_DOLLAR_A_SECOND)
+    return Request(
+        recipe=RECIPE_12,
+        checkpoints=str(tmp_path / "runs"),
+        run_id="r",
+        program="tests.fakes.counting",
+        work=tmp_path / "work",
+    )
+
+
+def under(request: Request, **limits: float) -> Request:
+    return request.model_copy(update={"limits": Limits(**limits)})
+
+
+def losses(view: RunView) -> dict[int, Any]:
+    """Of each step; one value, however often it was taken."""
+    told = {step: {event["loss"] for event in events} for step, events in view.steps().items()}
+    assert {len(values) for values in told.values()} == {1}
+    return told
+
+
+def waits(monkeypatch: pytest.MonkeyPatch, *, for_ever: bool) -> None:
+    """Each step of the program takes no time, or lasts until it is told to stop."""
+    monkeypatch.setenv("COUNTING_STEP_S", "1000" if for_ever else "0")
+
+
+def test_a_budget_of_two_attempts_stops_the_run_and_a_higher_one_ends_it_unchanged(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All attempts pay together; what there was is committed; the same budget starts nothing more."""
+    view = RunView(request_.checkpoints, request_.run_id)
+    waits(monkeypatch, for_ever=True)
+    notice = Notice()
+
+    def lose() -> None:
+        wait_until(lambda: 1 in view.steps(), "step 1")
+        notice.give("SIGTERM")
+
+    cloud = threading.Thread(target=lose)
+    cloud.start()
+    assert run(under(request_, budget_usd=1000), notice) == ExitCode.RECOVER
+    cloud.join()
+    first = of_attempt(view.events())
+    budget = first.usd + 6
+    assert run(under(request_, budget_usd=budget), Notice()) == ExitCode.LIMIT
+    assert view.committed_steps() == [2, 1]
+    (stopped,) = view.events("stopped")
+    assert (stopped["what"], stopped["limit"]) == ("budget", budget)
+    assert "stopped at step 2; a higher one goes on" in stopped["message"]
+    second = of_attempt([event for event in view.events() if event["attempt"] == 2])
+    assert 0 < second.usd < budget
+    assert [event["share"] for event in view.events("limit")] == [0.8, 1.0]
+    assert not [event for event in view.events("notice") if event["attempt"] == 2]
+
+    assert run(under(request_, budget_usd=budget), Notice()) == ExitCode.LIMIT
+    third = [event["kind"] for event in view.events() if event["attempt"] == 3]
+    assert third == ["claimed", "limit", "stopped"]
+    assert Reader(view.bucket, "r").read().state == "stopped"
+
+    waits(monkeypatch, for_ever=False)
+    assert run(under(request_, budget_usd=100_000), Notice()) == ExitCode.DONE
+    undisturbed = request_.model_copy(update={"run_id": "undisturbed"})
+    assert run(undisturbed, Notice()) == ExitCode.DONE
+    whole = RunView(request_.checkpoints, "undisturbed")
+    assert losses(view) == losses(whole)
+    assert len(losses(view)) == TOTAL_STEPS
+    ends, end = view.final(), whole.final()
+    assert ends
+    assert end
+    assert [(file.path, file.xxh3) for file in ends.files] == [(file.path, file.xxh3) for file in end.files]
+
+
+def test_limits_are_no_part_of_the_run_s_identity(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """run.json does not know them; what an attempt was told is in its own events."""
+    waits(monkeypatch, for_ever=False)
+    run(under(request_, budget_usd=50_000, deadline_h=24), Notice())
+    view = RunView(request_.checkpoints, request_.run_id)
+    assert b"budget" not in view.bucket.get("run.json")
+    (claimed,) = view.events("claimed")
+    assert claimed["limits"] == {"budget_usd": 50_000, "deadline_h": 24}
+    assert claimed["price"]["usd_per_h"] == 3600
+    assert claimed["plan"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "environ"),
+    [(["--deadline", "0.0001m"], {}), ([], {DEADLINE_H: "0.000001"}), ([], {BUDGET_USD: "0.000001"})],
+    ids=["option", "deadline of the environment", "budget of the environment"],
+)
+def test_the_command_ends_with_its_own_exit_code(
+    options: list[str], environ: dict[str, str], tmp_path: Path
+) -> None:
+    """79, which no managed job is asked to recover from; before any worker is started."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.model_dump_json(exclude_defaults=True))
+    command = [sys.executable, "-m", "trainer", "run", str(recipe), "--run-id", "r", *options]
+    command += ["--checkpoints", str(tmp_path / "runs"), "--work", str(tmp_path / "work")]
+    here = {**os.environ, "AEOLUS_TRAINER_PYTHON": sys.executable, USD_PER_H: A_DOLLAR_A_SECOND, **environ}
+    ended = subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, check=False)
+    assert ended.returncode == 79, ended.stdout + ended.stderr
+    assert "used up" in ended.stdout
+    view = RunView(str(tmp_path / "runs"), "r")
+    assert view.events("stopped")
+    assert not view.events("started")

@@ -1,0 +1,107 @@
+"""What a run has spent, by its attempts' events, and whether that is too much."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from trainer.events import Event
+from trainer.spent import Limits, Spent, age_h, of_attempt, of_run, standing, used_up
+
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def attempt(*hours: float, usd_per_h: float | None = 10.0, end: Event | None = None) -> list[Event]:
+    """Claimed at the first hour, heard of at the others."""
+    kinds = ["claimed", *["step"] * (len(hours) - 1)]
+    events: list[Event] = [
+        {"kind": kind, "time": (BEGIN + timedelta(hours=at)).isoformat()}
+        for kind, at in zip(kinds, hours, strict=True)
+    ]
+    events[0]["price"] = {"usd_per_h": usd_per_h, "market": None, "cloud": None, "region": None}
+    return [*events, {**events[-1], **end}] if end else events
+
+
+def at(hours: float) -> datetime:
+    return BEGIN + timedelta(hours=hours)
+
+
+@pytest.mark.parametrize(
+    ("events", "spent"),
+    [
+        ([], Spent(0, 0, 0)),
+        (attempt(0), Spent(0, 0, 0)),
+        (attempt(0, 1, 2), Spent(2, 20, 0)),
+        (attempt(0, 1.5, usd_per_h=None), Spent(1.5, 0, 1.5)),
+        (attempt(0, 3, usd_per_h=0.0), Spent(3, 0, 0)),
+        (attempt(0, 2, 1), Spent(2, 20, 0)),
+        (attempt(5, 1), Spent(0, 0, 0)),
+    ],
+    ids=[
+        "no events",
+        "claimed alone",
+        "two hours",
+        "no price",
+        "free",
+        "set back",
+        "set back before its claim",
+    ],
+)
+def test_an_attempt_costs_its_hours_at_its_own_price(events: list[Event], spent: Spent) -> None:
+    """From its claim to what was heard last; a clock that is set back earns nothing."""
+    assert of_attempt(events) == pytest.approx(spent)
+
+
+def test_events_of_before_there_were_prices_count_their_hours_alone() -> None:
+    """An older version's claim has no price at all."""
+    old = attempt(0, 2)
+    del old[0]["price"]
+    assert of_run([old, attempt(3, 4)]) == pytest.approx(Spent(3, 10, 2))
+
+
+def test_a_deadline_runs_also_while_no_machine_is_held() -> None:
+    """It is the wall clock's, from the first claim."""
+    assert age_h([attempt(0, 1), attempt(5, 6)], at(8)) == pytest.approx(8)
+    assert age_h([], at(8)) == 0
+
+
+def test_a_machine_whose_clock_is_behind_does_not_turn_the_deadline_back() -> None:
+    """What the attempts took by their own clocks has passed."""
+    assert age_h([attempt(0, 1), attempt(5, 7)], at(-100)) == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    ("limits", "now_h", "what"),
+    [
+        ({}, 1000, None),
+        ({"budget_usd": 31}, 1000, None),
+        ({"budget_usd": 30}, 0, "budget"),
+        ({"deadline_h": 24}, 23.9, None),
+        ({"deadline_h": 24}, 24, "deadline"),
+        ({"budget_usd": 31, "deadline_h": 24}, 25, "deadline"),
+    ],
+)
+def test_a_limit_is_used_up_by_all_attempts_together(
+    limits: dict[str, Any], now_h: float, what: str | None
+) -> None:
+    """Two attempts of one and of two hours at $10."""
+    found = used_up([attempt(0, 1), attempt(5, 7)], Limits(**limits), at(now_h))
+    assert (found.what if found else None) == what
+
+
+@pytest.mark.parametrize(("budget", "goes_on"), [(9.0, False), (10.0, False), (10.5, True)])
+def test_a_run_that_stopped_in_time_is_not_started_again_for_what_it_left(
+    budget: float, goes_on: bool
+) -> None:
+    """It left time to save and nothing else; only a higher limit goes on."""
+    run = [attempt(0, 0.95, end={"kind": "stopped", "what": "budget", "limit": 10.0})]
+    assert (used_up(run, Limits(budget_usd=budget), at(1)) is None) is goes_on
+
+
+def test_limits_say_what_is_used_of_them() -> None:
+    """In dollars and in hours, as a user reads them."""
+    said = [str(each) for each in standing(Limits(budget_usd=200, deadline_h=24), usd=160.5, hours=3)]
+    assert said == ["$160.50 of the budget of $200.00", "3.00 h of the deadline of 24 h"]
+    assert not Limits()
