@@ -14,6 +14,7 @@ from launcher.local.progress import View
 from launcher.local.signals import Signals
 from launcher.runs.read import Attempt, Reader, Run, folder_of
 from trainer.errors import ExitCode, UserError
+from trainer.spent import Limits
 
 MAX_FRUITLESS = 3
 """Recoveries in a row without a new commit, after which it is no accident."""
@@ -21,11 +22,12 @@ REATTACH_LINES = 10
 """Lines of the log that somebody who comes back is shown."""
 
 Answer = Literal["detach", "cancel", "continue"]
-How = Literal["done", "detached", "cancelled", "superseded", "refused", "gave up", "failed"]
+How = Literal["done", "detached", "cancelled", "stopped", "superseded", "refused", "gave up", "failed"]
 EXIT_CODES: dict[How, int] = {
     "done": ExitCode.DONE,
     "detached": ExitCode.DONE,
     "cancelled": ExitCode.RECOVER,
+    "stopped": ExitCode.LIMIT,
     "refused": ExitCode.USAGE,
     "gave up": ExitCode.BUG,
     "superseded": ExitCode.BUG,
@@ -44,6 +46,7 @@ class Submission:
     command: tuple[str, ...] = field(repr=False)
     """The supervisor's; its overrides and environment may hold tokens."""
     environment: Mapping[str, str] = field(repr=False)
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,7 @@ class Follower:
         messages: dict[How, str] = {
             "done": "done",
             "cancelled": f"cancelled; the same command goes on {place}",
+            "stopped": stopped_text(self._job.run_id, told),
             "superseded": "a newer attempt, on another machine or in another terminal, owns the run now; nothing to do here",
             "refused": f"the run cannot start like this: {told or f'see above, or {self._home.log}'}",
             "gave up": f"gave up after {MAX_FRUITLESS} recoveries in a row without a new commit; log: {self._home.log}\n"
@@ -241,6 +245,8 @@ def judge(code: int, run: Run, *, cancelled: bool) -> How | Literal["recover"]:
         return "done"
     if code in (ExitCode.USAGE, ExitCode.CONFIG):
         return "refused"
+    if code == ExitCode.LIMIT:
+        return "stopped"
     if code == ExitCode.SUPERSEDED:
         return "superseded"
     if code == ExitCode.RECOVER or code < 0:
@@ -262,12 +268,22 @@ def detached_text(supervisor: Supervisor, home: Home) -> str:
     )
 
 
+def stopped_text(run_id: str, why: str) -> str:
+    """What a run's user reads when it has stopped for its budget or deadline."""
+    return f"{why}\n  `launcher submit --resume {run_id} --budget N`, or `--deadline`, with more goes on"
+
+
 def _told_code(attempt: Attempt | None) -> int:
     """The exit code of a supervisor that was not our child, as its attempt's last event tells it."""
     end = attempt.end if attempt else None
     if end is None:
         return -signal.SIGKILL  # it could tell nobody
-    codes = {"done": ExitCode.DONE, "superseded": ExitCode.SUPERSEDED, "preempted": ExitCode.RECOVER}
+    codes = {
+        "done": ExitCode.DONE,
+        "superseded": ExitCode.SUPERSEDED,
+        "preempted": ExitCode.RECOVER,
+        "stopped": ExitCode.LIMIT,
+    }
     return int(end.get("exit_code", ExitCode.BUG)) if end["kind"] == "failed" else codes[end["kind"]]
 
 

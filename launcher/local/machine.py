@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from launcher.local.follow import Ending, Follower, Submission, Wishes, detached
 from launcher.local.process import Home, LogTail
 from launcher.local.progress import view_on
 from launcher.local.signals import Signals
+from launcher.runs import limits
 from launcher.runs.read import Reader, Run
 from trainer.bucket import open_run
 from trainer.errors import UserError
@@ -59,12 +61,17 @@ def submit(job: Submission, wishes: Wishes, *, state: Path, console: Console) ->
 
     Raises:
         BucketError, Unavailable: the run's bucket cannot be read.
+        UserError: its budget or deadline is used up.
     """
     home = Home.of(state, job.run_id, job.checkpoints)
     reader = Reader(open_run(job.checkpoints, job.run_id), job.run_id)
     run = reader.read()
     if run.state == "done":
         return Ending("done", f"run {job.run_id} is done since {run.finished}: {run.final_uri}"), run
+    if process.attach(home) is None:
+        limits.refuse_used_up(run, job.limits, now=datetime.now(UTC))
+    elif told := limits.unchanged(run, job.limits):
+        console.print(told, markup=False, soft_wrap=True)
     with Signals() as signals, view_on(console) as view:
         follower = Follower(job, home, reader, view, signals, wishes)
         supervisor = follower.begin()

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud
     from launcher.local.follow import Ending, Submission
     from launcher.runs.read import Run
+    from launcher.settings import Settings
     from launcher.submit.order import Order, Wanted
+    from trainer.spent import Limits
 
 LOCAL = "local"
 LOCAL_ONLY = ("preempt",)
@@ -29,14 +31,13 @@ CLOUD_ONLY = (
     "managed",
     "image",
     "retry_until_up",
-    "budget",
-    "deadline",
     "rows",
     "dryrun",
 )
 TRAINING = """
 Exit codes: 0 done, or left to go on by itself; 2 the recipe, the settings or the command are wrong, nothing that
-can be rented will do, or none of it can be had; 75 cancelled, the same command goes on; else the trainer failed.
+can be rented will do, or none of it can be had; 75 cancelled, the same command goes on; 79 the budget
+or the deadline is used up, what there is is saved, --resume with a higher one goes on; else the trainer failed.
 """
 
 
@@ -70,9 +71,15 @@ can be rented will do, or none of it can be had; 75 cancelled, the same command 
 @click.option("--name", metavar="RUN", help="The run's name in there.  [default: recipe and its digest]")
 @click.option("--retry-until-up", is_flag=True, help="Ask for a machine until there is one.")
 @click.option(
-    "--budget", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="Expected, at most."
+    "--budget",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="USD",
+    help="At most, of all attempts together: the plan keeps to it, and so does the run, which saves and stops.",
 )
-@click.option("--deadline", type=Hours(), metavar="TIME", help="Expected, at most: 90m, 24h, 2d.")
+@click.option(
+    "--deadline", type=Hours(), metavar="TIME", help="Likewise, since the first attempt began: 90m, 24h, 2d."
+)
+@click.option("--resume", metavar="RUN", help="Go on with a run by its name: its recipe, bucket and place.")
 @click.option("--rows", type=click.IntRange(min=1), help="Of a data set that is not known here.")
 @click.option("--dryrun", is_flag=True, help="Print the task, and why it is this; rent nothing.")
 @click.option(
@@ -90,10 +97,20 @@ def submit(cloud: Cloud | None, /, recipe: str | None, overrides: tuple[str, ...
     """
     if recipe and "=" in recipe and not Path(recipe).exists():  # `submit learning_rate=1e-6`
         overrides, recipe = (recipe, *overrides), None
+    if options["resume"]:
+        recipe, options = _resumed(recipe, options)
     _check(options)
     if LOCAL in options["infra"]:
         return _here(recipe, overrides, options)
     return _there(recipe, overrides, options, cloud)
+
+
+def _resumed(recipe: str | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    from launcher.submit.resume import resume
+
+    if recipe or options["name"]:
+        raise click.UsageError("--resume RUN has its recipe and its name")
+    return resume(options["resume"], options, state=terminal.state_folder(), environ=os.environ)
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -117,7 +134,7 @@ def _here(recipe: str | None, overrides: Sequence[str], options: dict[str, Any])
     from launcher.submit import job_files
 
     name = job_files.recipe_of(recipe or job_files.DEFAULT)
-    job = _submission(name, overrides, options["checkpoints"], options["name"])
+    job = _submission(name, overrides, options)
     preemptions = Preemptions(times=options["preempt"], seed=options["preempt_seed"])
     wishes = Wishes(preemptions=preemptions, detach=options["detach"], ask=_ask())
     ending, run = machine.submit(job, wishes, state=terminal.state_folder(), console=terminal.stderr())
@@ -192,9 +209,7 @@ def _print_order(order: Order, *, as_json: bool) -> None:
     click.echo(f"by hand: {verb} TASK.yaml{secrets}", err=True)
 
 
-def _submission(
-    recipe: str, overrides: Sequence[str], checkpoints: str | None, name: str | None
-) -> Submission:
+def _submission(recipe: str, overrides: Sequence[str], options: dict[str, Any]) -> Submission:
     from launcher import settings
     from launcher.local import machine
     from launcher.local.follow import Submission
@@ -204,17 +219,29 @@ def _submission(
 
     site = settings.load(os.environ)
     loaded = load(recipe, overrides)
-    address = canonical(checkpoints or site.checkpoints, Path.cwd())
-    run_id = machine.checked_run_id(name) if name else default_run_id(loaded.recipe)
+    address = canonical(options["checkpoints"] or site.checkpoints, Path.cwd())
+    run_id = machine.checked_run_id(options["name"]) if options["name"] else default_run_id(loaded.recipe)
+    limits = _limits_here(site, options)
+    told = promise.own_price(site.usd_per_h) | promise.limits(limits)
     return Submission(
         run_id=run_id,
         recipe=recipe,
         checkpoints=address,
         command=machine.supervisor_command(recipe, overrides, checkpoints=address, run_id=run_id),
-        environment=machine.supervisor_environment(
-            os.environ, trainer_python=site.trainer_python, told=promise.own_price(site.usd_per_h)
-        ),
+        environment=machine.supervisor_environment(os.environ, trainer_python=site.trainer_python, told=told),
+        limits=limits,
     )
+
+
+def _limits_here(site: Settings, options: dict[str, Any]) -> Limits:
+    """On this machine, whose price is what its owner says."""
+    from launcher.submit import promise
+    from trainer.spent import Limits
+
+    if options["budget"] and site.usd_per_h is None:
+        raise UserError("this machine has no price", hint=promise.SAY_PRICE)
+    budget_usd = options["budget"] or (site.budget_usd if site.usd_per_h is not None else None)
+    return Limits(budget_usd=budget_usd, deadline_h=options["deadline"])
 
 
 def _tell(ending: Ending, run: Run, checkpoints: str, *, asked: int, as_json: bool) -> None:

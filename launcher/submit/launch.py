@@ -6,20 +6,23 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from launcher.cloud.protocol import Cloud, Kind, Say, Standing, find
 from launcher.image import builders
 from launcher.image.builders import Wishes
 from launcher.local import process
-from launcher.local.follow import Answer, Ending, How
+from launcher.local.follow import Answer, Ending, How, stopped_text
 from launcher.local.process import Home
+from launcher.runs import limits
 from launcher.runs.read import Reader, Run
 from launcher.submit import stop, submissions
 from launcher.submit.order import Order
 from launcher.submit.submissions import Sent
 from trainer.bucket import open_run
 from trainer.errors import ExitCode, UserError
+from trainer.events import Event
 
 POLL_S = 5.0
 """Between two looks at a managed job that waits for a machine; SkyPilot's controller looks every 20 s."""
@@ -61,23 +64,26 @@ def submit(order: Order, desk: Desk, *, detach: bool) -> tuple[Ending, Run]:
     standing = _at_work(order, desk)
     came_back = standing is not None
     if standing is None:
+        limits.refuse_used_up(run, order.limits, now=datetime.fromtimestamp(desk.now(), UTC))
         standing = _launch(order, desk)
+    elif told := limits.unchanged(run, order.limits):
+        desk.say(told)
     if detach:
         return Ending("detached", detached_text(standing, request.run_id)), run
-    tail = REATTACH_LINES if came_back else 0
-    return follow(standing, reader, desk, run_id=request.run_id, tail=tail)
+    tail, seen = (REATTACH_LINES, 0) if came_back else (0, len(run.attempts))
+    return follow(standing, reader, desk, run_id=request.run_id, tail=tail, seen=seen)
 
 
 def follow(
-    standing: Standing, reader: Reader, desk: Desk, *, run_id: str, tail: int = 0
+    standing: Standing, reader: Reader, desk: Desk, *, run_id: str, tail: int = 0, seen: int = 0
 ) -> tuple[Ending, Run]:
-    """Show the log until the job ends, or the user leaves it."""
+    """Show the log until the job ends, or the user leaves it; the first `seen` attempts are of earlier jobs."""
     try:
         ended = _watch(standing, desk, tail=tail)
     except KeyboardInterrupt:
         answer = desk.ask() if desk.ask else "detach"
         if answer == "continue":
-            return follow(standing, reader, desk, run_id=run_id, tail=REATTACH_LINES)
+            return follow(standing, reader, desk, run_id=run_id, tail=REATTACH_LINES, seen=seen)
         if answer == "detach":
             return Ending("detached", detached_text(standing, run_id)), reader.read()
         stop.cancel(standing, desk.cloud, reader, desk.say, sleep=desk.sleep)
@@ -85,15 +91,20 @@ def follow(
     run = reader.read()
     if ended and ended.at_work:
         return Ending("detached", f"the log breaks off again and again; {detached_text(ended, run_id)}"), run
-    how = judge(ended, run)
-    return Ending(how, _told(how, ended, run)), run
+    how = judge(ended, run, seen=seen)
+    return Ending(how, _told(how, ended, run, seen=seen)), run
 
 
-def judge(standing: Standing | None, run: Run) -> How:
-    """What became of a job that is no longer at work; a cluster that is gone leaves its run's bucket to tell."""
+def judge(standing: Standing | None, run: Run, *, seen: int = 0) -> How:
+    """What became of a job that is no longer at work; a cluster that is gone leaves its run's bucket to tell.
+
+    The ends of the first `seen` attempts are other jobs': this one may have had no machine at all.
+    """
     if run.state == "done":
         return "done"
-    end = run.attempts[-1].end if run.attempts else None
+    end = _end(run, seen)
+    if end and end["kind"] == "stopped":
+        return "stopped"
     if end and end["kind"] == "failed" and end.get("exit_code") in (ExitCode.USAGE, ExitCode.CONFIG):
         return "refused"
     if end and end["kind"] == "superseded":
@@ -190,6 +201,7 @@ def _sent(order: Order, desk: Desk, job_id: int | None, *, kind: Kind) -> Sent:
         where=order.where,
         usd_per_h=order.row.usd_per_h if order.row else None,
         submitted=desk.now(),
+        options=dict(order.options),
     )
 
 
@@ -221,8 +233,12 @@ def _wait_for_machine(standing: Standing, desk: Desk) -> Standing | None:
     return now
 
 
-def _told(how: How, standing: Standing | None, run: Run) -> str:
-    end = run.attempts[-1].end if run.attempts else None
+def _end(run: Run, seen: int) -> Event | None:
+    return run.attempts[-1].end if len(run.attempts) > seen else None
+
+
+def _told(how: How, standing: Standing | None, run: Run, *, seen: int) -> str:
+    end = _end(run, seen)
     said = str(end.get("message", "")) if end else ""
     why = said or (standing.reason if standing and standing.reason else "") or "it left no message"
     commit = max(run.commits, default=None)
@@ -232,6 +248,7 @@ def _told(how: How, standing: Standing | None, run: Run) -> str:
     messages: dict[How, str] = {
         "done": f"done: {run.final_uri}",
         "cancelled": f"cancelled; the same command goes on {place}",
+        "stopped": stopped_text(run.run_id, why),
         "refused": f"the run cannot start like this: {why}",
         "superseded": "a newer attempt, submitted elsewhere, owns the run now; nothing to do here",
         "failed": f"the job failed ({standing.said if standing else 'gone'}): {why}\n"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from launcher import settings
 from launcher.cloud import skypilot
@@ -26,7 +27,9 @@ from trainer.fit import fit
 from trainer.hardware import Shape, gpu
 from trainer.recipe import Recipe, default_run_id, load
 from trainer.recipe.architecture import find_architecture
+from trainer.spent import Limits
 
+REMEMBERED = ("gpus", "nodes", "spot", "managed", "infra", "image", "retry_until_up", "rows")
 NO_HOST_LIMIT_GIB = 1e6
 """Of a machine of one's own nobody knows the memory here; the trainer measures it there."""
 
@@ -68,6 +71,10 @@ class Order:
     """Values: for the launch alone."""
     build: Build | None = None
     """The image has to be made before a machine can start from it."""
+    limits: Limits = field(default_factory=Limits)
+    """Of the whole run, all attempts together."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Where it was asked for, so that `--resume` asks for the same."""
 
     @property
     def name(self) -> str:
@@ -129,6 +136,7 @@ def prepare(
     secrets = handover.secrets(job.base, checkpoints, environ)
     made = container(wanted.image, site, own=own)
     secrets |= login(made.image, environ)
+    limits = _limits(wanted, site, own=own)
     request = Request(
         run_id=checked_run_id(wanted.name) if wanted.name else default_run_id(loaded.recipe),
         recipe=recipe,
@@ -142,7 +150,7 @@ def prepare(
         mounts=mounts,
         node_python=str(site.node_python) if own and site.node_python else None,
         autostop=not place.managed and not own,
-        envs=place.envs,
+        envs={**place.envs, **promise.limits(limits)},
     )
     return Order(
         recipe=loaded.recipe.name,
@@ -154,7 +162,15 @@ def prepare(
         said=(*loaded.notes, *place.said, *(f"{word}: the plan's interval for spot" for word in save)),
         secrets=secrets,
         build=made.wishes,
+        limits=limits,
+        options={name: getattr(wanted, name) for name in REMEMBERED},
     )
+
+
+def _limits(wanted: Wanted, site: Settings, *, own: bool) -> Limits:
+    """What the run's supervisor keeps to; a site's budget means nothing where nothing has a price."""
+    budget_usd = wanted.budget_usd or (None if own and site.usd_per_h is None else site.budget_usd)
+    return Limits(budget_usd=budget_usd, deadline_h=wanted.deadline_h)
 
 
 def _own(infra: Sequence[str]) -> bool:
@@ -216,8 +232,8 @@ def _at_home(recipe: Recipe, wanted: Wanted, site: Settings, infra: Sequence[str
     """Machines that are not rented: nothing to rank, but what cannot fit on such GPUs is refused all the same."""
     if wanted.spot:
         raise UserError(f"{', '.join(infra)} has no spot", hint="`--managed` recovers a lost job there, too")
-    if wanted.budget_usd or wanted.deadline_h:
-        raise UserError(f"{', '.join(infra)} has no prices", hint="leave `--budget` and `--deadline` out")
+    if wanted.budget_usd and site.usd_per_h is None:
+        raise UserError(f"{', '.join(infra)} has no prices", hint=promise.SAY_PRICE)
     accelerator, count = parse_gpus(wanted.gpus) if wanted.gpus else (None, None)
     if accelerator is None or count is None:
         raise UserError(f"which GPUs of {', '.join(infra)}?", hint="`--gpus A100:8`")

@@ -178,6 +178,8 @@ def _state(standing: Standing | None, run: Run, *, unsure: bool) -> str:
     """The bucket knows of the end, SkyPilot of the way there; an attempt with no end was lost with its machine."""
     if run.state == "done":
         return "done"
+    if run.state == "stopped" and not (standing and standing.at_work):
+        return "stopped"  # SkyPilot calls it failed
     if standing and standing.phase != "idle":
         return standing.phase
     return run.state if unsure else _stopped(run)

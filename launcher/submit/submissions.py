@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,6 +35,8 @@ class Sent(BaseModel):
     """Unix time, seconds."""
     over: bool = False
     """Whether SkyPilot has been seen to have nothing of it any more, so that nobody needs to ask again."""
+    options: dict[str, Any] = {}
+    """Where it was asked for: GPUs, clouds, market."""
 
 
 def remember(state: Path, sent: Sent) -> None:

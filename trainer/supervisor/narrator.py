@@ -213,7 +213,9 @@ class Narrator:
         log.warning("%s: %s%s", "used up" if share >= 1.0 else "nearly used up", limit, rest)
 
     def stopped(self, limit: Limit, where: str, *, usd: float, hours: float) -> None:
-        message = f"{limit.what} used up ({limit}): stopped {where}; a higher one goes on from the newest commit"
+        message = (
+            f"{limit.what} used up ({limit}): stopped {where}; a higher one goes on from the newest commit"
+        )
         self._events.add(
             "stopped",
             message=message,

@@ -1,0 +1,111 @@
+"""`submit --resume RUN`: what a run trains, from its bucket; where it ran, from this machine's memory of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from launcher import settings
+from launcher.runs.limits import kept
+from launcher.runs.read import Reader, canonical
+from launcher.submit import standing
+from launcher.submit.standing import Known, Local
+from trainer.bucket import open_run
+from trainer.errors import UserError
+from trainer.recipe import Recipe, load
+
+FOLDER = "resumed"
+RECORD = "run.json"
+LIMITS = {"budget": "budget_usd", "deadline": "deadline_h"}
+"""Options, and what a run's events call them."""
+
+
+class Resumed(NamedTuple):
+    """A submission that goes on with a run."""
+
+    recipe: str
+    """A file, made of what the run's bucket says."""
+    options: dict[str, Any]
+
+
+def resume(run_id: str, options: Mapping[str, Any], *, state: Path, environ: Mapping[str, str]) -> Resumed:
+    """The run's own recipe, bucket, place and limits, with what the user now wants otherwise.
+
+    Args:
+        run_id: the run's name in its bucket.
+        options: those of `submit`; what is given goes before what is known.
+        state: this machine's.
+        environ: settings and their overrides.
+
+    Raises:
+        UserError: no such run, several, or one whose recipe this version reads otherwise.
+    """
+    known = _known(run_id, options["checkpoints"], state)
+    checkpoints = options["checkpoints"] or (
+        known.record.checkpoints if known else settings.load(environ).checkpoints
+    )
+    address = canonical(checkpoints, Path.cwd())
+    bucket = open_run(address, run_id)
+    data = bucket.get_or_none(RECORD)
+    if data is None:
+        raise UserError(
+            f"no run {run_id} in {address}",
+            hint="name its bucket with `--checkpoints`; a run that never began is submitted by its recipe",
+        )
+    limits = kept(Reader(bucket, run_id).read())
+    before = {option: getattr(limits, key) for option, key in LIMITS.items()}
+    there = {**before, **_place(known, options), "checkpoints": address, "name": run_id}
+    recipe = _recipe_file(json.loads(data), run_id, state)
+    return Resumed(str(recipe), {**options, **{key: options[key] or value for key, value in there.items()}})
+
+
+def _known(run_id: str, checkpoints: str | None, state: Path) -> Known | None:
+    here = [each for each in standing.known(state) if each.record.run_id == run_id]
+    if not here:
+        return None
+    if checkpoints is None:
+        return standing.find(state, run_id, None)
+    address = canonical(checkpoints, Path.cwd())
+    return next((each for each in here if each.record.checkpoints == address), None)
+
+
+def _place(known: Known | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Where it ran, unless the user names another place."""
+    if known is None or options["infra"]:
+        return {}
+    if isinstance(known, Local):
+        return {} if options["gpus"] else {"infra": ("local",)}
+    asked = {name: value for name, value in known.record.options.items() if name in options}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
+
+
+def _recipe_file(record: Mapping[str, Any], run_id: str, state: Path) -> Path:
+    """The recipe of `run.json` as a file under its own name, which finds it its task again."""
+    recipe = Recipe.model_validate(record["recipe"])
+    folder, _, stem = recipe.name.rpartition("/")
+    words = [re.sub(r"[^A-Za-z0-9._-]+", "-", word) or "-" for word in (run_id, folder or "recipe", stem)]
+    path = state / FOLDER / words[0] / words[1] / f"{words[2]}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.write_text(yaml.safe_dump(flat(recipe), sort_keys=False))
+    read = load(path).recipe
+    if read.digest() != record["recipe_digest"]:
+        raise UserError(
+            f"run {run_id} is of a recipe that this version reads otherwise: {'; '.join(recipe.differences(read))}",
+            hint="submit the recipe that it was started with, with `--name` and the higher limit",
+        )
+    return path
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as its file has it: one level of keys."""
+    keys = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"trainer_args", "model_args"})
+    return {
+        **keys,
+        **recipe.model_dump(mode="json")["trainer_args"],
+        **recipe.model_dump(mode="json")["model_args"],
+    }

@@ -1,0 +1,195 @@
+"""`submit --resume RUN`: the run's own recipe, bucket, place and limits; and runs whose limits are used up."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.cloud.fake import FakeCloud
+from launcher.local.follow import EXIT_CODES
+from launcher.local.follow import judge as judge_here
+from launcher.runs.limits import kept, refuse_used_up, unchanged
+from launcher.runs.read import Attempt, Run
+from launcher.submit import submissions
+from launcher.submit.launch import Desk, judge, submit
+from launcher.submit.order import Wanted, prepare
+from launcher.submit.resume import flat, resume
+from launcher.submit.standing import table
+from launcher.submit.submissions import Sent
+from tests.fakes.runs import attempt_events, write_commit, write_events
+from tests.unit.test_orders import _no_settings, order, shipped  # noqa: F401 (a fixture, used by being there)
+from tests.unit.test_submit import standing
+from trainer.errors import UserError
+from trainer.events import Event
+from trainer.recipe import load, names
+from trainer.spent import Limits
+from trainer.variables import BUDGET_USD, DEADLINE_H
+
+TINY = "zephyr-tiny/dpo"
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+NOTHING: dict[str, Any] = {
+    "gpus": None, "nodes": None, "spot": None, "managed": False, "infra": (), "image": None, "checkpoints": None,
+    "name": None, "retry_until_up": False, "budget": None, "deadline": None, "rows": None,
+}  # fmt: skip
+STOPPED: Event = {"kind": "stopped", "what": "budget", "limit": 10.0, "message": "budget used up"}
+
+
+def stopped_events(*, usd_per_h: float = 3600.0) -> list[Event]:
+    """Twenty steps, a second each at a dollar a second, under a budget of $30."""
+    events = attempt_events(1, start=0, last=20, total_steps=40, end={**STOPPED, "limit": 30.0})
+    price = {"usd_per_h": usd_per_h, "market": "spot", "cloud": "gcp", "region": "us-central1"}
+    events[0] |= {"price": price, "limits": {"budget_usd": 30.0, "deadline_h": 48.0}}
+    return events
+
+
+class Site:
+    """A bucket with a run that stopped, and a machine that remembers having submitted it."""
+
+    def __init__(self, root: Path) -> None:
+        self.runs, self.state = root / "runs", root / "state"
+        self.recipe = load(TINY, ["learning_rate=3e-6"]).recipe
+        write_events(self.runs / "r", stopped_events())
+        write_commit(self.runs / "r", "step-00000020")
+        record = {"recipe": self.recipe.model_dump(mode="json"), "recipe_digest": self.recipe.digest()}
+        (self.runs / "r" / "run.json").write_text(json.dumps(record))
+
+    def remember(self, **options: Any) -> None:
+        sent = Sent(
+            run_id="r", recipe=TINY, checkpoints=str(self.runs), kind="managed job", name="r", job_id=1,
+            where="A100:8 spot on gcp", usd_per_h=1.0, submitted=1.0, options=options,
+        )  # fmt: skip
+        submissions.remember(self.state, sent)
+
+    def resume(self, **given: Any) -> tuple[str, dict[str, Any]]:
+        return resume("r", {**NOTHING, **given}, state=self.state, environ={})
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_comes_back_from_its_run_json(name: str, tmp_path: Path) -> None:
+    """The same digest, so the same run."""
+    recipe = load(name).recipe
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(flat(recipe)))
+    assert load(path).recipe.digest() == recipe.digest()
+    assert load(path).recipe.name == recipe.name
+
+
+def test_a_run_goes_on_where_and_as_it_was_submitted(site: Site) -> None:
+    """Recipe and limits from its bucket, the rest from this machine; what is said now goes before both."""
+    site.remember(gpus="A100:8", infra=["gcp"], spot=True, managed=False, nodes=None)
+    recipe, options = site.resume(budget=300.0)
+    assert load(recipe).recipe.digest() == site.recipe.digest()
+    assert Path(recipe).name == "dpo.yaml"
+    assert options["checkpoints"] == str(site.runs)
+    assert (options["name"], options["budget"], options["deadline"]) == ("r", 300.0, 48.0)
+    assert (options["gpus"], options["infra"], options["spot"]) == ("A100:8", ("gcp",), True)
+    assert site.resume(gpus="H100:8", budget=300.0)[1]["gpus"] == "H100:8"
+
+
+def test_a_run_that_this_machine_never_saw_is_found_by_its_bucket(site: Site) -> None:
+    """Its old limits hold until others are given."""
+    _recipe, options = site.resume(checkpoints=str(site.runs))
+    assert (options["budget"], options["deadline"], options["gpus"]) == (30.0, 48.0, None)
+
+
+def test_what_is_no_run_is_said(site: Site) -> None:
+    """With where it was looked for."""
+    with pytest.raises(UserError, match=r"no run r in .*elsewhere"):
+        site.resume(checkpoints=str(site.runs / "elsewhere"))
+
+
+def test_the_same_run_whatever_its_limits(site: Site) -> None:
+    """Budget and deadline are in the task's environment, and in no name."""
+    free, limited = order(gpus="A100-80GB:8"), order(gpus="A100-80GB:8", budget_usd=200.0, deadline_h=36.0)
+    assert free.name == limited.name
+    assert free.request.run_id == limited.request.run_id
+    envs = limited.config["envs"]
+    assert (envs[BUDGET_USD], envs[DEADLINE_H]) == ("200", "36")
+    assert not {BUDGET_USD, DEADLINE_H} & free.config["envs"].keys()
+
+
+def test_machines_of_one_s_own_take_a_deadline_and_with_a_price_a_budget() -> None:
+    """What has no price has no budget."""
+    there = {"gpus": "A100:8", "infra": ("slurm",)}
+    assert order(TINY, **there, deadline_h=2.0).config["envs"][DEADLINE_H] == "2"
+    priced = order(TINY, **there, budget_usd=5.0, environ={"AEOLUS_USD_PER_H": "2"})
+    assert priced.config["envs"][BUDGET_USD] == "5"
+    assert BUDGET_USD not in order(TINY, **there, environ={"AEOLUS_BUDGET": "5"}).config["envs"]
+
+
+@pytest.mark.parametrize(("budget", "refused"), [(10.0, True), (30.0, True), (31.0, False), (None, False)])
+def test_nothing_is_rented_for_a_budget_that_is_spent(
+    budget: float | None, refused: bool, site: Site
+) -> None:
+    """It would stop as soon as it had begun; a higher one is launched."""
+    made = prepare(
+        Wanted(
+            source=TINY, checkpoints="gs://b/r", gpus="A100:8", infra=("slurm",), name="r", budget_usd=budget
+        ),
+        environ={"AEOLUS_USD_PER_H": "1"},
+        now=NOW,
+        prices=shipped,
+    )
+    request = made.request.model_copy(update={"checkpoints": str(site.runs)})
+    mine = type(made)(**{**vars(made), "request": request})
+    cloud = FakeCloud(ends="failed")
+    desk = Desk(cloud=cloud, state=site.state, say=lambda _line: None, now=NOW.timestamp)
+    if refused:
+        with pytest.raises(UserError, match="has used up its budget") as caught:
+            submit(mine, desk, detach=True)
+        assert "--resume r --budget N" in str(caught.value)
+        assert not cloud.launched
+        return
+    submit(mine, desk, detach=True)
+    assert len(cloud.launched) == 1
+    remembered = submissions.recall(site.state, "r", str(site.runs))
+    assert remembered
+    assert (remembered.options["gpus"], remembered.options["infra"]) == ("A100:8", ["slurm"])
+
+
+def run_of(*attempts: list[Event]) -> Run:
+    return Run("r", "uri", tuple(Attempt(n, tuple(events)) for n, events in enumerate(attempts, 1)), (20,))
+
+
+def test_a_run_at_work_keeps_its_limits_and_says_so() -> None:
+    """They are its supervisor's, which nobody can tell."""
+    run = run_of(stopped_events())
+    assert kept(run) == Limits(budget_usd=30.0, deadline_h=48.0)
+    assert unchanged(run, Limits(budget_usd=30.0, deadline_h=48.0)) is None
+    assert "launcher cancel r" in str(unchanged(run, Limits(budget_usd=300.0)))
+    assert kept(run_of(attempt_events(1, start=0, last=1, total_steps=2))) == Limits()
+    assert unchanged(run_of(), Limits(budget_usd=1.0)) is None
+
+
+def test_a_passed_deadline_is_refused_by_the_clock() -> None:
+    """A day after the first claim."""
+    run = run_of(attempt_events(1, start=0, last=1, total_steps=2))
+    refuse_used_up(run, Limits(deadline_h=25), now=NOW)
+    with pytest.raises(UserError, match="used up its deadline"):
+        refuse_used_up(run, Limits(deadline_h=24), now=NOW)
+
+
+def test_a_stopped_run_is_neither_failed_nor_recovered(site: Site) -> None:
+    """SkyPilot calls exit code 79 a failure; the bucket knows better, here and there."""
+    run = run_of(stopped_events())
+    assert run.state == "stopped"
+    failed = standing("failed")
+    assert judge(failed, run) == "stopped"
+    assert judge(failed, run, seen=1) == "failed"
+    assert judge_here(79, run, cancelled=False) == "stopped"
+    assert EXIT_CODES["stopped"] == 79
+    site.remember()
+    cloud = FakeCloud()
+    cloud.standings["managed job", "r"] = failed.model_copy(update={"name": "r"})
+    (row,) = table(site.state, cloud, now=NOW.timestamp())
+    assert row["state"] == "stopped"
