@@ -12,6 +12,7 @@ import click
 
 from launcher import terminal
 from launcher.checkpoints.cli import checkpoints
+from launcher.doctor.cli import doctor
 from launcher.image.cli import build
 from launcher.plan.cli import plan
 from launcher.submit.cli import submit
@@ -63,6 +64,7 @@ def cli() -> None:
 
 cli.add_command(build)
 cli.add_command(checkpoints)
+cli.add_command(doctor)
 cli.add_command(plan)
 cli.add_command(submit)
 

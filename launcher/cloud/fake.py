@@ -21,6 +21,8 @@ class FakeCloud:
         self.standings: dict[tuple[Kind, str], Standing] = {}
         self.log = ["a line of the log"]
         self.asked: list[str] = []
+        self.disabled: dict[str, str] = {}
+        """Clouds that cannot be used, and why."""
 
     def launch(
         self,
@@ -37,6 +39,10 @@ class FakeCloud:
         self, config: Mapping[str, Any], *, name: str, secrets: Mapping[str, str], say: Say
     ) -> int:
         return self._take("managed job", config, name, secrets, say, "launch")
+
+    def enabled(self, infra: Sequence[str]) -> Mapping[str, str | None]:
+        self._ask(f"enabled {' '.join(infra)}")
+        return {name: self.disabled.get(name) for name in infra}
 
     def jobs(self, names: Sequence[str] | None = None) -> Mapping[str, Standing]:
         return self._of("managed job", names)

@@ -59,6 +59,9 @@ class Cloud(Protocol):
     ) -> int:
         """Hand a task to the controller of managed jobs; returns the job's id."""
 
+    def enabled(self, infra: Sequence[str]) -> Mapping[str, str | None]:
+        """Each cloud: None if its credentials let machines be had, else why not."""
+
     def jobs(self, names: Sequence[str] | None = None) -> Mapping[str, Standing]:
         """Managed jobs by name, of each name the newest; None: all."""
 

@@ -24,6 +24,38 @@ PHASES: Mapping[str, Phase] = {
 """Of `ManagedJobStatus` (`sky/jobs/state.py`) and `JobStatus` (`sky/skylet/job_lib.py`); all others are `failed`."""
 
 
+def enabled_of(
+    found: Mapping[str, Mapping[str, Iterable[Any]]], infra: Iterable[str], said: Iterable[str]
+) -> dict[str, str | None]:
+    """Clouds of `sky check`: in any workspace with compute, or why not, as it has printed it.
+
+    Args:
+        found: workspace, then cloud, then capabilities.
+        infra: as asked for; `gcp/us-central1` is gcp.
+        said: the lines of its report: a cloud's name, and its reasons below.
+    """
+    able = {
+        cloud.casefold()
+        for clouds in found.values()
+        for cloud, capabilities in clouds.items()
+        if any("compute" in str(each).casefold() for each in capabilities)
+    }
+    lines = [plain(line).strip() for line in said]
+    clouds = dict.fromkeys(name.partition("/")[0].lower() for name in infra)
+    return {cloud: None if cloud in able else _reason(cloud, lines) for cloud in clouds}
+
+
+def _reason(cloud: str, lines: list[str]) -> str:
+    """The first reason below the cloud's own line."""
+    below = False
+    for line in lines:
+        if "reason" in line.casefold() and below:
+            return line
+        if ": disabled" in line or ": enabled" in line:
+            below = line.casefold().startswith(cloud)
+    return "SkyPilot has no credentials for it"
+
+
 def of_cluster(record: Any, job: tuple[int | None, str] | None) -> Standing:
     status = record.status.value
     starting: Phase = "waiting" if status in ("INIT", "PENDING") else "idle"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from launcher.cloud.faults import absent, sort_fault
 from launcher.cloud.protocol import Say, Standing
-from launcher.cloud.records import Lines, of_cluster, of_job
+from launcher.cloud.records import Lines, enabled_of, of_cluster, of_job
 from launcher.prices.offer import Row
 from trainer.errors import Unavailable, UserError
 
@@ -251,6 +251,13 @@ class SkyPilot:
         if not job_ids:
             raise Unavailable(f"SkyPilot took the managed job {name}, and gave it no number")
         return int(job_ids[0] if isinstance(job_ids, Sequence) else job_ids)
+
+    def enabled(self, infra: Sequence[str]) -> Mapping[str, str | None]:
+        said: list[str] = []
+        with _asking(f"check {', '.join(infra)}") as sky:
+            request = sky.check(infra_list=tuple(infra), verbose=False)
+            found = sky.stream_and_get(request, output_stream=Lines(said.append))
+        return enabled_of(found, infra, said)
 
     def jobs(self, names: Sequence[str] | None = None) -> Mapping[str, Standing]:
         with _asking("list managed jobs") as sky:

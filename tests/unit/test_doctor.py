@@ -1,0 +1,326 @@
+"""`launcher doctor`: what is there, what is missing, how to get it; nothing left behind, no secret shown."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+from launcher.cloud.fake import FakeCloud
+from launcher.cloud.records import enabled_of
+from launcher.doctor import bucket, here, hub
+from launcher.doctor.check import HIDDEN, Check, Finding, run_all
+from launcher.settings import VARIABLES, Settings
+from tests.servers.hub import Hub
+from trainer.bucket import open_run
+from trainer.errors import BucketError, Unavailable, UserError
+from trainer.recipe import DataSource, Recipe
+
+TOKEN = "hf_0123456789abcdef"
+TINY = "zephyr-tiny/dpo"
+
+
+@pytest.fixture
+def server() -> Iterator[Hub]:
+    with Hub(token=TOKEN) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def _bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in (*VARIABLES, "HF_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY", "AEOLUS_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def fine(name: str = "a") -> Finding:
+    return Finding(name=name, status="ok", said="there")
+
+
+def test_checks_run_side_by_side_and_keep_their_order() -> None:
+    """Each waits for the other here, so one after the other would never end."""
+    meet = threading.Barrier(2)
+
+    def wait(name: str) -> Finding:
+        meet.wait(30)
+        return fine(name)
+
+    ended: list[str] = []
+    checks = [Check(name, lambda name=name: wait(name), limit_s=60) for name in "ab"]  # type: ignore[misc]
+    assert [each.name for each in run_all(checks, environ={}, done=ended.append)] == ["a", "b"]
+    assert ended == ["a", "b"]
+
+
+def test_a_check_that_hangs_is_left_behind() -> None:
+    """The others are told all the same."""
+    never = threading.Event()
+    hanging = Check("network", lambda: [fine()] if never.wait() else [], limit_s=0.05)
+    hung, other = run_all([hanging, Check("b", lambda: fine("b"))], environ={})
+    assert (hung.status, other.status) == ("failed", "ok")
+    assert "no answer within 0.05 s" in hung.said
+    never.set()
+
+
+def test_errors_are_findings_and_secrets_are_not_shown() -> None:
+    """An error may repeat what it was given; a bug is told too, and hides nothing else."""
+    environ = {"HF_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": "s3cr3ts3cr3t", "HOME": "/home/somebody"}
+
+    def refuses() -> Finding:
+        raise UserError(f"Bearer {TOKEN} is refused at /home/somebody", hint="not s3cr3ts3cr3t")
+
+    def breaks() -> Finding:
+        raise RuntimeError(f"oh {TOKEN}")
+
+    refused, broken = run_all([Check("a", refuses), Check("b", breaks, needed=False)], environ=environ)
+    assert (refused.said, refused.hint) == (f"Bearer {HIDDEN} is refused at /home/somebody", f"not {HIDDEN}")
+    assert refused.in_the_way
+    assert broken.said == f"RuntimeError: oh {HIDDEN}"
+    assert not broken.in_the_way
+
+
+def test_a_bucket_is_tried_and_left_as_it_was(uri: str) -> None:
+    """Folder, S3 and GCS: written, listed, read, the condition honoured, and nothing stays."""
+    found = bucket.look(uri, elsewhere=False)
+    assert [(each.name, each.status) for each in found] == [("bucket", "ok"), ("conditional put", "ok")]
+    if "://" in uri:
+        assert open_run(uri, "any").list() == []
+    else:
+        assert not Path(uri).exists()
+
+
+def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
+    """With what is in it."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").touch()
+    bucket.look(str(tmp_path / "runs"), elsewhere=False)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
+
+
+def test_a_store_without_conditions_is_told_and_will_do(rclone: str) -> None:
+    """Runs work on it, with less protection."""
+    written, conditions = bucket.look(rclone, elsewhere=False)
+    assert written.status == "ok"
+    assert (conditions.status, conditions.in_the_way) == ("failed", False)
+    assert open_run(rclone, "any").list() == []
+
+
+def test_a_bucket_that_is_not_there_is_the_store_s_own_message(s3: str) -> None:
+    """Or one that nobody may write to."""
+    with pytest.raises(BucketError, match="nobody-s-bucket"):
+        bucket.look("s3://nobody-s-bucket/runs", elsewhere=True)
+
+
+def test_a_folder_will_not_do_for_other_machines() -> None:
+    """The way out is in the hint."""
+    (found,) = bucket.look("/shared/runs", elsewhere=True)
+    assert found.in_the_way
+    assert "--checkpoints gs://" in str(found.hint)
+
+
+@pytest.mark.parametrize(
+    ("token", "status", "in_the_way"),
+    [(None, "missing", False), (TOKEN, "ok", False), ("hf_another_one", "failed", True)],
+)
+def test_the_hub_is_asked_whether_it_knows_the_token(
+    token: str | None, status: str, in_the_way: bool, server: Hub
+) -> None:
+    """A wrong one is refused even what is public."""
+    environ = {"HF_ENDPOINT": server.url, **({"HF_TOKEN": token} if token else {})}
+    found = hub.token(environ)
+    assert (found.status, found.in_the_way) == (status, in_the_way)
+    assert TOKEN not in found.model_dump_json()
+
+
+def test_a_hub_that_is_away_says_nothing_of_the_token() -> None:
+    """The nodes may well reach it."""
+    found = hub.token({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN})
+    assert (found.status, found.in_the_way) == ("skipped", False)
+
+
+def recipe(model: str | None) -> Recipe:
+    data = {"datasets": [{"id": "generated:preferences"}]}
+    start = {"model_name_or_path": model} if model else {"init": "tiny"}
+    return Recipe.model_validate(
+        {"name": "r", "method": "dpo", "global_batch_size": 4, "dataset_mixture": data, **start}
+    )
+
+
+@pytest.mark.parametrize(
+    ("answers", "status"),
+    [
+        ({"config.json": 200}, "ok"),
+        ({"config.json": 307}, "ok"),
+        ({"adapter_config.json": 200}, "ok"),
+        ({"config.json": 401}, "failed"),
+        ({"config.json": 403}, "failed"),
+        ({"config.json": 500}, "failed"),
+        ({}, "missing"),
+    ],
+)
+def test_a_model_is_looked_for_on_the_hub(answers: dict[str, int], status: str, server: Hub) -> None:
+    """By its head alone; a redirect to where the file lies is not followed with the token."""
+    server.paths = {f"/org/model/resolve/main/{file}": code for file, code in answers.items()}
+    found = hub.model(recipe("org/model"), {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN})
+    assert found.status == status
+    assert {method for method, _, _ in server.asked} == {"HEAD"}
+    assert bool(found.hint) is (status != "ok")
+
+
+def test_models_and_data_that_need_no_hub(tmp_path: Path, server: Hub) -> None:
+    """Made from nothing, or on this machine."""
+    environ = {"HF_ENDPOINT": server.url}
+    assert hub.model(recipe(None), environ).status == "ok"
+    assert hub.model(recipe(str(tmp_path)), environ).status == "ok"
+    assert hub.model(recipe(f"{tmp_path}/nothing"), environ).status == "missing"
+    assert hub.model(recipe(f"file://{tmp_path}/run/final"), environ).status == "missing"
+    assert hub.data(DataSource(id="generated:chats"), environ).status == "ok"
+    assert hub.data(DataSource(id=str(tmp_path / "no.jsonl")), environ).status == "missing"
+    assert not server.asked
+
+
+@pytest.mark.parametrize(("code", "status"), [(200, "ok"), (401, "failed"), (404, "missing")])
+def test_data_is_looked_for_on_the_hub(code: int, status: str, server: Hub) -> None:
+    """With its revision, if it has one."""
+    server.paths = {"/api/datasets/org/data": code, "/api/datasets/org/data/revision/v1": code}
+    environ = {"HF_ENDPOINT": server.url}
+    assert hub.data(DataSource(id="org/data"), environ).status == status
+    assert hub.data(DataSource(id="org/data", revision="v1"), environ).status == status
+
+
+def test_one_cloud_will_do() -> None:
+    """And with none, each says why."""
+    cloud = FakeCloud()
+    cloud.disabled = {"lambda": "Reason [compute]: no key"}
+    found = here.clouds(cloud, ("gcp", "lambda"))
+    assert [(each.status, each.in_the_way) for each in found] == [
+        ("ok", False),
+        ("ok", False),
+        ("missing", False),
+    ]
+    cloud.disabled["gcp"] = "no credentials"
+    assert [each.in_the_way for each in here.clouds(cloud, ("gcp", "lambda"))] == [False, True, True]
+
+
+SKY_CHECK = [
+    "Checking credentials to enable clouds for SkyPilot.",
+    "\x1b[2m  GCP: disabled \x1b[0m",
+    "    Reason [compute, storage]: Fail to get project id",
+    "  Lambda: enabled [compute]",
+]
+
+
+def test_sky_check_s_answer_is_read() -> None:
+    """Its result says which clouds, its report why not; as SkyPilot 0.14.1 prints it."""
+    found = {"default": {"Lambda": ["compute"], "AWS": ["storage"]}}
+    assert enabled_of(found, ["gcp/us-central1", "lambda", "aws"], SKY_CHECK) == {
+        "gcp": "Reason [compute, storage]: Fail to get project id",
+        "lambda": None,
+        "aws": "SkyPilot has no credentials for it",
+    }
+
+
+def test_a_trainer_s_python_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """As a run on this machine would find it."""
+    found = here.trainer_python(Settings(trainer_python=tmp_path / "python"), {}, needed=True)
+    assert found.in_the_way
+    assert f"{tmp_path}/python, which is not there" in found.said
+
+
+def test_a_full_disk_is_in_the_way_of_a_run_on_this_machine(tmp_path: Path) -> None:
+    """And not of one elsewhere."""
+    assert here.disk({"scratch": tmp_path / "not" / "yet"}, needed=True).said.endswith("GB free for scratch")
+    assert here.disk({"scratch": tmp_path}, needed=True, least_gb=1e9).in_the_way
+    assert not here.disk({"scratch": tmp_path}, needed=False, least_gb=1e9).in_the_way
+
+
+def doctor(
+    capsys: pytest.CaptureFixture[str], *words: str, cloud: FakeCloud | None = None
+) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", *words], cloud=cloud or FakeCloud())
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, capsys.readouterr().out
+
+
+def statuses(out: str) -> dict[str, str]:
+    return {each["name"]: each["status"] for each in json.loads(out)["checks"]}
+
+
+def test_a_run_in_the_cloud_that_has_all_it_needs(
+    s3: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, server: Hub
+) -> None:
+    """Exit code 0; tokens and a builder may be missing; the token is in neither form of the answer."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    words = (TINY, "--infra", "gcp", "--checkpoints", s3)
+    code, out = doctor(capsys, *words, "--json")
+    found = statuses(out)
+    assert (code, json.loads(out)["ready"]) == (0, True)
+    expected = (
+        "settings",
+        "launcher",
+        "SkyPilot",
+        "SkyPilot's server",
+        "gcp",
+        "bucket",
+        "Hub token",
+        "recipe",
+        "model",
+        "data",
+    )
+    assert {found[name] for name in expected} == {"ok"}
+    assert found["W&B token"] == "missing"
+    code, text = doctor(capsys, *words)
+    assert code == 0
+    assert "all that is needed is there" in text
+    assert TOKEN not in out + text
+
+
+@pytest.mark.parametrize(
+    ("words", "fault", "name"),
+    [
+        ([TINY], None, "bucket"),
+        (["zephyr-tiny/dpp", "--checkpoints", "S3"], None, "recipe"),
+        (
+            [TINY, "--checkpoints", "S3"],
+            Unavailable("SkyPilot's API server does not answer"),
+            "SkyPilot's server",
+        ),
+    ],
+)
+def test_what_is_in_the_way_is_exit_code_2(
+    words: Sequence[str], fault: UserError | None, name: str, s3: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And all the rest is told too."""
+    words = [s3 if word == "S3" else word for word in words]
+    code, out = doctor(capsys, *words, "--infra", "gcp", "--json", cloud=FakeCloud(fault=fault))
+    assert (code, json.loads(out)["ready"]) == (2, False)
+    assert statuses(out)[name] in ("missing", "failed")
+    assert statuses(out)["launcher"] == "ok"
+    code, text = doctor(capsys, *words, "--infra", "gcp", cloud=FakeCloud(fault=fault))
+    assert f"not ready: {name}" in text
+
+
+def test_settings_that_cannot_be_read_are_all_that_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Everything else depends on them."""
+    monkeypatch.setenv("AEOLUS_CONFIG", str(tmp_path / "none.toml"))
+    code, out = doctor(capsys, "--json")
+    assert (code, statuses(out)) == (2, {"settings": "failed"})
+
+
+def test_a_run_on_this_machine_needs_no_cloud(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A folder will do, and nobody asks SkyPilot."""
+    cloud = FakeCloud(fault=Unavailable("asked"))
+    _code, out = doctor(
+        capsys, "--infra", "local", "--checkpoints", str(tmp_path / "runs"), "--json", cloud=cloud
+    )
+    found = statuses(out)
+    assert (found["bucket"], found["SkyPilot"], found["recipe"]) == ("ok", "skipped", "skipped")
+    assert not cloud.asked
