@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from launcher import terminal
+from launcher import completion, terminal
 from launcher.checkpoints.cli import checkpoints
 from launcher.doctor.cli import doctor
 from launcher.image.cli import build
@@ -64,6 +64,7 @@ def cli() -> None:
 
 cli.add_command(build)
 cli.add_command(checkpoints)
+cli.add_command(completion.completion)
 cli.add_command(doctor)
 cli.add_command(plan)
 cli.add_command(submit)
@@ -94,7 +95,7 @@ def status(cloud: Cloud | None, everything: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", shell_complete=completion.runs)
 @click.option("-f", "--follow", is_flag=True, help="Stay until it ends.")
 @click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
 @click.pass_obj
@@ -118,7 +119,7 @@ def logs(cloud: Cloud | None, run: str, follow: bool, checkpoints: str | None) -
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", shell_complete=completion.runs)
 @click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
 @click.pass_obj
 def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
@@ -142,7 +143,7 @@ def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", shell_complete=completion.runs)
 @click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
 @click.pass_context
 def down(context: click.Context, run: str, checkpoints: str | None) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
+from launcher import completion
 from trainer.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -18,9 +19,13 @@ STYLES = {"ok": "green", "missing": "red", "failed": "red", "skipped": "dim"}
 
 
 @click.command()
-@click.argument("recipe", required=False)
+@click.argument("recipe", required=False, shell_complete=completion.recipes)
 @click.option(
-    "--infra", multiple=True, metavar="CLOUD", help="Where; `local`: this machine.  [default: settings]"
+    "--infra",
+    multiple=True,
+    metavar="CLOUD",
+    shell_complete=completion.infra,
+    help="Where; `local`: this machine.  [default: settings]",
 )
 @click.option("--checkpoints", metavar="URI", help="Where runs live.  [default: settings]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from launcher import completion
 from trainer.errors import ExitCode, UserError
 from trainer.hours import Hours
 
@@ -23,15 +24,21 @@ WIDTH = 150
 
 
 @click.command()
-@click.argument("recipe", default="dpo_full")
+@click.argument("recipe", default="dpo_full", shell_complete=completion.recipes)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--gpus", metavar="NAME[:N]", help="GPUs of a node, such as A100:8.  [default: all]")
+@click.option(
+    "--gpus",
+    metavar="NAME[:N]",
+    shell_complete=completion.gpus,
+    help="GPUs of a node, such as A100:8.  [default: all]",
+)
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
 @click.option("--spot/--on-demand", default=None, help="Only one of the markets.  [default: both]")
 @click.option(
     "--infra",
     multiple=True,
     metavar="CLOUD[/REGION]",
+    shell_complete=completion.infra,
     help="Where; may be repeated.  [default: settings, else gcp, lambda]",
 )
 @click.option("--budget", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="At most.")

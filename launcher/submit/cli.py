@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher import terminal
-from trainer.errors import ExitCode
+from launcher import completion, terminal
+from trainer.errors import ExitCode, UserError
 from trainer.hours import Hours
 
 if TYPE_CHECKING:
@@ -42,9 +42,16 @@ or the deadline is used up, what there is is saved, --resume with a higher one g
 
 
 @click.command(epilog=TRAINING)
-@click.argument("recipe", required=False, metavar="[RECIPE|TASK]")
+@click.argument(
+    "recipe", required=False, metavar="[RECIPE|TASK]", shell_complete=completion.recipes_and_tasks
+)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--gpus", metavar="NAME[:N]", help="GPUs of a node, such as A100:8.  [default: the plan's]")
+@click.option(
+    "--gpus",
+    metavar="NAME[:N]",
+    shell_complete=completion.gpus,
+    help="GPUs of a node, such as A100:8.  [default: the plan's]",
+)
 @click.option("--nodes", type=click.IntRange(min=1), help="Machines.  [default: the task's, else 1]")
 @click.option(
     "--spot/--on-demand",
@@ -56,6 +63,7 @@ or the deadline is used up, what there is is saved, --resume with a higher one g
     "--infra",
     multiple=True,
     metavar="CLOUD[/REGION]",
+    shell_complete=completion.infra,
     help="Where; may be repeated. `slurm`, `kubernetes`, `ssh`: machines of your own; `local`: this one."
     "  [default: settings, else gcp and lambda]",
 )
@@ -79,7 +87,12 @@ or the deadline is used up, what there is is saved, --resume with a higher one g
 @click.option(
     "--deadline", type=Hours(), metavar="TIME", help="Likewise, since the first attempt began: 90m, 24h, 2d."
 )
-@click.option("--resume", metavar="RUN", help="Go on with a run by its name: its recipe, bucket and place.")
+@click.option(
+    "--resume",
+    metavar="RUN",
+    shell_complete=completion.runs,
+    help="Go on with a run by its name: its recipe, bucket and place.",
+)
 @click.option("--rows", type=click.IntRange(min=1), help="Of a data set that is not known here.")
 @click.option("--dryrun", is_flag=True, help="Print the task, and why it is this; rent nothing.")
 @click.option(

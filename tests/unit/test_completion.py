@@ -1,0 +1,161 @@
+"""Tab: commands, options, recipes, tasks, runs and GPUs, in click's own way and in a real bash."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.shell_completion import ShellComplete
+
+from launcher import completion
+from launcher.cli import cli, main
+from launcher.prices.load import DEFAULT_INFRA
+from launcher.prices.store import SNAPSHOT
+from launcher.submit import job_files
+from tests.harness import ROOT
+from trainer.hardware import gpu
+from trainer.recipe import names
+
+BASH = shutil.which("bash")
+
+
+@pytest.fixture(autouse=True)
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Two runs that this machine knows, and a file that is no record."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = tmp_path / "aeolus"
+    (folder / "older-1234").mkdir(parents=True)
+    (folder / "older-1234" / "supervisor.json").write_text(json.dumps({"run_id": "here"}))
+    (folder / "submitted").mkdir()
+    (folder / "submitted" / "a.json").write_text(json.dumps({"run_id": "there"}))
+    (folder / "submitted" / "b.json").write_text("{")
+    os.utime(folder / "older-1234" / "supervisor.json", (1, 1))
+    return folder
+
+
+def completed(*words: str) -> list[str]:
+    *before, incomplete = words
+    found = ShellComplete(cli, {}, "launcher", completion.VARIABLE).get_completions(before, incomplete)
+    return [f"<{item.type}>" if item.type != "plain" else item.value for item in found]
+
+
+def test_every_command_is_completed() -> None:
+    """Also those that are added later."""
+    assert completed("") == sorted(cli.commands)
+    assert completed("doc") == ["doctor"]
+    assert "--checkpoints" in completed("submit", "--ch")
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor", "submit"])
+def test_recipes_are_the_shipped_ones(command: str) -> None:
+    """By name; what is none is a file."""
+    assert set(names()) <= set(completed(command, ""))
+    assert completed(command, "zephyr-tiny/") == ["zephyr-tiny/dpo", "zephyr-tiny/sft"]
+    assert completed(command, "./my") == ["<file>"]
+
+
+def test_submit_takes_tasks_too() -> None:
+    """Those of jobs/, as `submit` finds them."""
+    assert set(job_files.names()) <= set(completed("submit", ""))
+    assert set(job_files.names()) & set(completed("plan", "")) == set()
+
+
+@pytest.mark.parametrize(
+    "before",
+    [("logs",), ("cancel",), ("down",), ("submit", "--resume")],
+    ids=" ".join,
+)
+def test_runs_are_those_of_this_machine(before: tuple[str, ...]) -> None:
+    """The latest first; records that cannot be read are passed over."""
+    assert completed(*before, "") == ["there", "here"]
+    assert completed(*before, "h") == ["here"]
+
+
+def test_a_machine_without_runs_completes_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No folder is no error."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "none"))
+    assert completed("logs", "") == []
+
+
+def test_gpus_and_places_are_those_that_are_rented() -> None:
+    """Names that the table knows; numbers and regions once they are asked for."""
+    found = completed("plan", "--gpus", "")
+    assert "A100-80GB" in found
+    assert all(gpu(name).name for name in found)
+    assert "A100:8" in completed("submit", "--gpus", "A100:")
+    assert {*DEFAULT_INFRA, "local", "slurm"} <= set(completed("submit", "--infra", ""))
+    assert "gcp/us-central1" in completed("plan", "--infra", "gcp/us-c")
+
+
+def test_the_snapshot_is_the_one_that_prices_are_from() -> None:
+    """Its path is written twice, so that Tab need not import what reads it."""
+    assert completion.SNAPSHOT == SNAPSHOT
+    assert completion.JOBS == job_files.JOBS
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_the_script_is_click_s_own(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """For each shell, of the program `launcher`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["completion", shell])
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert f"_LAUNCHER_COMPLETE={shell}_complete" in said
+
+
+def test_tab_imports_nothing_that_takes_long() -> None:
+    """It is pressed again and again."""
+    script = (
+        "import sys\nfrom launcher.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print('LOADED', *sorted(sys.modules))\n"
+    )
+    environ = {
+        **os.environ, "COMP_WORDS": "launcher submit --gpus A1", "COMP_CWORD": "3", completion.VARIABLE: "bash_complete",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environ, capture_output=True, text=True, check=True
+    )
+    said, _, loaded = done.stdout.rpartition("LOADED")
+    assert "plain,A100" in said
+    heavy = {"torch", "sky", "obstore", "pydantic", "yaml", "rich", "psutil", "numpy", "matplotlib"}
+    assert not heavy & set(loaded.split())
+
+
+@pytest.mark.skipif(BASH is None, reason="no bash here")
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("launcher sub", ["submit"]),
+        ("launcher logs h", ["here"]),
+        ("launcher plan zephyr-tiny/d", ["zephyr-tiny/dpo"]),
+    ],
+)
+def test_a_real_bash_completes(line: str, expected: list[str], tmp_path: Path) -> None:
+    """The printed script, read by bash; a `launcher` on the PATH, as the environment's own."""
+    program = tmp_path / "bin" / "launcher"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
+    program.chmod(0o755)
+    script = f"""
+        eval "$(launcher completion bash)"
+        COMP_LINE={line!r}; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=($COMP_LINE); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+        function=$(complete -p launcher | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
+        "$function" launcher
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    environ = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [BASH or "bash", "--norc", "-c", script],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == expected, done.stderr
