@@ -91,7 +91,7 @@ or the deadline is used up, what there is is saved, --resume with a higher one g
     "--resume",
     metavar="RUN",
     shell_complete=completion.runs,
-    help="Go on with a run by its name: its recipe, bucket and place.",
+    help="Go on with a run by its name: its recipe, bucket, place and limits.",
 )
 @click.option("--rows", type=click.IntRange(min=1), help="Of a data set that is not known here.")
 @click.option("--dryrun", is_flag=True, help="Print the task, and why it is this; rent nothing.")
