@@ -135,7 +135,7 @@ def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
         return ExitCode.DONE
     click.echo(f"cancelling {run} ({there.kind} {there.name}): it saves, uploads and commits first")
     left = stop.cancel(there, _cloud(cloud), _reader(found), lambda line: click.echo(line, err=True))
-    if there.kind == "cluster":
+    if there.kind == "cluster" and _standing(found, _cloud(cloud)):  # Slurm's goes with its job
         click.echo(f"its cluster is still there, and paid: `launcher down {run}` gives it back")
     place = f"step {max(left.commits)}" if left.commits else "the beginning: nothing was committed yet"
     click.echo(f"cancelled; the command that submitted it goes on from {place}")

@@ -29,6 +29,8 @@ class Standing(BaseModel):
     """SkyPilot's own words: `RECOVERING`."""
     where: str | None = None
     """`GCP (us-central1)`, as SkyPilot writes it."""
+    cloud: str | None = None
+    """`gcp`, `slurm`."""
     recoveries: int = 0
     reason: str | None = None
     """Of a failure."""
@@ -75,7 +77,7 @@ class Cloud(Protocol):
         """The job's log, or its last `tail` lines; with `follow`, until the job ends."""
 
     def cancel(self, standing: Standing, say: Say) -> None:
-        """Have the job end; a managed job's machine goes, a cluster stays."""
+        """Have the job end, with SIGTERM first; a managed job's machine goes, and so does Slurm's; a cluster stays."""
 
     def down(self, name: str, say: Say) -> None:
         """Give a cluster back."""

@@ -67,6 +67,7 @@ def of_cluster(record: Any, job: tuple[int | None, str] | None) -> Standing:
         phase=PHASES.get(job[1], "failed") if job else starting,
         said=f"{status}, job {job[1]}" if job else status,
         where=resources or None,
+        cloud=_cloud(record),
         reason=record.init_status_reason,
         since=float(record.launched_at),
     )
@@ -82,10 +83,15 @@ def of_job(record: Any) -> Standing:
         phase=PHASES.get(status, "failed"),
         said=status,
         where="/".join(place).lower() or None,
+        cloud=_cloud(record),
         recoveries=record.recovery_count or 0,
         reason=record.failure_reason,
         since=record.submitted_at,
     )
+
+
+def _cloud(record: Any) -> str | None:
+    return str(record.cloud).lower() if record.cloud and str(record.cloud) != "-" else None
 
 
 class Lines:

@@ -294,8 +294,13 @@ class SkyPilot:
 
     def cancel(self, standing: Standing, say: Say) -> None:
         with _asking(f"cancel {standing.name}") as sky:
-            if standing.kind == "managed job":  # gracefully: SIGTERM, and only then is the machine taken away
-                request = sky.jobs.cancel(job_ids=[standing.job_id], graceful=True)
+            # Gracefully: SIGTERM, and only then is the machine taken away. On Slurm it is the other way round:
+            # to cancel a job is SIGKILL to its step, while the end of the allocation begins with SIGTERM.
+            slurm = standing.cloud == "slurm"
+            if standing.kind == "managed job":
+                request = sky.jobs.cancel(job_ids=[standing.job_id], graceful=not slurm)
+            elif slurm:
+                request = sky.down(standing.name)
             else:
                 request = sky.cancel(standing.name, all=True)
             sky.stream_and_get(request, output_stream=Lines(say))

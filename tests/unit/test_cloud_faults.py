@@ -98,6 +98,7 @@ def test_a_managed_job_becomes_a_standing() -> None:
         "phase": "running",
         "said": "RUNNING",
         "where": "gcp/us-east4",
+        "cloud": "gcp",
         "recoveries": 2,
         "reason": None,
         "since": 10.0,
@@ -134,9 +135,10 @@ def test_a_cluster_stands_as_its_last_job(status: str, on_it: tuple[int, str] | 
         resources_str="1x(A100:8)",
         init_status_reason=None,
         launched_at=5,
+        cloud="Slurm",
     )
     found = of_cluster(record, on_it)
-    assert (found.kind, found.phase, found.where) == ("cluster", phase, "1x(A100:8)")
+    assert (found.kind, found.phase, found.where, found.cloud) == ("cluster", phase, "1x(A100:8)", "slurm")
 
 
 def test_every_phase_is_one_of_ours() -> None:

@@ -133,7 +133,7 @@ def test_every_status_has_a_phase(told: dict[str, Any]) -> None:
 def test_the_fields_that_we_ask_for_exist(told: dict[str, Any]) -> None:
     """SkyPilot answers an unknown field with nothing."""
     assert set(JOB_FIELDS) <= set(told["facts"]["fields"])
-    used = {"name", "status", "resources_str", "init_status_reason", "launched_at"}
+    used = {"name", "status", "resources_str", "init_status_reason", "launched_at", "cloud"}
     assert used <= set(told["facts"]["cluster"])
 
 
