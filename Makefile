@@ -33,10 +33,10 @@ test: setup  ## every test that this machine can run; what it lacks is skipped w
 	$(LAUNCHER) -m pytest tests/unit tests/faults -n 2
 	$(TRAINER) -m pytest tests/unit -n 2 -k "$(SAME_IN_BOTH)"
 	$(TRAINER) -m pytest tests/training -n 2
-	$(LAUNCHER) -m pytest tests/e2e --ignore tests/e2e/test_image.py --ignore tests/e2e/test_slurm.py
+	$(LAUNCHER) -m pytest tests/e2e --ignore tests/e2e/test_image.py
 
-test-slurm: setup  ## jobs on a real SkyPilot over a real Slurm, which lose their machines; some eight minutes
-	$(LAUNCHER) -m pytest tests/e2e/test_slurm.py
+test-slurm: setup  ## of these, those with a real SkyPilot over a real Slurm, whose jobs lose their machines
+	$(LAUNCHER) -m pytest tests/e2e/test_slurm.py tests/e2e/test_plans.py tests/e2e/test_tasks.py
 
 test-image: setup  ## builds the image with podman, trains in it, pushes it to a registry here; some ten minutes
 	$(LAUNCHER) -m pytest tests/e2e/test_image.py

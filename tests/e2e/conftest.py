@@ -33,5 +33,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in here:
         if "lab" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(1200))
+            item.add_marker(pytest.mark.timeout(3600))
     items.sort(key=lambda item: "lab" in getattr(item, "fixturenames", ()))

@@ -1,4 +1,4 @@
-"""A shipped task launched by hand on the laboratory's cluster, and its run watched in the bucket."""
+"""A shipped task launched on the laboratory's cluster, and its run watched in the bucket and on the node."""
 
 from __future__ import annotations
 
@@ -6,63 +6,86 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from tests.e2e.lab.lab import Lab
+from tests.e2e.lab.launcher import Launcher
 from tests.harness import ROOT, RunView, wait_until
 from tests.servers.s3 import FaultyS3
 
-TINY = ("max_steps=12", "save_steps=4", "eval_strategy=no", "logging_steps=1")
+SAVE_STEPS = 20
+LAST_STEP = 60
+SHORT = (f"max_steps={LAST_STEP}", f"save_steps={SAVE_STEPS}", "eval_strategy=no", "logging_steps=1")
+LONG = ("max_steps=4000", "save_steps=2000", "eval_strategy=no", "logging_steps=1")
+FEW = ("max_train_samples=60", "global_batch_size=8", "micro_batch_size=8")
 SMALLEST = (
     "tiny.hidden_size=64",
     "tiny.intermediate_size=128",
     "tiny.num_hidden_layers=2",
     "tiny.vocab_size=600",
-    "max_train_samples=60",
-    "global_batch_size=8",
-    "micro_batch_size=8",
 )
-LAST_STEP = 12
 DPO = "zephyr-tiny/dpo"
-ARRIVES_S = 600.0
+TASK = ROOT / "jobs" / "dpo_full.yaml"
+ARRIVES_S = 900.0
 """Seconds in which a submitted job has to be where it is waited for; on two idle cores it takes some 60."""
 
 
 class Job:
-    """One managed job, whose name is also its run's."""
+    """One job of SkyPilot's, whose name is also its run's."""
 
     def __init__(self, lab: Lab, name: str, store: FaultyS3) -> None:
         self.name = name
         self.lab = lab
         self.store = store
         self.view = RunView(lab.checkpoints, name)
+        self._access = {**lab.secrets, "AWS_ENDPOINT_URL": store.url}
+        node = {"AEOLUS_NODE_PYTHON": lab.trainer["AEOLUS_TRAINER_PYTHON"]}
+        self.launcher = Launcher(lab.inside, lab.node_tmp.parent / f"state-{name}", {**self._access, **node})
+
+    def submit(self, *words: str, managed: bool = True) -> str:
+        """By the launcher, as a managed job or on a cluster of its own; what it said."""
+        place = ["--gpus", "A100:8", "--infra", "slurm", "--checkpoints", self.lab.checkpoints]
+        place += ["--managed"] * managed
+        done = self.launcher.run("submit", DPO, *place, "--name", self.name, *FEW, *SMALLEST, *words)
+        return done.stdout + done.stderr
 
     def launch(self, *overrides: str) -> None:
-        """As a managed job."""
-        words = ["jobs", "launch", "--yes", "--detach-run", "--name", self.name]
+        """As a managed job, by SkyPilot's own command."""
+        words = ("jobs", "launch", "--yes", "--detach-run", "--name", self.name)
         self.lab.sky.run(*words, *self.words(*overrides))
 
     def words(self, *overrides: str) -> list[str]:
         """The task as it is shipped, on the laboratory's cluster, with a recipe that takes seconds."""
-        envs = {"RECIPE": DPO, "OVERRIDES": " ".join((*TINY, *SMALLEST, *overrides)), "RUN": self.name}
-        envs |= {"CHECKPOINTS": self.lab.checkpoints, **self.lab.trainer}
-        secrets = {**self.lab.secrets, "AWS_ENDPOINT_URL": self.store.url}
-        words = ["--infra", "slurm", "--gpus", "A100:8", str(ROOT / "jobs" / "dpo_full.yaml")]
-        for kind, values in (("--env", envs), ("--secret", secrets)):
-            words += [word for name, value in values.items() for word in (kind, f"{name}={value}")]
-        return words
+        envs = {"RECIPE": DPO, "OVERRIDES": " ".join((*FEW, *SMALLEST, *overrides)), "RUN": self.name}
+        return ["--infra", "slurm", "--gpus", "A100:8", *self.given(envs), str(TASK)]
 
-    def wait_for(self, *statuses: str, timeout_s: float = 600.0) -> str:
+    def given(self, envs: dict[str, str]) -> list[str]:
+        """Variables and secrets, as `sky` takes them."""
+        envs = {**envs, "CHECKPOINTS": self.lab.checkpoints, **self.lab.trainer}
+        values = [("--env", envs), ("--secret", self._access)]
+        return [
+            word
+            for kind, pairs in values
+            for name, value in pairs.items()
+            for word in (kind, f"{name}={value}")
+        ]
+
+    def wait_for(self, *statuses: str, timeout_s: float = ARRIVES_S) -> str:
         return self.lab.sky.wait_for(self.name, *statuses, timeout_s=timeout_s)
 
     def step(self) -> int:
         """The last step that the worker has told on the node: sooner there than in the bucket."""
-        told = self._newest("steps.jsonl")
+        told = max(self.lab.node_tmp.glob(f"aeolus-*/{self.name}-*/attempt-*/steps.jsonl"), default=None)
         lines = told.read_text().splitlines()[:-1] if told else []
         return max((event["step"] for event in map(json.loads, lines) if event["kind"] == "step"), default=0)
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(
+            lambda: self.step() >= step, f"step {step} of {self.name}", timeout_s=ARRIVES_S, poll_s=0.05
+        )
 
     def staging(self, *, attempt: int) -> Path:
         """Where that attempt stages on the node, once it does."""
@@ -76,24 +99,34 @@ class Job:
         link: Path = wait_until(found, f"attempt {attempt} to stage", timeout_s=ARRIVES_S, poll_s=0.2)
         return Path(f"{self.lab.node_root}{link.readlink()}") if link.is_symlink() else link
 
-    def _newest(self, name: str) -> Path | None:
-        found = self.lab.node_tmp.glob(f"aeolus-*/{self.name}-*/attempt-*/{name}")
-        return max(found, default=None)
+    def pause(self) -> None:
+        """Let training stand still where it is; Slurm's SIGTERM comes with the SIGCONT that ends it."""
+        for process in self._processes():
+            with suppress(psutil.Error):
+                if "trainer.worker" in process.cmdline():
+                    process.suspend()
 
     def lose_machine(self) -> None:
         """SIGKILL to every process of the node, without warning, and the node is gone."""
-        job = next(job for job, name in self.lab.slurm.jobs().items() if name.startswith(self.name))
-        for process in psutil.process_iter():
-            if _of_slurm_job(process, job):
+        job = self.slurm_job()
+        for process in self._processes():
+            with suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
         self.lab.slurm.cancel(job)
 
+    def slurm_job(self) -> str:
+        return next(job for job, name in self.lab.slurm.jobs().items() if name.startswith(self.name))
 
-def _of_slurm_job(process: psutil.Process, job: str) -> bool:
-    try:
-        return process.environ().get("SLURM_JOB_ID") == job
-    except psutil.Error:
-        return False
+    def gone(self) -> bool:
+        """Whether the cluster has nothing of it any more."""
+        return not any(name.startswith(self.name) for name in self.lab.slurm.jobs().values())
+
+    def _processes(self) -> Iterator[psutil.Process]:
+        job = self.slurm_job()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("SLURM_JOB_ID") == job:
+                    yield process
 
 
 @contextmanager

@@ -1,24 +1,51 @@
-"""The shipped tasks on a real SkyPilot over a real Slurm: they end, they survive lost nodes, they fail and stop well."""
+"""Shipped tasks on a real SkyPilot over a real Slurm: they end, survive lost machines, fail and stop well."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
-from tests.e2e.jobs import ARRIVES_S, LAST_STEP, Job, reached
+from tests.e2e import preemptions
+from tests.e2e.jobs import LAST_STEP, LONG, SAVE_STEPS, SHORT, Job, reached
 from tests.e2e.lab.lab import Lab
-from tests.harness import wait_until
+from tests.harness import RunView
 from tests.servers.s3 import FaultyS3
+from trainer.bucket import list_runs
+
+LONGEST: dict[str, Callable[[Job], Any]] = {
+    "preempted": preemptions.lose_three_machines,
+    "noticed": preemptions.take_machine_with_notice,
+    "pipeline": preemptions.train_twice,
+}
+"""Work by the name of its job: as far as tests ask for it, it runs beside the other tests: SkyPilot mostly waits."""
 
 
 class MakesJobs(Protocol):
     def __call__(self, name: str) -> Job: ...
+
+
+class Begun:
+    """Work on a job in a thread that ends with the tests, so that a failed test need not wait for it."""
+
+    def __init__(self, work: Callable[[Job], Any], job: Job) -> None:
+        self.job = job
+        self._told: Future[Any] = Future()
+        threading.Thread(target=self._run, args=(work,), daemon=True).start()
+
+    def ended(self) -> Any:
+        """What the work returned; raises what it raised."""
+        return self._told.result()
+
+    def _run(self, work: Callable[[Job], Any]) -> None:
+        try:
+            self._told.set_result(work(self.job))
+        except BaseException as error:  # noqa: BLE001 (told by whoever asks for the result)
+            self._told.set_exception(error)
 
 
 @pytest.fixture(scope="module")
@@ -30,105 +57,47 @@ def job(lab: Lab) -> Iterator[MakesJobs]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def background(job: MakesJobs, request: pytest.FixtureRequest) -> dict[str, Future[Job]]:
-    """What takes longest, as far as tests ask for it, runs beside the other tests: SkyPilot mostly waits."""
+def begun(job: MakesJobs, request: pytest.FixtureRequest) -> dict[str, Begun]:
     asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    longest = {"whole": undisturbed, "preempted": lose_three_machines}
-    return {name: beside(work, job(name)) for name, work in longest.items() if name in asked}
+    return {name: Begun(work, job(name)) for name, work in LONGEST.items() if name in asked}
 
 
 @pytest.fixture(scope="module")
-def whole(background: dict[str, Future[Job]]) -> Job:
-    return background["whole"].result()
-
-
-@pytest.fixture(scope="module")
-def preempted(background: dict[str, Future[Job]]) -> Job:
-    return background["preempted"].result()
-
-
-def beside(work: Callable[[Job], Job], job: Job) -> Future[Job]:
-    """Work in a thread that ends with the tests, so that a failed test need not wait for it."""
-    future: Future[Job] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work(job))
-        except BaseException as error:  # noqa: BLE001 (told by whoever asks for the result)
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def undisturbed(job: Job) -> Job:
-    job.launch()
-    assert job.wait_for("SUCCEEDED", "FAILED", timeout_s=600) == "SUCCEEDED"
-    return job
-
-
-def lose_three_machines(job: Job) -> Job:
-    """In mid-step, in mid-save and in mid-upload."""
-    job.launch()
-    lose_in_mid_step(job)
-    assert job.wait_for("RECOVERING", "FAILED") == "RECOVERING"
-    lose_in_mid_save(job)
-    assert job.wait_for("RECOVERING", "FAILED") == "RECOVERING"
-    lose_in_mid_upload(job)
-    assert job.wait_for("RECOVERING", "FAILED") == "RECOVERING"
-    assert job.wait_for("SUCCEEDED", "FAILED") == "SUCCEEDED"
-    return job
-
-
-def lose_in_mid_step(job: Job) -> None:
-    """Step 4 is the newest commit; the worker is beyond it when the machine goes."""
-    job.store.hold("PUT|POST", r"commits/step-0*8\.json")
-    wait_until(
-        lambda: job.view.committed_steps() == [4], "step 4 to be committed", timeout_s=ARRIVES_S, poll_s=0.3
-    )
-    wait_until(lambda: job.step() > 4, "step 5 to be told", timeout_s=ARRIVES_S, poll_s=0.1)
-    job.lose_machine()
-    job.store.clear()
-    assert job.view.committed_steps() == [4]
-
-
-def lose_in_mid_save(job: Job) -> None:
-    """The optimizer's file of step 8 is a pipe that nobody reads, so that save cannot end."""
-    checkpoint = job.staging(attempt=2) / "checkpoint-8"
-    checkpoint.mkdir()
-    os.mkfifo(checkpoint / "optimizer.pt")
-    wait_until(
-        lambda: list(checkpoint.glob("*.safetensors")), "the weights of step 8 to be saved", poll_s=0.1
-    )
-    job.lose_machine()
-    assert not checkpoint.with_name("checkpoint-8.staged").exists()
-    assert job.view.committed_steps() == [4]
-
-
-def lose_in_mid_upload(job: Job) -> None:
-    """Part of step 8 has arrived, its optimizer has not."""
-    job.store.hold("PUT|POST", r"checkpoints/step-0*8/.*optimizer\.pt")
-    assert job.store.wait_for_held(ARRIVES_S)
-    job.lose_machine()
-    job.store.clear()
-    assert any("step-00000008" in item.key for item in job.view.bucket.list("checkpoints/"))
-    assert job.view.committed_steps() == [4]
-
-
-def test_a_plain_launch_brings_the_model_into_the_bucket(lab: Lab, job: MakesJobs) -> None:
-    """`sky launch` of a shipped task, unmodified but for its bucket and its recipe, ends with `final/` committed."""
+def whole(lab: Lab, job: MakesJobs) -> tuple[Job, str]:
+    """A run that nobody disturbs, launched by hand on a cluster that stays up; and what SkyPilot said."""
     plain = job("plain")
-    said = lab.sky.run("launch", "--yes", "--cluster", "plain", *plain.words())
+    return plain, lab.sky.run("launch", "--yes", "--cluster", "plain", *plain.words(*SHORT))
+
+
+@pytest.fixture(scope="module")
+def preempted(begun: dict[str, Begun]) -> Begun:
+    return begun["preempted"]
+
+
+@pytest.fixture(scope="module")
+def noticed(begun: dict[str, Begun]) -> Begun:
+    return begun["noticed"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(begun: dict[str, Begun]) -> Begun:
+    return begun["pipeline"]
+
+
+def test_a_plain_launch_brings_the_model_into_the_bucket(lab: Lab, whole: tuple[Job, str]) -> None:
+    """`sky launch` of a shipped task, unmodified but for its bucket and its recipe, ends with `final/` committed."""
+    plain, said = whole
     lab.sky.run("down", "--yes", "plain")
     assert "done: the model is in" in said
     assert plain.view.final().step == LAST_STEP
-    assert not [name for name in lab.slurm.jobs().values() if name.startswith("plain")]
+    assert sorted(plain.view.steps()) == list(range(1, LAST_STEP + 1))
+    assert plain.gone()
 
 
 def test_a_typo_in_the_recipe_fails_at_once(lab: Lab, job: MakesJobs) -> None:
     """No recovery is tried, and the logs have the message with the key that was meant."""
     typo = job("typo")
-    typo.launch("learning_rat=1e-4")
+    typo.launch(*SHORT, "learning_rat=1e-4")
     assert typo.wait_for("SUCCEEDED", "FAILED") == "FAILED"
     told = lab.sky.job("typo")
     assert told["recovery_count"] == 0
@@ -137,25 +106,81 @@ def test_a_typo_in_the_recipe_fails_at_once(lab: Lab, job: MakesJobs) -> None:
     )
 
 
-def test_a_cancelled_job_leaves_what_it_had_trained(lab: Lab, job: MakesJobs) -> None:
+@pytest.mark.parametrize("kind", ["managed", "cluster"])
+def test_a_cancelled_job_leaves_what_it_had_trained(job: MakesJobs, kind: str) -> None:
     """Cancelled in mid-run, the job saves, uploads and commits within the notice, and is gone."""
-    cancelled = job("cancelled")
-    cancelled.launch("max_steps=4000", "save_steps=2000")
-    wait_until(lambda: cancelled.step() >= 5, "step 5 to be told", timeout_s=ARRIVES_S, poll_s=0.5)
-    lab.sky.run("jobs", "cancel", "--yes", "--name", "cancelled")
-    cancelled.wait_for("CANCELLED")
+    cancelled = job(f"cancelled-{kind}")
+    cancelled.submit("--detach", *LONG, managed=kind == "managed")
+    cancelled.wait_for_step(5)
+    said = cancelled.launcher.run("cancel", cancelled.name).stdout
     [committed] = cancelled.view.committed_steps()
     assert committed == max(cancelled.view.steps())
-    assert not [name for name in lab.slurm.jobs().values() if name.startswith("cancelled")]
+    assert f"goes on from step {committed}" in said
+    assert "still there" not in said
+    assert cancelled.launcher.status(cancelled.name)["state"] in ("cancelled", "preempted")
+    assert cancelled.gone()
 
 
-def test_three_lost_machines_change_no_bit(whole: Job, preempted: Job, lab: Lab) -> None:
+def test_the_second_task_of_a_pipeline_starts_from_the_first_s_model(
+    whole: tuple[Job, str], pipeline: Begun, lab: Lab
+) -> None:
+    """`sky jobs launch jobs/zephyr.yaml` trains SFT, then DPO of what came out of it."""
+    pipeline.ended()
+    runs = [name for name in list_runs(lab.checkpoints) if "_pipeline_" in name]
+    first, second = (next(name for name in runs if f"_{half}_" in name) for half in ("sft", "dpo"))
+    sft, dpo = RunView(lab.checkpoints, first), RunView(lab.checkpoints, second)
+    assert (sft.final().step, dpo.final().step) == (LAST_STEP, LAST_STEP)
+    assert f"{lab.checkpoints}/{first}/final" in dpo.bucket.get("run.json").decode()
+    [begin], [untrained] = dpo.steps()[1], whole[0].view.steps()[1]
+    assert begin["loss"] < untrained["loss"], "the first step is of the weights as they were loaded"
+
+
+def test_a_notice_loses_no_step(whole: tuple[Job, str], noticed: Begun) -> None:
+    """The run goes on at the very step at which it was told to stop, and ends as the undisturbed one."""
+    noticed.ended()
+    view = noticed.job.view
+    [told] = [event["message"] for event in view.events("preempted")]
+    stopped = max(event["step"] for event in view.events("committed") if event["attempt"] == 1)
+    assert SAVE_STEPS < stopped < LAST_STEP
+    assert told == f"at step {stopped}, which is saved"
+    assert [event["step"] for event in view.events("restored")] == [0, stopped]
+    assert all(len(tellings) == 1 for tellings in view.steps().values())
+    same_as(whole[0], noticed.job)
+
+
+def test_three_lost_machines_change_no_bit(whole: tuple[Job, str], preempted: Begun, lab: Lab) -> None:
     """Every loss, every sample and the final weights are those of the undisturbed run."""
-    assert lab.sky.job(preempted.name)["recovery_count"] == 3
-    assert [event["step"] for event in preempted.view.events("restored")] == [0, 4, 4, 4]
-    told = whole.view.steps()
-    assert sorted(told) == list(range(1, LAST_STEP + 1))
-    for step, tellings in preempted.view.steps().items():
+    preempted.ended()
+    lost = preempted.job
+    assert lab.sky.job(lost.name)["recovery_count"] == 3
+    restored = [event["step"] for event in lost.view.events("restored")]
+    assert restored == [0, SAVE_STEPS, SAVE_STEPS, SAVE_STEPS]
+    same_as(whole[0], lost)
+
+
+def test_status_and_logs_tell_of_it(preempted: Begun) -> None:
+    """While it runs and when it is over; what is done is not rented again."""
+    seen, lost = preempted.ended(), preempted.job
+    shown = {key: seen[key] for key in ("kind", "state", "committed", "attempts", "said")}
+    assert shown == {
+        "kind": "managed job",
+        "state": "running",
+        "committed": SAVE_STEPS,
+        "attempts": 1,
+        "said": "RUNNING",
+    }
+    assert SAVE_STEPS < seen["step"] < LAST_STEP
+    row = lost.launcher.status(lost.name)
+    assert (row["state"], row["step"], row["attempts"]) == ("done", LAST_STEP, 4)
+    log = lost.launcher.run("logs", lost.name).stdout
+    assert f"restored step {SAVE_STEPS}" in log
+    assert "done: the model is in" in log
+    assert f"run {lost.name} is done since" in lost.submit(*SHORT)
+
+
+def same_as(whole: Job, disturbed: Job) -> None:
+    told, again = whole.view.steps(), disturbed.view.steps()
+    assert sorted(again) == sorted(told)
+    for step, tellings in again.items():
         assert all(event in told[step] for event in tellings), f"step {step} diverged"
-    assert sorted(preempted.view.steps()) == sorted(told)
-    assert preempted.view.final().weights_digest == whole.view.final().weights_digest
+    assert disturbed.view.final().weights_digest == whole.view.final().weights_digest

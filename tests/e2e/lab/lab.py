@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.e2e.lab.launcher import Launcher
 from tests.e2e.lab.namespace import Namespace, NotToBeHad
 from tests.e2e.lab.packages import SBIN, install
 from tests.e2e.lab.sky import Sky
@@ -67,6 +68,8 @@ class Lab(NamedTuple):
     """The node's folder for temporary files, here as there."""
     trainer: dict[str, str]
     """What tells a task where the trainer's environment is on this cluster."""
+    launcher: Launcher
+    """Without the bucket; a job's own launcher has it."""
 
 
 @contextmanager
@@ -87,7 +90,17 @@ def lab() -> Iterator[Lab]:
             sky = Sky(inside, folder)
             sky.start(slurm.ssh_config())
             trainer = {"AEOLUS_TRAINER_PYTHON": str(TRAINER)}
-            yield Lab(inside, sky, slurm, f"s3://{BUCKET}/runs", access, inside.root, folder / "tmp", trainer)
+            yield Lab(
+                inside,
+                sky,
+                slurm,
+                f"s3://{BUCKET}/runs",
+                access,
+                inside.root,
+                folder / "tmp",
+                trainer,
+                Launcher(inside, folder / "state", {}),
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

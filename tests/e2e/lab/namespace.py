@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, Self
 
 import psutil
@@ -100,12 +100,17 @@ class Namespace:
         return Path(f"/proc/{self._first}/root")
 
     def run(
-        self, *words: str | Path, cwd: Path = Path("/"), timeout_s: float = 300.0, check: bool = True
+        self,
+        *words: str | Path,
+        cwd: Path = Path("/"),
+        environ: Mapping[str, str] = MappingProxyType({}),
+        timeout_s: float = 300.0,
+        check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
         """A command in there, to its end; a failure fails the test with what the command said."""
         done = subprocess.run(
             self._inside(words, cwd),
-            env=self.environ,
+            env={**self.environ, **environ},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

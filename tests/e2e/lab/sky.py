@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ import sys
 import sky
 from sky.utils import dag_utils
 sky.stream_and_get(sky.optimize(dag_utils.load_chain_dag_from_yaml(sys.argv[1])))
+"""
+CHOOSE = """
+import json, sys
+from sky import optimizer
+from sky.utils import dag_utils
+def chosen(path):
+    [task] = optimizer.Optimizer.optimize(dag_utils.load_chain_dag_from_yaml(path), quiet=True).tasks
+    best = task.best_resources
+    where = {"infra": str(best.cloud).lower(), "region": best.region, "instance_type": best.instance_type}
+    what = {"gpus": dict(best.accelerators), "spot": best.use_spot}
+    return {**where, **what, "usd_per_h": best.get_cost(3600) * task.num_nodes}
+print(json.dumps([chosen(path) for path in sys.argv[1:]]))
 """
 NETWORK_IS_UP = '''\
 """Read by every Python that SkyPilot starts here: SkyPilot asks two public hosts whether the network is up before
@@ -96,10 +109,13 @@ class Sky:
         (self._home / ".sky" / "config.yaml").write_text(yaml.safe_dump(config))
         self.run("api", "start")
         self.run("check", "slurm")
-        self.pretend("GCP", "Lambda", "Slurm")
+        self.pretend("Slurm")
 
     def pretend(self, *clouds: str) -> None:
-        """From now on SkyPilot believes that it has credentials for these and no others."""
+        """From now on SkyPilot believes that it has credentials for these and no others.
+
+        A job that may run anywhere is tried there for ever: what cannot be rented must not be believed in meanwhile.
+        """
         self._inside.run(sys.executable, "-c", ENABLE.format(clouds=list(clouds)))
 
     def run(self, *words: str | Path, timeout_s: float = 900.0, check: bool = True) -> str:
@@ -110,6 +126,12 @@ class Sky:
     def optimized(self, pipeline: Path) -> str:
         """What SkyPilot's optimizer says of the tasks of a pipeline."""
         return self._inside.run(sys.executable, "-c", OPTIMIZE, pipeline, cwd=ROOT).stdout
+
+    def chosen(self, tasks: Sequence[Path]) -> list[dict[str, Any]]:
+        """What SkyPilot's optimizer would rent for each of the tasks."""
+        said = self._inside.run(sys.executable, "-c", CHOOSE, *tasks, cwd=ROOT, timeout_s=900).stdout
+        found: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
+        return found
 
     def job(self, name: str) -> dict[str, Any] | None:
         """The managed job of that name as SkyPilot tells of it, its last task; None if there is none yet."""

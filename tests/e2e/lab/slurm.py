@@ -63,7 +63,7 @@ SetEnv {environ}
 class Slurm:
     """The cluster; its daemons end with the namespace."""
 
-    def __init__(self, inside: Namespace, folder: Path, *, gpus: int, kill_wait_s: int = 15) -> None:
+    def __init__(self, inside: Namespace, folder: Path, *, gpus: int, kill_wait_s: int = 30) -> None:
         self._inside = inside
         self._folder = folder
         self._host = socket.gethostname().split(".")[0]
