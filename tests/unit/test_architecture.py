@@ -51,7 +51,7 @@ def below(name: str) -> str:
 
 TRAINER = modules("trainer")
 LAUNCHER = modules("launcher")
-WORKER = [path for path in TRAINER if path.parent.name == "worker"]
+WORKER = [path for path in TRAINER if "worker" in path.parts]
 NOT_WORKER = [path for path in TRAINER if path not in WORKER and path.stem != "make_fields"]
 
 

@@ -176,7 +176,7 @@ def whole_weights(trainer: Any, fit: Fit) -> dict[str, Any] | None:
 
 def load_only(trainer: Any, folder: Path, fit: Fit, *, steps: int) -> None:
     """Bring the weights of a run's last checkpoint, after so many steps, into the trainer's model; none is taken."""
-    if is_sharded(fit):
+    if is_sharded(fit) or trainer.converted:
         trainer._prepare_for_training(  # noqa: SLF001 (what `train` begins with: its model is whole only in parts)
             steps, trainer.get_train_dataloader(), str(folder)
         )

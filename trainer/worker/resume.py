@@ -55,8 +55,9 @@ def write(folder: Path, mine: Identity) -> None:
     write_atomically(folder / FILE, mine.model_dump_json(indent=2))
 
 
-def check(folder: Path, mine: Identity) -> None:
-    """Refuse a checkpoint that Transformers would resume from in silence, with another run's state or with none.
+def check(folder: Path, mine: Identity) -> Identity:
+    """Refuse a checkpoint that Transformers would resume from in silence, with another run's state or with none; what
+    wrote it.
 
     Raises:
         UserError: a file is missing.
@@ -66,7 +67,6 @@ def check(folder: Path, mine: Identity) -> None:
     _need(folder, FILE)
     theirs = Identity.model_validate_json((folder / FILE).read_text())
     _need(folder, *_files(theirs))
-    _check_engine(theirs, mine)
     if theirs.data != mine.data:
         raise DataError(
             f"the training data changed: {theirs.tokens} tokens ({theirs.data}) when the run began, "
@@ -79,6 +79,7 @@ def check(folder: Path, mine: Identity) -> None:
             hint="bring the old model back (name a `model_revision` for a model of the Hub), or start another run",
         )
     _say_inexact(theirs, mine)
+    return theirs
 
 
 def _need(folder: Path, *names: str) -> None:
@@ -96,28 +97,13 @@ def _files(theirs: Identity) -> list[str]:
     rng = ["rng_state.pth"] if theirs.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     common = ["scheduler.pt", "trainer_state.json", *rng]
     if not theirs.engine.startswith("zero"):
-        return ["optimizer.pt", *common]
+        return ["optimizer.pt", "*model*.safetensors", *common]
     parts = [f"global_step*/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks]
     if theirs.engine == "zero3":
         parts += [f"global_step*/*zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
     else:
         parts.append("global_step*/mp_rank_00_model_states.pt")
     return ["latest", *parts, *common]
-
-
-def _check_engine(theirs: Identity, mine: Identity) -> None:
-    """DeepSpeed loads its own parts only, into as many ranks of the same stage; of others it would load none.
-
-    Raises:
-        UserError: the checkpoint is not in the form that this fit's engine reads.
-    """
-    sharded = [each.engine for each in (theirs, mine) if each.engine.startswith("zero")]
-    if sharded and (theirs.engine, theirs.world_size) != (mine.engine, mine.world_size):
-        raise UserError(
-            f"the checkpoint was written by {theirs.engine} on {theirs.world_size} processes; here are "
-            f"{mine.world_size} with {mine.engine}",
-            hint="go on with as many GPUs of the same kind",
-        )
 
 
 def _say_inexact(theirs: Identity, mine: Identity) -> None:

@@ -10,10 +10,11 @@ from trainer.worker.arguments import training_arguments
 from trainer.worker.channel import Channel
 from trainer.worker.engine import Sharded
 from trainer.worker.order import Ordered
+from trainer.worker.reshard.resharded import Resharded
 from trainer.worker.resume import identity
 
 
-class OrderedSFTTrainer(Ordered, Sharded, SFTTrainer):  # type: ignore[misc]
+class OrderedSFTTrainer(Ordered, Sharded, Resharded, SFTTrainer):  # type: ignore[misc]
     """An `SFTTrainer` in our order. It leaves data that have `input_ids` and `labels` as they are."""
 
 

@@ -1,0 +1,95 @@
+"""For a TRL trainer: a checkpoint of another form is brought into the engine, in place of the trainer's own load."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from trainer.fit import Fit
+from trainer.worker.reshard.fill import fill
+from trainer.worker.reshard.layout import converts
+from trainer.worker.reshard.parts import Parts
+from trainer.worker.reshard.saved import Saved
+from trainer.worker.reshard.stepped import settle, target
+from trainer.worker.reshard.whole import Whole
+from trainer.worker.resume import Identity, step
+
+log = logging.getLogger(__name__)
+
+
+class Resharded:
+    """Without `goes_on_from`, or from a checkpoint in the engine's own form, all is as in Transformers."""
+
+    came_from: Identity | None = None
+    converted: bool = False
+    fit: Fit
+
+    def goes_on_from(self, theirs: Identity, mine: Identity, fit: Fit) -> None:
+        """Before it trains: what wrote the checkpoint, and what is to go on from it."""
+        self.came_from, self.converted, self.fit = theirs, converts(theirs, mine), fit
+
+    def _prepare_for_training(self: Any, max_steps: int, loader: Any, folder: str | None) -> Any:
+        """Transformers loads the checkpoint at the end of this."""
+        if folder is None or not self.converted:
+            return super()._prepare_for_training(max_steps, loader, folder)  # type: ignore[misc]
+        import torch
+
+        prepared = super()._prepare_for_training(max_steps, loader, None)  # type: ignore[misc]
+        bring(self, Path(folder), self.came_from, self.fit)
+        self.lr_scheduler.load_state_dict(torch.load(Path(folder) / "scheduler.pt", weights_only=True))
+        return prepared
+
+    def _load_from_checkpoint(self: Any, folder: str, model: Any = None) -> None:
+        """Weights come later, with the optimizer's masters."""
+        if not self.converted:
+            super()._load_from_checkpoint(folder, model)  # type: ignore[misc]
+
+    def _load_rng_state(self: Any, folder: str | None) -> None:
+        """Of as many processes each goes on with its own numbers; of others each draws new ones."""
+        theirs = self.came_from
+        if folder is None or theirs is None or theirs.world_size == self.args.world_size:
+            super()._load_rng_state(folder)  # type: ignore[misc]
+        else:
+            seed_anew(self.args.seed, self.state.global_step, self.args.process_index)
+
+
+def bring(trainer: Any, folder: Path, theirs: Identity, fit: Fit) -> None:
+    """Set a prepared trainer's weights, optimizer and learning rates; the scheduler is its own file.
+
+    Raises:
+        UserError: the state cannot be cut for another engine or number of processes, or is not this model's.
+    """
+    began = time.monotonic()
+    ready = target(trainer, fit)
+    saved: Saved
+    if theirs.engine.startswith("zero"):
+        saved = Parts(folder, theirs)
+    else:
+        saved = Whole(folder, aliases(trainer.model, ready.names))
+    size = fill(ready, saved)
+    settle(trainer, fit, step=step(folder), scale=saved.loss_scale)
+    log.info(
+        "the state that %s wrote on %d processes was brought into %s on %d: %.2f GB of rank 0 in %.1f s",
+        *(theirs.engine, theirs.world_size, fit.engine, fit.processes, size / 1e9, time.monotonic() - began),
+    )
+
+
+def aliases(model: Any, names: list[str]) -> list[list[str]]:
+    """Each of `names` with the other names of the same parameter: of tied weights a file has any one."""
+    called: dict[Any, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        called[parameter].append(name)
+    groups = {each[0]: each for each in called.values()}
+    return [groups[name] for name in names]
+
+
+def seed_anew(seed: int, at_step: int, rank: int) -> None:
+    """A rank's random numbers are a function of seed, step and rank; the run's first ones would come again otherwise."""
+    from transformers import set_seed
+
+    set_seed(xxhash.xxh3_64_intdigest(f"{seed}/{at_step}/{rank}".encode()) % 2**32)
