@@ -199,16 +199,6 @@ def test_a_run_of_zero_3_that_lacks_only_its_export_is_exported(tmp_path: Path, 
     assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(again).items())
 
 
-@needs_compiler
-def test_a_checkpoint_of_another_engine_is_refused(tmp_path: Path, engine: Engine) -> None:
-    """DeepSpeed would load nothing of it, or other ranks' parts; the message names both."""
-    job = ranks_job(tmp_path / "work", DPO, resume_from=engine("zero3", DPO).checkpoint(3), micro_batch=8)
-    refused = train(job)
-    assert refused.outcome.status == "user_error"
-    assert "was written by zero3 on 2 processes; here are 1 with single" in refused.outcome.message
-    assert refused.of("step") == []
-
-
 def test_ranks_stop_together(tmp_path: Path, engine: Engine) -> None:
     """SIGTERM reaches the ranks at different moments; all stop at one step, which is saved and goes on exactly."""
     job = ranks_job(tmp_path / "stopped", SFT, "max_steps=60", "save_steps=60", **ENGINES["ddp"])

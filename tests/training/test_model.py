@@ -20,7 +20,7 @@ def located(job: Job) -> model.Base:
 
 
 def digest(job: Job) -> str:
-    return model.digest(model.load(located(job), job.recipe, job.fit))
+    return model.digest(model.load(located(job), job.recipe, job.fit), job.recipe)
 
 
 def test_a_tiny_model_is_the_same_at_every_attempt(tmp_path: Path) -> None:

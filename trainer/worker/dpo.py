@@ -81,7 +81,7 @@ def train(job: Job, channel: Channel) -> Outcome:
     # Policy and reference, both from the base: a checkpoint is only ever loaded into the policy.
     # With LoRA the reference is the policy without its adapter.
     policy = model.load(base, recipe, job.fit)
-    about = identity(job, train_tokens, model.digest(policy))
+    about = identity(job, train_tokens, model.digest(policy, recipe))
     lora = model.lora(recipe)
     in_memory = lora is None and not recipe.trainer_args.get("precompute_ref_log_probs")
     reference = model.load(base, recipe, job.fit, trained=False) if in_memory else None

@@ -204,15 +204,21 @@ def lora(recipe: Recipe) -> Any:
         raise RecipeError(f"the recipe's LoRA settings cannot be used: {error}") from error
 
 
-def digest(model: Any) -> str:
-    """xxh3_128 over every weight's name and bytes; what ZeRO 3 has cut is gathered, a weight at a time."""
+def digest(model: Any, recipe: Recipe) -> str:
+    """xxh3_128 over every weight's name and bytes; what ZeRO 3 has cut is gathered, a weight at a time.
+
+    In half precision: whether weights are loaded in it or in float32 is the engine's to say, and the hardware's.
+    """
     import torch
 
+    is_float16 = recipe.trainer_args.get("fp16") or dtype_name(recipe) == "float16"
+    half = torch.float16 if is_float16 else torch.bfloat16
     total = xxhash.xxh3_128()
     cut = {name: weight for name, weight in model.named_parameters() if hasattr(weight, "ds_id")}
     for name, kept in sorted(model.state_dict().items()):
         tensor = _gathered(cut[name]) if name in cut else kept
         if isinstance(tensor, torch.Tensor):
+            tensor = tensor.to(half) if tensor.is_floating_point() else tensor
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()

@@ -35,6 +35,12 @@ class Identity(BaseModel):
     accumulation: int
     threads: int
 
+    def words(self) -> str:
+        """`zero3 with optimizer and parameters offloaded on 2 processes`."""
+        parts = {"optimizer": self.offload_optimizer, "parameters": self.offload_parameters}
+        offloaded = " and ".join(name for name, is_off in parts.items() if is_off)
+        return f"{self.engine}{f' with {offloaded} offloaded' if offloaded else ''} on {self.world_size} processes"
+
 
 def identity(job: Job, tokens: Tokens, model: str) -> Identity:
     return Identity(

@@ -33,7 +33,7 @@ def train(job: Job, channel: Channel) -> Outcome:
     # Model
     args = training_arguments(SFTConfig, job)
     policy = model.load(base, recipe, job.fit)
-    about = identity(job, train_tokens, model.digest(policy))
+    about = identity(job, train_tokens, model.digest(policy, recipe))
 
     # Training
     trainer = training.build(

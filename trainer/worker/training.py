@@ -61,7 +61,7 @@ def finish(trainer: Any, base: Base, job: Job, channel: Channel, about: Identity
     # A third of what a save to tmpfs costs; the bucket's own checksums are what a restore believes.
     torch.serialization.set_crc32_options(compute_crc32=False)
     if job.resume_from:
-        trainer.goes_on_from(resume.check(job.resume_from, about), about, job.fit)
+        trainer.goes_on_from(resume.check(job.resume_from, about), about)
     if job.resume_from and resume.at_last_step(job.resume_from):
         channel.training_begins()
         log.info("the checkpoint is the last step's: only the export is left")

@@ -60,7 +60,7 @@ def fill(target: Target, saved: Saved) -> int:
 def _copy(key: str, stepped: Stepped, saved: Saved, into: Any) -> None:
     flat = into.view(-1)
     for part in stepped.parts:
-        saved.copy(key, part.name, part.start, flat[part.offset : part.offset + part.count])
+        saved.copy(key, part.name, part.start, flat[part.offset : part.offset + part.size])
 
 
 def _state(stepped: Stepped, saved: Saved, kind: Kind) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Piece(NamedTuple):
     offset: int
     start: int
     """Of the parameter's elements, the first that is here."""
-    count: int
+    size: int
 
 
 class Rank(NamedTuple):
@@ -40,7 +40,9 @@ class Rank(NamedTuple):
     scale: float | None
 
 
-def pieces_of_stage_2(counts: list[int], paddings: list[int], partition: int, group: int) -> Iterator[list[Piece]]:
+def pieces_of_stage_2(
+    counts: list[int], paddings: list[int], partition: int, group: int
+) -> Iterator[list[Piece]]:
     """For each parameter of a group, cut at every `partition` elements; `paddings` follow each."""
     starts = accumulate((n + pad for n, pad in zip(counts, paddings, strict=True)), initial=0)
     for begin, count in zip(starts, counts, strict=False):
@@ -82,12 +84,12 @@ class Parts:
 
     def count(self, name: str) -> int | None:
         pieces = self._pieces.get(name)
-        return sum(piece.count for piece in pieces) if pieces is not None else None
+        return sum(piece.size for piece in pieces) if pieces is not None else None
 
     def copy(self, key: str, name: str, start: int, into: Any) -> None:
         end = start + into.numel()
         for piece in self._pieces[name]:
-            first, last = max(start, piece.start), min(end, piece.start + piece.count)
+            first, last = max(start, piece.start), min(end, piece.start + piece.size)
             if first < last:
                 rank = self._ranks[piece.rank]
                 source = rank.weights[piece.group] if key == WEIGHTS else rank.states[piece.group][key]

@@ -10,7 +10,6 @@ from typing import Any
 
 import xxhash
 
-from trainer.fit import Fit
 from trainer.worker.reshard.fill import fill
 from trainer.worker.reshard.layout import converts
 from trainer.worker.reshard.parts import Parts
@@ -27,11 +26,11 @@ class Resharded:
 
     came_from: Identity | None = None
     converted: bool = False
-    fit: Fit
+    about: Identity
 
-    def goes_on_from(self, theirs: Identity, mine: Identity, fit: Fit) -> None:
+    def goes_on_from(self, theirs: Identity, mine: Identity) -> None:
         """Before it trains: what wrote the checkpoint, and what is to go on from it."""
-        self.came_from, self.converted, self.fit = theirs, converts(theirs, mine), fit
+        self.came_from, self.about, self.converted = theirs, mine, converts(theirs, mine)
 
     def _prepare_for_training(self: Any, max_steps: int, loader: Any, folder: str | None) -> Any:
         """Transformers loads the checkpoint at the end of this."""
@@ -40,7 +39,7 @@ class Resharded:
         import torch
 
         prepared = super()._prepare_for_training(max_steps, loader, None)  # type: ignore[misc]
-        bring(self, Path(folder), self.came_from, self.fit)
+        bring(self, Path(folder), self.came_from, self.about)
         self.lr_scheduler.load_state_dict(torch.load(Path(folder) / "scheduler.pt", weights_only=True))
         return prepared
 
@@ -58,24 +57,24 @@ class Resharded:
             seed_anew(self.args.seed, self.state.global_step, self.args.process_index)
 
 
-def bring(trainer: Any, folder: Path, theirs: Identity, fit: Fit) -> None:
+def bring(trainer: Any, folder: Path, theirs: Identity, mine: Identity) -> None:
     """Set a prepared trainer's weights, optimizer and learning rates; the scheduler is its own file.
 
     Raises:
         UserError: the state cannot be cut for another engine or number of processes, or is not this model's.
     """
     began = time.monotonic()
-    ready = target(trainer, fit)
+    ready = target(trainer, mine.engine)
     saved: Saved
     if theirs.engine.startswith("zero"):
         saved = Parts(folder, theirs)
     else:
         saved = Whole(folder, aliases(trainer.model, ready.names))
     size = fill(ready, saved)
-    settle(trainer, fit, step=step(folder), scale=saved.loss_scale)
+    settle(trainer, mine.engine, step=step(folder), scale=saved.loss_scale)
     log.info(
-        "the state that %s wrote on %d processes was brought into %s on %d: %.2f GB of rank 0 in %.1f s",
-        *(theirs.engine, theirs.world_size, fit.engine, fit.processes, size / 1e9, time.monotonic() - began),
+        "the state that %s wrote was brought into %s: %.2f GB to a process in %.1f s",
+        *(theirs.words(), mine.words(), size / 1e9, time.monotonic() - began),
     )
 
 

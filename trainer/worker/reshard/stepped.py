@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from trainer.fit import Fit
-
 
 class Part(NamedTuple):
-    """Elements `start` to `start + count` of a parameter, which lie at `offset` of a tensor."""
+    """Elements `start` to `start + size` of a parameter, which lie at `offset` of a tensor."""
 
     name: str
     start: int
-    count: int
+    size: int
     offset: int
 
 
@@ -47,12 +45,12 @@ class Target(NamedTuple):
         return [name for group in self.groups for name in group.names]
 
 
-def target(trainer: Any, fit: Fit) -> Target:
+def target(trainer: Any, engine: str) -> Target:
     """Of a trainer whose model and optimizer are prepared."""
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
-    if fit.engine == "zero3":
+    if engine == "zero3":
         return _stage_3(trainer.deepspeed.optimizer, names)
-    if fit.engine == "zero2":
+    if engine == "zero2":
         return _stage_2(trainer.deepspeed.optimizer, names)
     optimizer = trainer.optimizer.optimizer
     filled = [group for group in optimizer.param_groups if group["params"]]
@@ -93,7 +91,9 @@ def _stage_2(zero: Any, names: dict[Any, str]) -> Target:
     for number, flat in enumerate(zero.single_partition_of_fp32_groups):
         begin = dist.get_rank(zero.real_dp_process_group[number]) * flat.numel()
         laid = zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True)
-        parts = [part for each, at in laid if (part := _within(names[each], at, each.numel(), begin, flat.numel()))]
+        parts = [
+            part for each, at in laid if (part := _within(names[each], at, each.numel(), begin, flat.numel()))
+        ]
         stepped.append(Stepped(flat, names[zero.bit16_groups[number][0]], parts))
     members = [[names[each] for each in group] for group in zero.bit16_groups]
     return Target(zero.optimizer, list(map(Group, zero.optimizer.param_groups, members)), stepped)
@@ -105,9 +105,9 @@ def _within(name: str, at: int, count: int, begin: int, size: int) -> Part | Non
     return Part(name, first - at, last - first, first - begin) if first < last else None
 
 
-def settle(trainer: Any, fit: Fit, *, step: int, scale: float | None) -> None:
+def settle(trainer: Any, engine: str, *, step: int, scale: float | None) -> None:
     """Once all of the optimizer's tensors are filled: bring the weights that the model computes with up to them."""
-    if not fit.engine.startswith("zero"):
+    if not engine.startswith("zero"):
         scaler = trainer.accelerator.scaler
         if scaler is not None and scale is not None:
             scaler.load_state_dict(scaler.state_dict() | {"scale": scale})
@@ -115,12 +115,12 @@ def settle(trainer: Any, fit: Fit, *, step: int, scale: float | None) -> None:
     zero = trainer.deepspeed.optimizer
     if scale is not None and zero.dynamic_loss_scale:
         zero.loss_scaler.cur_scale = scale
-    if fit.engine == "zero2":
+    if engine == "zero2":
         zero.update_lp_params()
     else:
         _settle_stage_3(zero)
-    engine = trainer.deepspeed  # names its next checkpoint by the step that it counts
-    engine.global_steps, engine.global_samples = step, step * engine.train_batch_size()
+    counts = trainer.deepspeed  # names its next checkpoint by the step that it counts
+    counts.global_steps, counts.global_samples = step, step * counts.train_batch_size()
 
 
 def _settle_stage_3(zero: Any) -> None:
@@ -136,4 +136,3 @@ def _settle_stage_3(zero: Any) -> None:
     }
     zero.load_state_dict([mine] * dist.get_world_size(zero.dp_process_group), load_optimizer_states=False)
     zero.checkpoint_event_epilogue()
-

@@ -49,9 +49,8 @@ class Whole:
 
     def copy(self, key: str, name: str, start: int, into: Any) -> None:
         if key == WEIGHTS:
-            written = self._names[name]
-            assert written is not None  # `count` said so
-            source = self._files[written].get_tensor(written)  # a view of the mapped file
+            written = str(self._names[name])
+            source = self._files[written].get_tensor(written)
         elif key in self._states[name]:
             source = self._states[name][key]
         else:  # never stepped: torch keeps nothing of a weight that got no gradient
@@ -65,7 +64,7 @@ class Whole:
 
 def _files(folder: Path) -> dict[str, Any]:
     """The open file that has each weight."""
-    from safetensors import safe_open
+    from safetensors import safe_open  # type: ignore[import-not-found,unused-ignore]
 
     names: Iterable[str] = [path.name for path in folder.glob("*model.safetensors")]
     for index in folder.glob(INDEX):

@@ -1,0 +1,186 @@
+"""Half a run under one engine and half under another is the whole run: every step, with the state that it needs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.jobs import Trained, train
+from tests.training.ranks import ranks_job, run
+from tests.training.test_engines import assert_alike, needs_compiler, steps_of
+from trainer.job import Job, Outcome
+
+SFT = "zephyr-tiny/sft"
+LENGTH = ("max_steps=20", "save_steps=5")
+DECAY = ("weight_decay=0.3",)  # of matrices only: groups that are mixed up, or take each other's, show
+LORA = ("use_peft=true", "lora_r=4", "lora_dropout=0.0", "lora_target_modules=[q_proj, v_proj]")
+HALF = 10
+TWO = {"processes": 2, "micro_batch": 2}
+SHAPES: dict[str, dict[str, Any]] = {
+    "single": {"micro_batch": 8},
+    "ddp": TWO,
+    "zero2": {**TWO, "engine": "zero2"},
+    "zero3": {**TWO, "engine": "zero3"},
+    "zero3 x 4": {"processes": 4, "micro_batch": 1, "engine": "zero3"},
+    "zero3 x 1": {"processes": 1, "micro_batch": 4, "engine": "zero3"},
+    "zero3, optimizer": {**TWO, "engine": "zero3", "offload_optimizer": True},
+    "zero3, all": {**TWO, "engine": "zero3", "offload_optimizer": True, "offload_parameters": True},
+    "zero2, optimizer": {"processes": 1, "micro_batch": 4, "engine": "zero2", "offload_optimizer": True},
+}
+Whole = Callable[..., Trained]
+
+
+def trained(work: Path, shape: str, *overrides: str, resume_from: Path | None = None) -> Trained:
+    """To the end, from the beginning or a checkpoint; one process without DeepSpeed is this one."""
+    job = ranks_job(work, SFT, *LENGTH, *DECAY, *overrides, resume_from=resume_from, **SHAPES[shape])
+    return train(job) if shape == "single" else run(job)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A run of 20 steps, undisturbed; the same words give the same run once only, also over pytest-xdist."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
+
+    def run_once(shape: str, *overrides: str) -> Trained:
+        work = shared / f"reshard-{zlib.crc32(' '.join([shape, *overrides]).encode()):08x}"
+        with work.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not work.exists():
+                done = trained(work, shape, *overrides)
+                (work / "job.json").write_text(done.job.model_dump_json())
+                (work / "outcome.json").write_text(done.outcome.model_dump_json())
+        job = Job.model_validate_json((work / "job.json").read_text())
+        return Trained(job, Outcome.model_validate_json(job.outcome.read_text()))
+
+    return run_once
+
+
+def rest_of(one: Trained, after: int) -> Trained:
+    """As if it had begun there."""
+    rest = Trained(one.job, one.outcome)
+    rest.lines = [line for line in one.lines if line["kind"] != "step" or line["step"] > after]
+    return rest
+
+
+def assert_goes_on(before: Trained, after: Trained, step: int = HALF) -> None:
+    """The second half takes the steps that the first one's run took: samples, losses, rates and gradients."""
+    assert after.of("started")[0]["step"] == step, after.outcome
+    assert_alike(rest_of(before, step), after)
+    assert steps_of(after, "learning_rate") == steps_of(rest_of(before, step), "learning_rate")
+    assert any("was brought into" in line["message"] for line in after.of("log"))
+
+
+PAIRS = [
+    ("single", "zero3"),
+    ("single", "zero2, optimizer"),
+    ("ddp", "zero3, optimizer"),
+    ("zero2", "zero3 x 4"),
+    ("zero2", "ddp"),
+    ("zero3", "zero2"),
+    ("zero3", "single"),
+    ("zero3", "zero3, all"),
+    ("zero3, all", "zero3"),
+    ("zero3, all", "single"),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=[" to ".join(pair) for pair in PAIRS])
+def test_a_run_goes_on_in_another_form(tmp_path: Path, whole: Whole, one: str, other: str) -> None:
+    """10 steps under the one and 10 under the other are 20 under the one."""
+    before = whole(one)
+    after = trained(tmp_path / "work", other, resume_from=before.checkpoint(HALF))
+    assert_goes_on(before, after)
+
+
+@needs_compiler
+def test_a_converted_run_is_converted_again(tmp_path: Path, whole: Whole) -> None:
+    """ZeRO 3 on 2, then 4, then 1: what was saved after a conversion is a checkpoint like any."""
+    before = whole("zero3")
+    on_four = trained(tmp_path / "four", "zero3 x 4", resume_from=before.checkpoint(HALF))
+    assert_goes_on(before, on_four)
+    on_one = trained(tmp_path / "one", "zero3 x 1", resume_from=on_four.checkpoint(15))
+    assert_goes_on(before, on_one, 15)
+    again = trained(tmp_path / "again", "zero3 x 1", resume_from=on_one.checkpoint(20))
+    assert again.of("step") == []  # it lacked its export only, in its own form
+    assert again.outcome.status == "done"
+
+
+@needs_compiler
+def test_a_converted_checkpoint_of_the_last_step_is_exported(tmp_path: Path, whole: Whole) -> None:
+    """Killed during the export under ZeRO 3, a run ends on one process with the same model."""
+    from safetensors.torch import load_file
+
+    before = whole("zero3")
+    after = trained(tmp_path / "work", "single", resume_from=before.checkpoint(20))
+    assert after.of("step") == []
+    ours, theirs = (load_file(each.final / "model.safetensors") for each in (after, before))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+@needs_compiler
+def test_an_adapter_goes_on_under_zero_3_and_back(tmp_path: Path, whole: Whole) -> None:
+    """LoRA: the optimizer has the adapter's matrices only; the base is loaded from where it was."""
+    before = whole("single", *LORA)
+    sharded = trained(tmp_path / "sharded", "zero3", *LORA, resume_from=before.checkpoint(HALF))
+    assert_goes_on(before, sharded)
+    back = trained(tmp_path / "back", "single", *LORA, resume_from=sharded.checkpoint(15))
+    assert_goes_on(before, back, 15)
+
+
+@needs_compiler
+def test_rmsprop_goes_on_offloaded(tmp_path: Path, whole: Whole) -> None:
+    """An optimizer with one moment, which torch steps on the host."""
+    before = whole("single", "optim=rmsprop")
+    after = trained(
+        tmp_path / "work", "zero3, optimizer", "optim=rmsprop", resume_from=before.checkpoint(HALF)
+    )
+    assert_goes_on(before, after)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
+@needs_compiler
+def test_a_moment_that_is_lost_would_show(tmp_path: Path, whole: Whole, key: str) -> None:
+    """The tests above can fail: with a moment or the count of steps zeroed, the losses are others."""
+    before = whole("zero3")
+    folder = tmp_path / "checkpoint-10"
+    shutil.copytree(before.checkpoint(HALF), folder)
+    for part in folder.glob("global_step*/*optim_states.pt"):
+        written = torch.load(part, weights_only=False)
+        for state in written["optimizer_state_dict"]["optimizer_state_dict"]["state"].values():
+            state[key].zero_()
+        torch.save(written, part)
+    after = trained(tmp_path / "work", "single", resume_from=folder)
+    with pytest.raises(AssertionError):
+        assert_goes_on(before, after)
+
+
+def test_an_optimizer_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    """Adafactor keeps rows and columns: another cut of them does not exist, and the message names the way out."""
+    before = trained(tmp_path / "before", "single", "optim=adafactor", "max_steps=6")
+    job = ranks_job(
+        tmp_path / "work",
+        SFT,
+        *LENGTH,
+        *DECAY,
+        "optim=adafactor",
+        resume_from=before.checkpoint(5),
+        **SHAPES["zero3"],
+    )
+    refused = run(job)
+    assert refused.outcome.status == "user_error"
+    assert (
+        "the optimizer keeps `exp_avg_sq_col`, which is not one number for each weight"
+        in refused.outcome.message
+    )
+    assert "as many GPUs of the same kind" in (refused.outcome.hint or "")
