@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+from itertools import pairwise
+
 import pytest
 
 from trainer.errors import Unavailable
-from trainer.events import EventLog, parse
+from trainer.events import Event, EventLog, of_kind, parse
+from trainer.thinning import MOST, WHOLE_TAIL, Lines
 
 
 class Clock:
@@ -70,3 +75,61 @@ def test_floats_come_back_with_the_same_bits() -> None:
         log.add("step", loss=loss)
     log.flush(now=True)
     assert [event["loss"] for event in parse(writes[-1])] == losses
+
+
+def long_run(steps: int) -> list[Event]:
+    """What is written of so many steps with a spike of the loss, an evaluation and a save every ten."""
+    writes: list[bytes] = []
+    log = EventLog(1, writes.append)
+    log.add("claimed", recipe="long")
+    for step in range(1, steps + 1):
+        loss = 100.0 if step == 40_123 else 1 / step
+        log.add("step", step=step, loss=loss, train_s=step * 0.5)
+        if step % 10 == 0:
+            log.add("eval", step=step, eval_loss=1 / step, seconds=0.25)
+            log.add("saved", step=step, stall_s=0.5, bytes=7)
+            log.add("log", level="warning", message=f"step {step}")
+    log.add("done", step=steps)
+    log.flush(now=True)
+    return parse(writes[-1])
+
+
+def test_a_long_run_s_log_stays_small_and_keeps_its_shape() -> None:
+    """Of 100,000 steps at most 1,024 are left, with the spike, the first one and the newest ones."""
+    events = long_run(100_000)
+    steps = [event["step"] for event in of_kind(events, "step")]
+    assert steps == sorted(steps)
+    assert len(steps) <= MOST["step"]
+    assert {1, 40_123, *range(99_900, 100_001)} <= set(steps)
+    assert max(after - before for before, after in pairwise(steps)) <= 100_000 / 100
+    assert len(json.dumps(events)) < 400_000
+    assert [events[0]["kind"], events[-1]["kind"]] == ["claimed", "done"]
+
+
+def test_a_log_is_equally_fine_everywhere() -> None:
+    """No quarter of a long run has more than twice the steps of another, but for the newest lines."""
+    steps = [event["step"] for event in of_kind(long_run(100_000), "step")][: -MOST["step"] // WHOLE_TAIL]
+    quarters = [sum(low < step <= low + 24_000 for step in steps) for low in range(0, 96_000, 24_000)]
+    assert max(quarters) <= 2 * min(quarters)
+
+
+def test_sums_outlive_the_lines_that_they_are_of() -> None:
+    """What was stalled and evaluated in all is told by the last event of its kind."""
+    events = long_run(100_000)
+    assert of_kind(events, "saved")[-1]["so_far"] == {"count": 10_000, "stall_s": 5000.0, "bytes": 70_000}
+    assert of_kind(events, "eval")[-1]["so_far"] == {"count": 10_000, "seconds": 2500.0}
+
+
+def test_a_short_run_is_kept_whole() -> None:
+    """Nothing is dropped of a thousand steps."""
+    assert [event["step"] for event in of_kind(long_run(1000), "step")] == list(range(1, 1001))
+
+
+@pytest.mark.parametrize("values", [[math.nan] * 50, [None] * 50, [1.0, math.nan, None, math.inf] * 20])
+def test_losses_that_are_no_numbers_are_thinned_too(values: list[float | None]) -> None:
+    """A run that diverged is as bounded as any other."""
+    lines = Lines(16)
+    for order, value in enumerate(values):
+        lines.add(order, value, b"")
+        assert len(list(lines)) <= 16
+    assert [line.order for line in lines][-4:] == list(range(len(values)))[-4:]

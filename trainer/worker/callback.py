@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trainer.job import STAGED_SUFFIX, Job, Staged, mark_staged, write_atomically
 from trainer.worker import engine, resume
 from trainer.worker.channel import Channel
+from trainer.worker.pace import GIB, Pace, peaks
 from trainer.worker.resume import Identity
 
 MOST_PENDING = 2
@@ -37,6 +38,7 @@ class Progress(TrainerCallback):
         self._samples = samples
         self._seen = Seen()
         self._config: dict[str, Any] | None = None
+        self._pace = Pace()
         self._since = 0.0
 
     def on_train_begin(
@@ -58,6 +60,7 @@ class Progress(TrainerCallback):
             trainable_parameters=sum(_size(weight) for weight in model.parameters() if weight.requires_grad),
             **self._engine(),
         )
+        self._pace.other()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -96,7 +99,9 @@ class Progress(TrainerCallback):
             dist.barrier()
         folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         stall_s = time.perf_counter() - self._since
+        size = 0
         if state.is_world_process_zero:
+            size = sum(path.stat().st_size for path in (self._job.staging / folder).rglob("*"))
             resume.write(self._job.staging / folder, self._about)
             if self._config:
                 write_atomically(self._job.staging / folder / engine.FILE, json.dumps(self._config, indent=2))
@@ -106,7 +111,8 @@ class Progress(TrainerCallback):
                 self._job.staging,
                 Staged(folder=folder, step=state.global_step, stall_s=stall_s, details=details),
             )
-        self._channel.say("saved", step=state.global_step, stall_s=stall_s)
+        self._channel.say("saved", step=state.global_step, bytes=size, stall_s=stall_s)
+        self._pace.other()
         if state.global_step < state.max_steps and _any_rank(args, self._channel.stop_asked)[0]:
             self._stop(state, control, save=False)
         return control
@@ -122,12 +128,22 @@ class Progress(TrainerCallback):
     ) -> None:
         told = {key: value for key, value in (logs or {}).items() if key not in UNTOLD}
         if "loss" in told:
-            samples = self._seen.digest(args)
+            step_s = self._pace.step()
+            seen = self._seen.take(args)
             self._channel.say(
-                "step", step=state.global_step, total_steps=state.max_steps, samples=samples, **told
+                "step",
+                step=state.global_step,
+                total_steps=state.max_steps,
+                samples=seen.samples,
+                **told,
+                step_s=step_s,
+                train_s=self._pace.train_s,
+                tokens_per_s=seen.tokens / step_s,
+                gpu_peak_gib=seen.gpu_peak_gib,
+                host_peak_gib=seen.host_peak_gib / self._job.fit.nodes,
             )
         elif any(key.startswith("eval_") for key in told):
-            self._channel.say("eval", step=state.global_step, **told)
+            self._channel.say("eval", step=state.global_step, **told, seconds=self._pace.other())
         self._since = time.perf_counter()
 
     def _engine(self) -> dict[str, Any]:
@@ -149,6 +165,18 @@ def _size(weight: Any) -> int:
     return int(getattr(weight, "ds_numel", weight.numel()))
 
 
+class Taken(NamedTuple):
+    """A step over all ranks."""
+
+    samples: str
+    """Hex."""
+    tokens: int
+    gpu_peak_gib: float | None
+    """Of the fullest GPU."""
+    host_peak_gib: float
+    """Of all nodes."""
+
+
 class Seen:
     """What the model was trained on since the last look: token ids, not what was meant to be fed to it.
 
@@ -158,23 +186,38 @@ class Seen:
 
     def __init__(self) -> None:
         self._sum = 0
+        self._tokens = 0
 
     def hook(self, module: Any, _args: Any, inputs: dict[str, Any]) -> None:
         """Before a forward; those of evaluation and of the reference have no gradient."""
         if module.training and torch.is_grad_enabled():
             ids = inputs["input_ids"].detach().cpu().to(torch.int64)  # (batch, sequence)
             for sequence in _sequences(ids, inputs):
+                self._tokens += len(sequence)
                 self._sum += xxhash.xxh3_64_intdigest(sequence.contiguous().numpy().tobytes())
 
-    def digest(self, args: TrainingArguments) -> str:
-        """Hex over all since the last call, of every rank."""
-        mine, self._sum = self._sum % 2**64, 0
+    def take(self, args: TrainingArguments) -> Taken:
+        """All since the last call, of every rank; and the memory that they took at most."""
+        mine, tokens = self._sum % 2**64, self._tokens
+        self._sum = self._tokens = 0
+        gpu, host = peaks()
         if args.world_size > 1:
             signed = mine - 2**64 if mine >= 2**63 else mine
-            total = torch.tensor(signed, dtype=torch.int64, device=args.device)
+            total = torch.tensor([signed, tokens, host], dtype=torch.int64, device=args.device)
             dist.all_reduce(total)  # modulo 2 ** 64, as int64 overflows
-            mine = int(total.item()) % 2**64
-        return f"{mine:016x}"
+            mine, tokens, host = (int(number) for number in total.tolist())
+            mine %= 2**64
+            gpu = _fullest(args, gpu)
+        return Taken(f"{mine:016x}", tokens, gpu, host / GIB)
+
+
+def _fullest(args: TrainingArguments, gib: float | None) -> float | None:
+    """The largest of all ranks; they all have a GPU, or none has."""
+    if gib is None:
+        return None
+    largest = torch.tensor(gib, dtype=torch.float64, device=args.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
 
 
 def _sequences(ids: torch.Tensor, inputs: dict[str, Any]) -> Iterator[torch.Tensor]:
