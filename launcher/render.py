@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `3 min 05 s`, `2 h 10 min`."""
+    """`45 s`, `3 min 05 s`, `2 h 10 min`, `3 d 04 h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
+    if minutes >= 48 * 60:
+        hours = round(minutes / 60)
+        return f"{hours // 24} d {hours % 24:02d} h"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def ago(seconds: float) -> str:
+    """How long since, in one unit: `45 s ago`, `3 h ago`."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit} ago"
+    return f"{max(0.0, seconds):.0f} s ago"
 
 
 def size(count: float) -> str:
@@ -49,10 +60,11 @@ def facts_table(rows: Iterable[tuple[str, str]], *, title: str) -> Table:
 
 
 def list_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A row a thing."""
+    """A row a thing; numbers stand to the right where a column's name begins with `>`."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        table.add_column(column.removeprefix(">"), overflow="fold", justify=side)
     for row in rows:
         table.add_row(*map(Text, row))  # not markup: names and messages may hold brackets
     return table

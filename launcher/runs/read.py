@@ -46,6 +46,16 @@ class Attempt:
         return datetime.fromisoformat(self.events[0]["time"]).timestamp()
 
     @cached_property
+    def ended(self) -> float:
+        """When it was heard of last (unix time, seconds)."""
+        return datetime.fromisoformat(self.events[-1]["time"]).timestamp()
+
+    @cached_property
+    def claim(self) -> Event:
+        """Its machine, its fit and its price; empty if nothing of it was written."""
+        return next(iter(of_kind(self.events, "claimed")), {})
+
+    @cached_property
     def start(self) -> int:
         """The step that it was restored to; 0 if it began anew."""
         return max((int(event.get("step", 0)) for event in of_kind(self.events, "restored")), default=0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from launcher.cloud.protocol import Cloud, Kind, Standing
 from launcher.local import process
 from launcher.local.process import Home, Record
-from launcher.runs.read import Attempt, Reader, Run
+from launcher.runs import money
+from launcher.runs.read import Reader, Run
 from launcher.submit import submissions
 from launcher.submit.submissions import Sent
 from trainer.bucket import open_run
@@ -95,7 +95,7 @@ def table(state: Path, cloud: Cloud, *, now: float, everything: bool = False) ->
     rows = []
     for each, run in zip(runs, seen, strict=True):
         if isinstance(each, Local):
-            rows.append(_local(each, run))
+            rows.append(_local(each, run, now=now))
         else:
             standing = standings.pop((each.record.kind, each.record.name), None)
             if fault is None and not each.record.over and (standing is None or _gone(standing)):
@@ -106,16 +106,11 @@ def table(state: Path, cloud: Cloud, *, now: float, everything: bool = False) ->
 
 
 def usd_so_far(run: Run, usd_per_h: float | None, *, now: float, at_work: bool) -> float | None:
-    """The attempts' hours at the price of what was chosen; set-up and waiting are not in it.
-
-    An attempt is counted until its last event; the newest, if it is at work, until now.
+    """The attempts' hours, each at its own price, else at that of what was chosen; of the newest until now, if it is
+    at work.
     """
-    if usd_per_h is None or not run.attempts:
-        return None
-    seconds = sum(_last(attempt) - attempt.began for attempt in run.attempts[:-1])
-    newest = run.attempts[-1]
-    seconds += (now if at_work else _last(newest)) - newest.began
-    return round(usd_per_h * seconds / 3600, 2)
+    usd = money.bill(run, now=now if at_work else None, usd_per_h=usd_per_h).usd
+    return None if usd is None else round(usd, 2)
 
 
 def _standings(
@@ -146,14 +141,16 @@ def _read(each: Known) -> Run | UserError:
         return error
 
 
-def _local(each: Local, run: Run | UserError) -> RowDict:
+def _local(each: Local, run: Run | UserError, *, now: float) -> RowDict:
     alive = each.record.process() is not None
     row = _row(each.record, "local", "this machine", run)
     row["pid"] = each.record.pid if alive else None
+    if not isinstance(run, UserError):
+        row["usd"] = usd_so_far(run, None, now=now, at_work=alive)
     if isinstance(run, UserError):
         row["state"] = "running" if alive else "?"
     else:
-        row["state"] = "running" if alive and run.state != "done" else _stopped(run)
+        row["state"] = "running" if alive and run.state != "done" else stopped(run)
     return row
 
 
@@ -169,12 +166,12 @@ def _submitted(
         return row
     at_work = standing is not None and standing.at_work
     row["usd"] = usd_so_far(run, sent.usd_per_h, now=now, at_work=at_work)
-    row["state"] = _state(standing, run, unsure=fault is not None)
+    row["state"] = state_of(standing, run, unsure=fault is not None)
     row["error"] = fault.message if fault and not sent.over else None
     return row
 
 
-def _state(standing: Standing | None, run: Run, *, unsure: bool) -> str:
+def state_of(standing: Standing | None, run: Run, *, unsure: bool) -> str:
     """The bucket knows of the end, SkyPilot of the way there; an attempt with no end was lost with its machine."""
     if run.state == "done":
         return "done"
@@ -182,10 +179,10 @@ def _state(standing: Standing | None, run: Run, *, unsure: bool) -> str:
         return "stopped"  # SkyPilot calls it failed
     if standing and standing.phase != "idle":
         return standing.phase
-    return run.state if unsure else _stopped(run)
+    return run.state if unsure else stopped(run)
 
 
-def _stopped(run: Run) -> str:
+def stopped(run: Run) -> str:
     return "preempted" if run.state == "running" else run.state
 
 
@@ -221,7 +218,3 @@ def _unknown(standing: Standing) -> RowDict:
     empty = dict.fromkeys(("step", "committed", "attempts", "usd", "recipe", "checkpoints", "pid", "error"))
     facts = {"run": standing.name, "kind": standing.kind, "where": where, "state": standing.phase}
     return {**facts, **empty, "said": standing.said}
-
-
-def _last(attempt: Attempt) -> float:
-    return datetime.fromisoformat(attempt.events[-1]["time"]).timestamp()

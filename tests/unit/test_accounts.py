@@ -1,0 +1,230 @@
+"""Dollars and hours of a run, by its events alone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from launcher.runs import money
+from launcher.runs.account import account
+from launcher.runs.hours import NAMES, Hours, hours
+from launcher.runs.read import Attempt, Reader, Run
+from tests.fakes.journeys import BEGIN, LEGS, PLAN, Leg, journey, write_journey
+from tests.fakes.runs import attempt_events, write_events
+from trainer.bucket import open_run
+from trainer.events import Event
+
+
+def run_of(*attempts: list[Event], finished: str | None = None) -> Run:
+    made = tuple(Attempt(number, tuple(events)) for number, events in enumerate(attempts, 1))
+    return Run("a-run", "/runs/a-run", made, (), finished)
+
+
+def claim(at_s: float, **price: object) -> Event:
+    return {"kind": "claimed", "method": "dpo", "time": moment(at_s), "attempt": 1, "price": price}
+
+
+def moment(at_s: float) -> str:
+    return datetime.fromtimestamp(BEGIN.timestamp() + at_s, UTC).isoformat()
+
+
+def told(kind: str, at_s: float, **fields: object) -> Event:
+    return {"kind": kind, "time": moment(at_s), "attempt": 1, **fields}
+
+
+# Dollars
+
+
+def test_each_attempt_costs_its_own_price() -> None:
+    """An hour of spot at 12 and half an hour on demand at 30 dollars an hour."""
+    run = run_of(
+        [claim(0, usd_per_h=12.0, market="spot"), told("step", 3600, step=1)],
+        [claim(7200, usd_per_h=30.0, market="on demand"), told("done", 9000, step=2)],
+    )
+    bill = money.bill(run)
+    assert bill == money.Bill(seconds=5400, unpriced_s=0, usd=27.0, spot_usd=12.0, on_demand_usd=15.0)
+
+
+def test_the_attempt_that_is_at_work_costs_until_now() -> None:
+    """Its last event may be long ago; those before it cost what they cost."""
+    run = run_of(
+        [claim(0, usd_per_h=12.0, market="spot"), told("step", 3600, step=1)],
+        [claim(7200, usd_per_h=12.0, market="spot"), told("step", 7300, step=2)],
+    )
+    assert money.bill(run, now=BEGIN.timestamp() + 10_800).usd == 24.0
+
+
+def test_an_unknown_price_is_said_and_not_guessed() -> None:
+    """Hours without a price are named; with no price at all there are no dollars."""
+    run = run_of(
+        [claim(0, usd_per_h=None), told("step", 1800, step=1)],
+        [claim(3600, usd_per_h=10.0), told("done", 7200, step=2)],
+    )
+    bill = money.bill(run)
+    assert (bill.usd, bill.unpriced_s, bill.on_demand_usd) == (10.0, 1800, 10.0)
+    assert money.bill(run_of([claim(0), told("step", 60, step=1)])).usd is None
+    assert money.bill(run, usd_per_h=4.0).usd == 12.0
+
+
+def test_a_run_without_attempts_costs_nothing_known() -> None:
+    """Nobody has claimed it."""
+    assert money.bill(run_of()) == money.Bill(0, 0, None, 0, 0)
+
+
+def test_a_machine_that_costs_nothing_is_not_one_of_unknown_price() -> None:
+    """Zero is a price."""
+    assert money.bill(run_of([claim(0, usd_per_h=0.0), told("step", 60, step=1)])).usd == 0.0
+
+
+# Hours
+
+
+def attempt_with(*events: Event) -> list[Event]:
+    return [claim(0, usd_per_h=1.0), *events]
+
+
+def test_every_second_that_is_paid_is_in_one_part() -> None:
+    """Restore, set-up, steps, evaluation, stall and the last upload, and nothing is left over."""
+    run = run_of(
+        attempt_with(
+            told("restored", 20, step=10, seconds=15.0),
+            told("started", 50, step=10, total_steps=14),
+            told("step", 60, step=11, train_s=10.0),
+            told("step", 70, step=12, train_s=20.0),
+            told("eval", 75, step=12, seconds=5.0, so_far={"count": 1, "seconds": 5.0}),
+            told("saved", 78, step=12, stall_s=3.0, so_far={"count": 1, "stall_s": 3.0}),
+            told("step", 88, step=13, train_s=30.0),
+            told("step", 98, step=14, train_s=40.0),
+            told("exported", 110, step=14, seconds=7.0),
+            told("done", 112, step=14),
+        )
+    )
+    spent = hours(run, run.attempts[0])
+    assert spent == Hours(
+        useful_s=40, restore_s=15, setup_s=35, evaluation_s=5, stall_s=3, upload_s=14, other_s=0
+    )
+    assert spent.paid_s == 112
+    assert spent.goodput == 40 / 112
+
+
+def test_steps_that_a_later_attempt_takes_again_are_lost() -> None:
+    """Those above its start; also those that an attempt in between had gone on from."""
+    run = run_of(
+        attempt_with(
+            told("started", 0, step=0, total_steps=30),
+            *(told("step", step * 2, step=step, train_s=step * 2.0) for step in range(1, 11)),
+        ),
+        attempt_with(
+            told("restored", 0, step=8, seconds=0.0),
+            told("started", 0, step=8, total_steps=30),
+            *(told("step", (step - 8) * 2, step=step, train_s=(step - 8) * 2.0) for step in range(9, 13)),
+        ),
+        attempt_with(
+            told("restored", 0, step=6, seconds=0.0),
+            told("started", 0, step=6, total_steps=30),
+            told("step", 2, step=7, train_s=2.0),
+        ),
+    )
+    first, second, third = (hours(run, attempt) for attempt in run.attempts)
+    assert (first.useful_s, first.redone_s) == (12.0, 8.0)
+    assert (second.useful_s, second.redone_s) == (0.0, 8.0)
+    assert (third.useful_s, third.redone_s) == (2.0, 0.0)
+
+
+def test_an_attempt_that_took_no_step_has_lost_nobody_s_work() -> None:
+    """It died before it knew where to begin: what was committed still stands."""
+    run = run_of(
+        attempt_with(
+            told("started", 0, step=0), *(told("step", s, step=s, train_s=float(s)) for s in (1, 2, 3))
+        ),
+        attempt_with(told("failed", 9, message="", exit_code=75)),
+    )
+    assert hours(run, run.attempts[0]).redone_s == 0.0
+    assert hours(run, run.attempts[1]).setup_s == 9.0
+
+
+def test_seconds_of_steps_that_the_log_has_dropped_are_in_proportion() -> None:
+    """A thinned log has step 1 and step 101 and how long all took; half of them was lost."""
+    run = run_of(
+        attempt_with(told("started", 0, step=0), told("step", 1, step=1, train_s=1.0), told("step", 101, step=101, train_s=101.0)),
+        attempt_with(told("restored", 0, step=51, seconds=0.0), told("started", 0, step=51), told("step", 1, step=52, train_s=1.0)),
+    )  # fmt: skip
+    spent = hours(run, run.attempts[0])
+    assert (spent.useful_s, spent.redone_s) == (51.0, 50.0)
+
+
+def test_parts_never_add_up_to_more_than_was_paid() -> None:
+    """Two clocks measure them, and they may disagree."""
+    run = run_of(attempt_with(told("started", 10, step=0), told("step", 20, step=1, train_s=30.0)))
+    spent = hours(run, run.attempts[0])
+    assert spent.paid_s == pytest.approx(20.0)
+    assert spent.setup_s == pytest.approx(5.0)
+
+
+def test_logs_of_before_are_read_too() -> None:
+    """Without `train_s` the times of the steps tell."""
+    run = run_of(attempt_events(1, start=0, last=5, total_steps=5))
+    spent = hours(run, run.attempts[0])
+    assert (spent.useful_s, spent.setup_s) == (5.0, 2.0)
+
+
+# Accounts
+
+
+@pytest.fixture
+def three_clouds(tmp_path: Path) -> Run:
+    write_journey(tmp_path / "a-run", journey())
+    return Reader(open_run(str(tmp_path), "a-run"), "a-run").read()
+
+
+def test_a_journey_over_three_clouds_is_told_in_full(three_clouds: Run) -> None:
+    """Ends, places, markets, steps, and totals that are the sums of the attempts."""
+    told = account(three_clouds)
+    assert [one.how for one in told.attempts] == ["lost", "preempted", "failed", "done"]
+    assert [one.where for one in told.attempts] == [leg.infra for leg in LEGS]
+    assert [one.market for one in told.attempts] == ["spot", "spot", "on demand", "spot"]
+    assert [(one.start_step, one.last_step) for one in told.attempts] == [
+        (0, 143),
+        (100, 268),
+        (250, 290),
+        (250, 478),
+    ]
+    assert [one.lost_steps for one in told.attempts] == [43, 18, 40, 0]
+    assert [round(one.waited_s) for one in told.attempts] == [0, 540, 260, 1500]
+    assert told.usd == pytest.approx(sum(one.usd or 0 for one in told.attempts))
+    assert told.usd == pytest.approx(told.spot_usd + told.on_demand_usd)
+    assert told.hours.paid_s == pytest.approx(sum(one.hours.paid_s for one in told.attempts))
+    assert told.wall_s == pytest.approx(told.hours.paid_s + told.provisioning_s)
+    assert told.plan == PLAN
+    assert (told.state, told.lost_steps, told.commits) == ("done", 101, 10)
+
+
+def test_memory_is_held_against_the_fit(three_clouds: Run) -> None:
+    """Predicted term by term, measured, and what is there."""
+    gpu = account(three_clouds).attempts[0].gpu
+    assert (gpu.predicted_gib, gpu.measured_gib, gpu.there_gib) == (74.0, 70.4, 79.2)
+    assert gpu.terms[0] == ("activations", 31.2)
+
+
+def test_the_parts_have_names() -> None:
+    """Each of them is shown."""
+    assert set(NAMES) == set(Hours.__dataclass_fields__)
+
+
+def test_a_claim_that_is_not_understood_hides_nothing_else(tmp_path: Path) -> None:
+    """Another version's shape and fit are left out."""
+    events = attempt_events(1, start=0, last=5, total_steps=5)
+    events[0] |= {"shape": {"node": "n", "wings": 2}, "fit": {"engine": "steam"}}
+    write_events(tmp_path / "a-run", events)
+    told = account(Reader(open_run(str(tmp_path), "a-run"), "a-run").read())
+    assert (told.attempts[0].shape, told.attempts[0].fit, told.attempts[0].node) == ("", "", "n")
+
+
+def test_one_leg_on_demand_has_no_spot_dollars() -> None:
+    """The markets are kept apart."""
+    run = run_of(*journey((Leg("lambda/us-east-1", "on demand", 20.0, 60, None),), total_steps=60))
+    told = account(run)
+    assert told.spot_usd == 0.0
+    assert told.on_demand_usd == told.usd
