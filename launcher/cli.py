@@ -15,7 +15,10 @@ from launcher.checkpoints.cli import checkpoints
 from launcher.doctor.cli import doctor
 from launcher.image.cli import build
 from launcher.plan.cli import plan
+from launcher.report.cli import report
+from launcher.runs.cli import runs
 from launcher.submit.cli import submit
+from launcher.watch.cli import watch
 from trainer.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -67,7 +70,10 @@ cli.add_command(checkpoints)
 cli.add_command(completion.completion)
 cli.add_command(doctor)
 cli.add_command(plan)
+cli.add_command(report)
+cli.add_command(runs)
 cli.add_command(submit)
+cli.add_command(watch)
 
 
 @cli.command()
@@ -77,7 +83,7 @@ cli.add_command(submit)
 def status(cloud: Cloud | None, everything: bool, as_json: bool) -> None:
     """The runs that were started or submitted from this machine, the latest first.
 
-    Dollars are the attempts' hours at the price of the machine that was chosen.
+    Dollars are the attempts' hours at the price of each one's machine, else of the machine that was chosen.
     """
     from launcher import render
     from launcher.submit import standing

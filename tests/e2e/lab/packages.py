@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.e2e.lab.namespace import Namespace, NotToBeHad
@@ -22,9 +23,9 @@ NO_SERVICES = "#!/bin/sh\nexit 101\n"
 """https://people.debian.org/~hmh/invokerc.d-policyrc.d-specification.txt: nothing is to be started."""
 
 
-def install(inside: Namespace) -> None:
-    """Install what is missing; raises NotToBeHad where that cannot be done."""
-    missing = [package for program, package in PACKAGES.items() if not _has(inside, program)]
+def install(inside: Namespace, packages: Mapping[str, str] = PACKAGES) -> None:
+    """Install what is missing of programs and their packages; raises NotToBeHad where that cannot be done."""
+    missing = [package for program, package in packages.items() if not _has(inside, program)]
     if not missing:
         return
     if not Path("/etc/debian_version").exists() or not shutil.which("apt-get"):

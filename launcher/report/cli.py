@@ -1,0 +1,94 @@
+"""`python -m launcher report`: what a run took, against what was planned; two runs beside each other."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from launcher import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from launcher.report.words import Rows
+    from launcher.runs.account import Account
+    from launcher.runs.read import Run
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN [OTHER]")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="One page, for any browser.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; of two runs, a list.")
+@click.option(
+    "--checkpoints",
+    metavar="URI",
+    help="Where the runs are.  [default: where they were started, else settings]",
+)
+def report(runs: tuple[str, ...], html: Path | None, as_json: bool, checkpoints: str | None) -> None:
+    """Say what RUN took: dollars, hours, goodput, lost work, memory, against what `plan` promised.
+
+    RUN is a run's name or its address, such as s3://bucket/prefix/RUN. With OTHER: the two beside each other.
+    """
+    from launcher import render
+    from launcher.runs.account import account
+    from launcher.runs.find import place
+
+    if len(runs) > 2:
+        raise click.UsageError(f"{len(runs)} runs: one is told of, or two are compared")
+    where = {"state": terminal.state_folder(), "environ": os.environ, "cwd": Path.cwd()}
+    found = [place(run, checkpoints, **where).read() for run in runs]  # type: ignore[arg-type]
+    accounts = [account(run) for run in found]
+    if html:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(_page(found, accounts), encoding="utf-8")
+    if as_json:
+        told = [one.as_dict() for one in accounts]
+        click.echo(render.to_json(told[0] if len(told) == 1 else told))
+    else:
+        _print(accounts)
+    if html:
+        click.echo(f"page: {html}", err=True)
+
+
+def _page(runs: list[Run], accounts: list[Account]) -> str:
+    from datetime import UTC, datetime
+
+    from launcher.report import page
+
+    made = f"as of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    if len(runs) == 1:
+        return page.of_run(runs[0], accounts[0], made=made)
+    return page.of_two((runs[0], runs[1]), (accounts[0], accounts[1]), made=made)
+
+
+def _print(accounts: list[Account]) -> None:
+    from launcher import render
+    from launcher.report import words
+
+    console = terminal.stdout()
+    if len(accounts) == 2:
+        _table(console, words.compared((accounts[0], accounts[1])))
+        return
+    (one,) = accounts
+    facts = [(name, f"{value}  {word}".rstrip()) for name, value, word in words.figures(one)]
+    console.print(render.facts_table([("state", one.state), *facts, *words.beside(one)], title=one.run))
+    _table(console, words.attempts(one))
+    _table(console, words.spent(one))
+    if against := words.promised(one):
+        _table(console, against)
+
+
+def _table(console: Console, rows: Rows) -> None:
+    from launcher import render
+
+    console.print()
+    console.print(rows.caption, style="bold", markup=False)
+    console.print(render.list_table(rows.columns, rows.rows))

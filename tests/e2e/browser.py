@@ -1,0 +1,128 @@
+"""A headless Chromium: this machine's, else Debian's, installed where the rest of the machine does not see it."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from html import unescape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.e2e.lab.namespace import Namespace, NotToBeHad
+from tests.e2e.lab.packages import install
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+PACKAGES = {"chromium": "chromium", "fc-list": "fontconfig"}
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run",
+    "--disable-background-networking", "--enable-logging=stderr", "--virtual-time-budget=10000",
+)  # fmt: skip
+DARK = "--blink-settings=preferredColorScheme=0"
+FRAME = """<!DOCTYPE html><html><body style="margin:0">
+<iframe id="f" src="{page}" style="border:0;width:{width}px;height:3000px"></iframe><pre id="seen"></pre><script>
+addEventListener("load", () => {{
+  const doc = document.getElementById("f").contentDocument;
+  const wide = [...doc.body.querySelectorAll("*")].filter(each => {{
+    const box = each.getBoundingClientRect();
+    return box.width && (box.right > {width} + 1 || box.left < -1) && getComputedStyle(each).position !== "absolute";
+  }}).map(each => each.tagName + "." + (each.getAttribute("class") || "") + " " + each.textContent.slice(0, 30));
+  document.getElementById("seen").textContent = JSON.stringify({{
+    scroll_px: doc.documentElement.scrollWidth, wide: wide.slice(0, 8), headings: doc.querySelectorAll("h1").length,
+    shown: [...doc.querySelectorAll("svg.chart")].filter(each => each.getBoundingClientRect().width).length,
+  }});
+}});</script></body></html>"""
+"""Measures a page in a frame of that width: a window of Chromium's cannot be as narrow as a phone."""
+
+
+class Seen(NamedTuple):
+    """A page that was opened."""
+
+    scroll_px: int
+    """Width that it takes in all."""
+    wide: list[str]
+    """Elements that reach beyond the frame."""
+    headings: int
+    shown: int
+    """Pictures that are not hidden."""
+    complaints: list[str]
+    """What the console has shown."""
+    asked_for: list[str]
+    """Paths that were fetched beside the page itself."""
+
+
+class Browser:
+    """Opens pages; `run` runs Chromium with words of its command line."""
+
+    def __init__(self, run: Callable[..., subprocess.CompletedProcess[str]], name: str, folder: Path) -> None:
+        self._run = run
+        self._name = name
+        self._folder = folder
+
+    def open(self, page: Path, *, width: int) -> Seen:
+        """A page in a frame that is so many pixels wide."""
+        frame = page.with_name("frame.html")
+        frame.write_text(FRAME.format(page=page.name, width=width))
+        with served(page.parent) as (address, paths):
+            done = self._start("--dump-dom", f"{address}/{frame.name}")
+        found = re.search(r'<pre id="seen">(.+?)</pre>', done.stdout, re.DOTALL)
+        assert found, done.stdout[-2000:] + done.stderr[-2000:]
+        told: dict[str, Any] = json.loads(unescape(found[1]))
+        complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        others = sorted(set(paths) - {f"/{page.name}", f"/{frame.name}", "/favicon.ico"})
+        return Seen(**told, complaints=complaints, asked_for=others)
+
+    def screenshot(self, page: Path, into: Path, *, dark: bool = False) -> None:
+        words = [DARK] if dark else []
+        self._start(*words, "--window-size=1040,1600", f"--screenshot={into}", page.as_uri())
+
+    def print(self, page: Path, into: Path) -> None:
+        """As PDF."""
+        self._start(f"--print-to-pdf={into}", page.as_uri())
+
+    def _start(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return self._run(self._name, *FLAGS, f"--user-data-dir={self._folder}", *words)
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The folder over HTTP on this machine: its address, and the paths that are asked for."""
+    paths: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, form: str, *args: Any) -> None:
+            paths.append(self.path)
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", paths
+        server.shutdown()
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Browser]:
+    """Raises NotToBeHad."""
+    if name := next(filter(shutil.which, NAMES), None):
+        yield Browser(_here, name, folder)
+        return
+    with ExitStack() as stack:
+        inside = stack.enter_context(Namespace(os.environ))
+        install(inside, PACKAGES)
+        yield Browser(inside.run, "chromium", folder)
+
+
+def _here(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words, capture_output=True, text=True, check=True, timeout=120, stdin=subprocess.DEVNULL
+    )
+
+
+__all__ = ["Browser", "NotToBeHad", "Seen", "browser"]
