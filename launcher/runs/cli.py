@@ -1,0 +1,61 @@
+"""`python -m launcher runs`: what is in the bucket."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from launcher import terminal
+
+if TYPE_CHECKING:
+    from launcher.runs.listing import Listed
+
+COLUMNS = ("run", "state", ">step", ">loss", ">last commit", ">attempts", ">$", "last heard of")
+
+
+@click.command()
+@click.option(
+    "--checkpoints",
+    metavar="URI",
+    help="Where runs live: gs://…, s3://…, or a folder here.  [default: settings]",
+)
+@click.option("--json", "as_json", is_flag=True, help="A JSON list on stdout.")
+def runs(checkpoints: str | None, as_json: bool) -> None:
+    """List the runs that are in the bucket, whoever started them, the latest first."""
+    from launcher import render, settings
+    from launcher.runs.listing import listing
+    from launcher.runs.read import canonical
+
+    address = canonical(checkpoints or settings.load(os.environ).checkpoints, Path.cwd())
+    now = time.time()
+    rows = listing(address, now=now)
+    if as_json:
+        click.echo(render.to_json([row.as_dict() for row in rows]))
+        return
+    if not rows:
+        terminal.stdout().print(f"no run is in {address} yet", markup=False)
+        return
+    terminal.stdout().print(render.list_table(COLUMNS, (_cells(row, now) for row in rows)))
+    for row in rows:
+        if row.error:
+            click.echo(f"{row.run}: {row.error}", err=True)
+
+
+def _cells(row: Listed, now: float) -> list[str]:
+    from launcher.render import ago
+
+    of = f" of {row.total_steps:,}" if row.total_steps else ""
+    return [
+        row.run,
+        row.state,
+        f"{row.step:,}{of}" if row.step is not None else "",
+        f"{row.loss:.4f}" if row.loss is not None else "",
+        f"{row.committed:,}" if row.committed is not None else "",
+        str(row.attempts) if row.attempts is not None else "",
+        f"{row.usd:,.2f}" if row.usd is not None else "",
+        ago(now - row.last) if row.last is not None else "",
+    ]

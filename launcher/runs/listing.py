@@ -1,0 +1,84 @@
+"""What is in a bucket: a row for each run, read side by side."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from launcher.runs import money
+from launcher.runs.read import Reader, Run
+from trainer.bucket import list_runs, open_run
+from trainer.errors import UserError
+
+AT_ONCE = 32
+"""Runs: each is a handful of small requests that wait for their answers."""
+SILENT_S = 300.0
+"""After so long without a word a run with no end has lost its machine, or waits for the next."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One run of a bucket."""
+
+    run: str
+    state: str
+    """As its events tell it; `silent` for one that has no end and was not heard of for a while."""
+    method: str
+    step: int | None
+    total_steps: int | None
+    loss: float | None
+    committed: int | None
+    """The newest step that a checkpoint was committed of."""
+    attempts: int | None
+    usd: float | None
+    last: float | None
+    """When it was heard of last (unix time, seconds)."""
+    error: str | None = None
+    """Why nothing is known of it."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+def listing(checkpoints: str, *, now: float) -> list[Listed]:
+    """Every run below an address, the latest first; folders that hold no run are left out.
+
+    Args:
+        checkpoints: canonical address of the folder of runs.
+        now: unix time, seconds.
+
+    Raises:
+        BucketError, Unavailable: the bucket cannot be listed.
+    """
+    names = list_runs(checkpoints)
+    with ThreadPoolExecutor(AT_ONCE) as readers:
+        rows = list(readers.map(lambda name: _listed(checkpoints, name, now), names))
+    return sorted((row for row in rows if row), key=lambda row: row.last or 0.0, reverse=True)
+
+
+def _listed(checkpoints: str, run_id: str, now: float) -> Listed | None:
+    try:
+        run = Reader(open_run(checkpoints, run_id), run_id).read()
+    except (UserError, ValueError, KeyError) as error:  # one that is damaged does not hide the others
+        reason = error.message if isinstance(error, UserError) else f"its events cannot be read: {error}"
+        return Listed(run_id, "?", "", None, None, None, None, None, None, None, error=reason)
+    return _row(run, now) if run.attempts or run.commits else None
+
+
+def _row(run: Run, now: float) -> Listed:
+    last = run.attempts[-1].ended if run.attempts else None
+    silent = run.state == "running" and last is not None and now - last > SILENT_S
+    return Listed(
+        run=run.run_id,
+        state="silent" if silent else run.state,
+        method=run.method,
+        step=run.step,
+        total_steps=run.total_steps,
+        loss=run.steps[-1].get("loss") if run.steps else None,
+        committed=max(run.commits, default=None),
+        attempts=len(run.attempts),
+        usd=money.bill(run, now=now if run.state == "running" and not silent else None).usd,
+        last=last,
+    )

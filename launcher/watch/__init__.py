@@ -1,0 +1,1 @@
+"""`python -m launcher watch`: a run as it goes on, without touching it."""

@@ -1,0 +1,351 @@
+"""A run is watched: what is known of it, how it is drawn, and that it is only read."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from launcher.cloud.fake import FakeCloud
+from launcher.cloud.protocol import Phase, Standing
+from launcher.runs.find import Place
+from launcher.submit import submissions
+from launcher.submit.submissions import Sent
+from launcher.watch import follow
+from launcher.watch.braille import MARGIN, Line, plot
+from launcher.watch.source import ASK_EVERY_S, Seen, Source
+from launcher.watch.view import View, line
+from tests.fakes.journeys import BEGIN, LEGS, PLAN, Leg, journey, write_journey
+from tests.fakes.runs import attempt_events, write_events
+from tests.harness import ROOT, wait_until
+from tests.servers.s3 import FaultyS3
+from trainer.bucket import open_run
+from trainer.errors import Unavailable
+
+RUNNING = (LEGS[0], Leg("gcp/us-east5", "spot", 13.18, 268, None, gap_s=540))
+
+
+class Site:
+    """A run over two machines, the second at work; the clock stands where its last event is."""
+
+    def __init__(self, root: Path) -> None:
+        self.runs, self.state = root / "runs", root / "state"
+        self.cloud = FakeCloud()
+        self.attempts = journey(RUNNING)
+        self.now = datetime.fromisoformat(self.attempts[-1][-1]["time"]).timestamp()
+        write_journey(self.runs / "a-run", self.attempts)
+
+    def submitted(self, phase: Phase = "running") -> None:
+        facts = {
+            "run_id": "a-run",
+            "recipe": "r",
+            "checkpoints": str(self.runs),
+            "kind": "managed job",
+            "name": "a-run",
+        }
+        more = {"job_id": 3, "where": "gcp", "usd_per_h": 13.18, "submitted": BEGIN.timestamp()}
+        submissions.remember(self.state, Sent.model_validate({**facts, **more}))
+        said = {"kind": "managed job", "name": "a-run", "job_id": 3, "phase": phase, "said": phase.upper()}
+        self.cloud.standings["managed job", "a-run"] = Standing.model_validate(said)
+
+    def source(self) -> Source:
+        return Source(Place(str(self.runs), "a-run"), lambda: self.cloud, state=self.state)
+
+    def look(self, after_s: float = 0.0) -> Seen:
+        return self.source().look(self.now + after_s)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def drawn(seen: Seen, width: int = 110) -> str:
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(View(seen, rows=30))
+    return captured.get()
+
+
+def test_all_that_matters_is_on_the_screen(site: Site) -> None:
+    """Progress, ETA, node, price, dollars, plan, last commit and its age, attempts and their ends."""
+    text = drawn(site.look(after_s=30))
+    for said in (
+        "step 268 of 478", "56%", "left", "gcp/us-east5, spot, 13.18 $/h", "so far", "$41.00 planned", "at the end",
+        "step 250", "ago, 18 steps since", "tokens/s", "GPU memory", "70 GiB at most, 74 predicted, 79 there",
+        "loss", "reward accuracy", "lost", "at work", "gcp/us-central1",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+@pytest.mark.parametrize("rows", [14, 24, 50])
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_screen_is_never_too_low_for_it(site: Site, width: int, rows: int) -> None:
+    """What is below the curves is always seen: they give way."""
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(View(site.look(), hint="q leaves", rows=rows))
+    told = captured.get().rstrip().splitlines()
+    assert told[-1].strip() == "q leaves"
+    assert len(told) <= rows
+
+
+def test_the_budget_is_held_against_the_dollars(site: Site) -> None:
+    """As the node was told it."""
+    for events in site.attempts:
+        events[0]["limits"] = {"budget_usd": 20.0, "deadline_h": None}
+    write_journey(site.runs / "a-run", site.attempts)
+    assert "55% of the budget of $20.00" in drawn(site.look())
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_it_fits_the_terminal(site: Site, width: int) -> None:
+    """No line is longer than it is wide, however wide."""
+    assert all(len(row) <= width for row in drawn(site.look(), width).splitlines())
+
+
+def test_the_money_runs_while_the_machine_does(site: Site) -> None:
+    """Also while no event comes; and stops when the machine is known to be gone."""
+    site.submitted("running")
+    early, late = site.look(), site.look(after_s=3600)
+    assert early.account.usd is not None
+    assert late.account.usd == pytest.approx(early.account.usd + 13.18)
+    site.submitted("failed")
+    assert site.look(after_s=3600).account.usd == pytest.approx(early.account.usd)
+
+
+@pytest.mark.parametrize(
+    ("phase", "state", "at_work"),
+    [
+        ("running", "running", True),
+        ("recovering", "recovering", True),
+        ("failed", "failed", False),
+        ("waiting", "waiting", True),
+    ],
+)
+def test_skypilot_knows_of_the_way_there(site: Site, phase: Phase, state: str, at_work: bool) -> None:
+    """A managed job that is being recovered is at work, though its newest attempt is dead."""
+    site.submitted(phase)
+    seen = site.look(after_s=7200)
+    assert (seen.state, seen.at_work, seen.over) == (state, at_work, not at_work)
+
+
+def test_skypilot_is_asked_now_and_then(site: Site) -> None:
+    """Its answers take seconds; the bucket is read each time."""
+    site.submitted()
+    source = site.source()
+    for after_s in (0.0, 5.0, ASK_EVERY_S - 1, ASK_EVERY_S):
+        source.look(site.now + after_s)
+    assert site.cloud.asked == ["managed jobs"] * 2
+
+
+def test_the_run_is_seen_while_skypilot_is_away(site: Site) -> None:
+    """The bucket tells of it, and what is not known is said."""
+    site.submitted()
+    site.cloud.fault = Unavailable("no API server")
+    seen = site.look()
+    assert (seen.state, seen.at_work, seen.fault) == ("running", True, "no API server")
+    assert "not all is known: no API server" in drawn(seen)
+
+
+def test_a_run_from_elsewhere_that_fell_silent_is_not_at_work(site: Site) -> None:
+    """Nobody here can ask after it."""
+    assert site.look(after_s=60).at_work
+    silent = site.look(after_s=3600)
+    assert (silent.state, silent.at_work, silent.over) == ("preempted", False, False)
+    assert "not heard of since" in drawn(silent)
+
+
+def test_a_run_that_has_not_begun_can_be_watched(tmp_path: Path) -> None:
+    """The first machine may take its time."""
+    seen = Source(Place(str(tmp_path), "new"), FakeCloud, state=tmp_path / "state").look(0.0)
+    assert "nothing was heard of it yet" in drawn(seen)
+    assert "nothing was heard of it yet" in line(seen)
+
+
+def test_only_what_has_grown_is_read_again(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
+    """Of two attempts the events of the first are read once."""
+    bucket = open_run(s3, "a-run")
+
+    def put(events: list[dict[str, Any]]) -> None:
+        bucket.put(
+            f"events/{events[0]['attempt']:04d}.jsonl",
+            "".join(json.dumps(each) + "\n" for each in events).encode(),
+        )
+
+    put(attempt_events(1, start=0, last=14, total_steps=40))
+    put(attempt_events(2, start=10, last=20, total_steps=40))
+    source = Source(Place(s3, "a-run"), FakeCloud, state=tmp_path)
+    source.look(0.0)
+    read = [seen.key for seen in faulty_s3.requests if seen.method == "GET" and seen.key.endswith(".jsonl")]
+    assert len(read) == 2
+    before = len(faulty_s3.requests)
+    source.look(1.0)
+    assert [seen for seen in faulty_s3.requests[before:] if seen.key.endswith(".jsonl")] == []
+    put(attempt_events(2, start=10, last=30, total_steps=40))
+    before = len(faulty_s3.requests)
+    assert source.look(2.0).run.step == 30
+    assert [seen.key[-10:] for seen in faulty_s3.requests[before:] if seen.key.endswith(".jsonl")] == [
+        "0002.jsonl"
+    ]
+
+
+# Curves of dots
+
+
+def test_a_curve_goes_from_corner_to_corner() -> None:
+    """The first value is at the lower left, the last at the upper right."""
+    rows = [
+        row.plain
+        for row in plot([Line([(0, 0.0), (10, 1.0)], "cyan")], width=MARGIN + 10, height=6, last_step=10)
+    ]
+    assert rows[0].endswith("⠊") or rows[0].rstrip()[-1] > "⠀"
+    assert rows[-2][MARGIN] > "⠀"
+    assert rows[0].lstrip().startswith("1 ")
+    assert rows[-2].lstrip().startswith("0 ")
+    assert rows[-1].split() == ["0", "10"]
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")] * 3, [1.0], [2.0, 2.0, 2.0], [1.0, float("nan"), 3.0]])
+def test_strange_curves_are_plotted(values: list[float]) -> None:
+    """Whatever there is fits the frame."""
+    rows = plot(
+        [Line(list(enumerate(values)), "cyan"), Line([], "red", "o")],
+        width=30,
+        height=5,
+        last_step=2,
+        ends=[1],
+    )
+    assert len(rows) == 5
+    assert all(len(row.plain) == 30 for row in rows)
+
+
+# Following
+
+
+class Pressed:
+    """Keys that are pressed one after the other."""
+
+    def __init__(self, *keys: str) -> None:
+        self._keys = list(keys)
+
+    def wait(self, seconds: float) -> str:
+        return self._keys.pop(0) if self._keys else ""
+
+
+def test_lines_are_told_when_something_changes(site: Site) -> None:
+    """Until the run is over; the same twice is told once."""
+    source, moments = site.source(), iter(range(100))
+
+    def look(now: float) -> Seen:
+        if now == 2:
+            write_journey(
+                site.runs / "a-run", journey((*RUNNING, Leg("nebius/eu-north1", "spot", 11.84, 478, "done")))
+            )
+        return source.look(site.now + now)
+
+    console = Console(width=200)
+    with console.capture() as captured:
+        seen = follow.lines(look, console, Pressed(), every_s=0, clock=lambda: float(next(moments)))
+    told = captured.get().splitlines()
+    assert seen.state == "done"
+    assert told[0].startswith("running  attempt 2 at work  step 268 of 478")
+    assert told[-1].startswith("done  attempt 3 done  step 478 of 478")
+
+
+def test_q_leaves(site: Site) -> None:
+    """And what was seen last is handed back."""
+    source = site.source()
+    terminal = Console(force_terminal=True, file=io.StringIO())
+    seen = follow.live(
+        lambda _now: source.look(site.now), terminal, Pressed("", "x", "q"), every_s=100, clock=time.monotonic
+    )
+    assert seen.run.step == 268
+
+
+# The command
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "XDG_STATE_HOME": str(tmp_path / "xdg"),
+        "TERM": "xterm-256color",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def typed(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher", *words]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+
+
+def test_one_look_as_json(site: Site, environment: dict[str, str]) -> None:
+    """For programs: state, what is left, and the account."""
+    done = typed(["watch", str(site.runs / "a-run"), "--json"], environment)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["run"], told["state"], told["step"], told["plan"]) == ("a-run", "preempted", 268, PLAN)
+    assert len(told["attempts"]) == 2
+
+
+def test_a_run_that_is_over_is_shown_once(site: Site, environment: dict[str, str]) -> None:
+    """There is nothing to wait for."""
+    write_journey(site.runs / "a-run", journey())
+    done = typed(["watch", str(site.runs / "a-run")], environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "done  attempt 4 done  step 478 of 478  loss 0.4812  committed 478  $21.86"
+    ]
+
+
+@pytest.fixture
+def at_work(tmp_path: Path) -> Path:
+    """A run whose last event is of just now."""
+    events = attempt_events(1, start=0, last=30, total_steps=400, began=datetime.now(UTC))
+    write_events(tmp_path / "runs" / "live", events)
+    return tmp_path / "runs" / "live"
+
+
+def test_on_a_terminal_it_is_drawn_and_q_leaves(at_work: Path, environment: dict[str, str]) -> None:
+    """The run's files are as they were before."""
+    before = {path: path.read_bytes() for path in at_work.rglob("*.jsonl")}
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher", "watch", str(at_work)], env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+
+    def said() -> bool:
+        nonlocal shown
+        shown += os.read(ours, 65536)
+        return b"the run goes on" in shown
+
+    try:
+        wait_until(said, "watch to draw", timeout_s=60)
+        os.write(ours, b"q")
+        while process.poll() is None:
+            try:
+                shown += os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                break
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+    assert b"step 30 of 400" in shown
+    assert {path: path.read_bytes() for path in at_work.rglob("*.jsonl")} == before
