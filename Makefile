@@ -6,7 +6,8 @@ DEMO := runs
 # Units whose packages are the same in both environments, or that only the launcher's has.
 SAME_IN_BOTH := not bucket and not sync and not uploader and not checkpoints and not local and not parts and not plan \
   and not prices and not offers and not predictions and not spot and not estimate and not image and not submit \
-  and not orders and not cloud and not task and not architecture and not doctor and not resume and not completion
+  and not orders and not cloud and not task and not architecture and not doctor and not resume and not completion \
+  and not test_watch and not test_runs_listing and not test_page and not test_accounts
 
 .PHONY: setup demo check test test-slurm test-image lock fields bench soak clean
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import NamedTuple
 
 from launcher.render import duration, size
@@ -164,28 +166,41 @@ def _against(name: str, form: str, then: float | None, now: float | None) -> tup
     return name, form.format(then) if then else NOTHING, form.format(now) if now else NOTHING, change
 
 
-def compared(accounts: tuple[Account, ...]) -> Rows:
-    """The same facts of several runs, side by side."""
-    facts = [
-        ("state", [one.state for one in accounts]),
-        ("steps", [f"{one.step:,}" for one in accounts]),
-        ("attempts", [str(len(one.attempts)) for one in accounts]),
-        ("dollars", [usd(one.usd) for one in accounts]),
-        ("dollars, spot", [usd(one.spot_usd) for one in accounts]),
-        ("dollars, on demand", [usd(one.on_demand_usd) for one in accounts]),
-        ("time", [duration(one.wall_s) for one in accounts]),
-        ("paid time", [duration(one.hours.paid_s) for one in accounts]),
-        ("without a machine", [duration(one.provisioning_s) for one in accounts]),
-        ("goodput", [percent(one.goodput) for one in accounts]),
-        ("lost steps", [str(one.lost_steps) for one in accounts]),
-        *((title, [duration(getattr(one.hours, name)) for one in accounts]) for name, title in NAMES.items()),
-        ("train loss", [_form(one.loss) for one in accounts]),
-        ("test loss", [_form(one.test.get("eval_loss")) for one in accounts]),
-        ("test reward accuracy", [_form(one.test.get("eval_rewards/accuracies")) for one in accounts]),
+def compared(accounts: tuple[Account, Account]) -> Rows:
+    """The same facts of two runs, side by side, and by how much the second differs."""
+    reads: list[tuple[str, Callable[[Account], float | None], Callable[[float | None], str]]] = [
+        ("steps", lambda one: one.step, _count),
+        ("attempts", lambda one: len(one.attempts), _count),
+        ("dollars", lambda one: one.usd, usd),
+        ("dollars, spot", lambda one: one.spot_usd if one.usd is not None else None, usd),
+        ("dollars, on demand", lambda one: one.on_demand_usd if one.usd is not None else None, usd),
+        ("time", lambda one: one.wall_s, _time),
+        ("paid time", lambda one: one.hours.paid_s, _time),
+        ("without a machine", lambda one: one.provisioning_s, _time),
+        ("goodput", lambda one: one.goodput, percent),
+        ("lost steps", lambda one: one.lost_steps, _count),
+        *((title, attrgetter(f"hours.{name}"), _time) for name, title in NAMES.items()),
+        ("train loss", lambda one: one.loss, _form),
+        ("test loss", lambda one: one.test.get("eval_loss"), _form),
+        ("test reward accuracy", lambda one: one.test.get("eval_rewards/accuracies"), _form),
     ]
-    shown = tuple((name, *values) for name, values in facts if set(values) != {NOTHING})
-    names = [one.run for one in accounts]
-    return Rows("Side by side", ("", *(f">{name}" for name in names)), shown)
+    first, second = accounts
+    rows = [("state", first.state, second.state, "")]
+    for name, read, form in reads:
+        mine, theirs = read(first), read(second)
+        if mine is not None or theirs is not None:
+            change = f"{theirs / mine - 1:+.0%}" if mine and theirs is not None else ""
+            change = "same" if mine == theirs else change
+            rows.append((name, form(mine), form(theirs), change))
+    return Rows("Side by side", ("", f">A: {first.run}", f">B: {second.run}", ">B to A"), tuple(rows))
+
+
+def _count(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def _time(seconds: float | None) -> str:
+    return NOTHING if seconds is None else duration(seconds)
 
 
 def _form(value: float | None) -> str:
