@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from launcher.watch.facts import line
 from launcher.watch.keys import Keys
 from launcher.watch.source import Seen
-from launcher.watch.view import View, line
+from launcher.watch.view import View
 from trainer.errors import UserError
 
 KEY_S = 0.2

@@ -17,6 +17,8 @@ from trainer.errors import UserError
 
 ASK_EVERY_S = 20.0
 """Seconds between two questions to SkyPilot, which answers in seconds; the bucket knows all else."""
+RECOVERY_S = 60.0
+"""Whoever recovers a run has begun after so long."""
 OVER = ("done", "failed", "superseded", "stopped", "cancelled")
 
 
@@ -33,13 +35,16 @@ class Seen:
     """By whom it is held, in a few words."""
     now: float
     """Unix time, seconds."""
+    known: bool = False
+    """Whether it was started from here, so that somebody can say whether it is still held."""
     fault: str | None = None
     """What could not be seen this time."""
 
     @property
     def over(self) -> bool:
         """Whether nothing more will happen by itself."""
-        return not self.at_work and self.state in OVER
+        left = self.known and self.silent_s > RECOVERY_S
+        return not self.at_work and (self.state in OVER or left)
 
     @property
     def silent_s(self) -> float:
@@ -78,7 +83,7 @@ class Source:
         run = self._reader.read()
         state, at_work, said = self._stands(run, now)
         told = account(run, now=now if at_work and run.state == "running" else None)
-        return Seen(run, told, state, at_work, said, now, self._fault)
+        return Seen(run, told, state, at_work, said, now, self._known is not None, self._fault)
 
     def _stands(self, run: Run, now: float) -> tuple[str, bool, str]:
         if isinstance(self._known, Local):

@@ -83,9 +83,16 @@ def steps_of(trained: Trained, name: str) -> list[Any]:
     return [line[name] for line in trained.of("step")]
 
 
+def tokens_of(trained: Trained) -> list[int]:
+    """Of each step, over all ranks."""
+    pace = zip(steps_of(trained, "tokens_per_s"), steps_of(trained, "step_s"), strict=True)
+    return [round(per_s * seconds) for per_s, seconds in pace]
+
+
 def assert_alike(one: Trained, other: Trained) -> None:
     """The same samples at each step, and losses that rounding could have made."""
     assert steps_of(one, "samples") == steps_of(other, "samples")
+    assert tokens_of(one) == tokens_of(other)
     losses = torch.tensor([steps_of(one, "loss"), steps_of(other, "loss")], dtype=torch.float64)
     difference = losses[0] - losses[1]
     assert difference.abs().max() <= LOSS_TOLERANCE

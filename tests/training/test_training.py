@@ -61,6 +61,21 @@ def test_a_training_says_each_step(small: Small, name: str) -> None:
     assert ("rewards/accuracies" in trained.of("step")[0]) == (name == DPO)
 
 
+def test_steps_say_how_long_they_took_and_what_they_held(small: Small) -> None:
+    """Seconds that add up, tokens, the host's peak; evaluations say theirs, and a save its bytes."""
+    trained = small(DPO)
+    steps = trained.of("step")
+    sums = [sum(line["step_s"] for line in steps[: nth + 1]) for nth in range(len(steps))]
+    assert [line["train_s"] for line in steps] == pytest.approx(sums)
+    assert all(line["tokens_per_s"] > 0 and line["step_s"] > 0 for line in steps)
+    assert all(0.05 < line["host_peak_gib"] < 64 for line in steps)
+    assert [line["gpu_peak_gib"] is None for line in steps] == [not torch.cuda.is_available()] * len(steps)
+    assert all(line["seconds"] > 0 for line in trained.of("eval"))
+    saved = trained.of("saved")[0]
+    folder = trained.checkpoint(saved["step"])
+    assert saved["bytes"] == sum(path.stat().st_size for path in folder.rglob("*"))
+
+
 def test_checkpoints_are_staged_with_what_they_are_of(small: Small) -> None:
     """Each saved folder has its marker, and both the folder and the marker know data, model and world."""
     trained = small(SFT)

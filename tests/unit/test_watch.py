@@ -23,8 +23,9 @@ from launcher.submit import submissions
 from launcher.submit.submissions import Sent
 from launcher.watch import follow
 from launcher.watch.braille import MARGIN, Line, plot
+from launcher.watch.facts import line
 from launcher.watch.source import ASK_EVERY_S, Seen, Source
-from launcher.watch.view import View, line
+from launcher.watch.view import View
 from tests.fakes.journeys import BEGIN, LEGS, PLAN, Leg, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
 from tests.harness import ROOT, wait_until
@@ -138,6 +139,13 @@ def test_skypilot_knows_of_the_way_there(site: Site, phase: Phase, state: str, a
     site.submitted(phase)
     seen = site.look(after_s=7200)
     assert (seen.state, seen.at_work, seen.over) == (state, at_work, not at_work)
+
+
+def test_a_run_that_nobody_recovers_is_over(site: Site) -> None:
+    """Preempted, and the job that held it has ended: after a while there is nothing to wait for."""
+    site.submitted("idle")
+    assert not site.look(after_s=10).over
+    assert site.look(after_s=100).over
 
 
 def test_skypilot_is_asked_now_and_then(site: Site) -> None:
