@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 from launcher.runs.read import Reader
-from tests.faults.test_nodes import RECIPE as NODES_RECIPE
-from tests.faults.test_nodes import nodes
 from tests.faults.test_supervisor import RECIPE
 from tests.harness import ROOT, RunView, wait_until
 from trainer.errors import ExitCode
@@ -134,19 +132,3 @@ def test_the_command_ends_with_its_own_exit_code(
     view = RunView(str(tmp_path / "runs"), "r")
     assert view.events("stopped")
     assert not view.events("started")
-
-
-def test_two_nodes_stop_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Node 0 watches for both: one warning, one end, one exit code; what both had is committed."""
-    monkeypatch.setenv(USD_PER_H, A_DOLLAR_A_SECOND)
-    monkeypatch.setenv(BUDGET_USD, "8")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(NODES_RECIPE)
-    view = RunView(str(tmp_path / "runs"), "r")
-    with nodes(recipe, str(tmp_path / "runs"), "r", step_s=1000) as both:
-        for node in both:
-            assert node.wait(120) == ExitCode.LIMIT, node.log
-    assert [event["share"] for event in view.events("limit")] == [0.8, 1.0]
-    (stopped,) = view.events("stopped")
-    assert "stopped at step 1;" in stopped["message"]
-    assert view.committed_steps() == [1]

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from trainer.errors import UserError
 from trainer.recipe import load
-from trainer.spent import Limits
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.supervise import Request, run
 from trainer.supervisor.team import position
-from trainer.variables import BUDGET_USD
 
 PROGRAM = "tests.fakes.counting"
 
@@ -39,7 +37,6 @@ def main() -> int:
         program=PROGRAM,
         work=work,
         tmpfs=work.parent / "tmpfs",
-        limits=Limits(budget_usd=float(budget) if (budget := os.environ.get(BUDGET_USD)) else None),
     )
     try:
         return run(request, notice, position(os.environ))
