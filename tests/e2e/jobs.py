@@ -19,7 +19,8 @@ from tests.servers.s3 import FaultyS3
 SAVE_STEPS = 20
 LAST_STEP = 60
 SHORT = (f"max_steps={LAST_STEP}", f"save_steps={SAVE_STEPS}", "eval_strategy=no", "logging_steps=1")
-LONG = ("max_steps=4000", "save_steps=2000", "eval_strategy=no", "logging_steps=1")
+ENDLESS = ("max_steps=100000", "save_steps=50000", "eval_strategy=no", "logging_steps=1")
+"""However long SkyPilot takes to end it."""
 FEW = ("max_train_samples=60", "global_batch_size=8", "micro_batch_size=8")
 SMALLEST = (
     "tiny.hidden_size=64",

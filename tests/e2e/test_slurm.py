@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import pytest
 
 from tests.e2e import preemptions
-from tests.e2e.jobs import LAST_STEP, LONG, SAVE_STEPS, SHORT, Job, reached
+from tests.e2e.jobs import ENDLESS, LAST_STEP, SAVE_STEPS, SHORT, Job, reached
 from tests.e2e.lab.lab import Lab
 from tests.harness import RunView
 from tests.servers.s3 import FaultyS3
@@ -110,7 +110,7 @@ def test_a_typo_in_the_recipe_fails_at_once(lab: Lab, job: MakesJobs) -> None:
 def test_a_cancelled_job_leaves_what_it_had_trained(job: MakesJobs, kind: str) -> None:
     """Cancelled in mid-run, the job saves, uploads and commits within the notice, and is gone."""
     cancelled = job(f"cancelled-{kind}")
-    cancelled.submit("--detach", *LONG, managed=kind == "managed")
+    cancelled.submit("--detach", *ENDLESS, managed=kind == "managed")
     cancelled.wait_for_step(5)
     said = cancelled.launcher.run("cancel", cancelled.name).stdout
     [committed] = cancelled.view.committed_steps()
