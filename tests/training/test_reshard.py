@@ -15,7 +15,7 @@ import torch
 
 from tests.training.jobs import Trained, train
 from tests.training.ranks import ranks_job, run
-from tests.training.test_engines import assert_alike, needs_compiler, steps_of
+from tests.training.test_engines import LOSS_TOLERANCE, assert_alike, needs_compiler, steps_of
 from trainer.job import Job, Outcome
 
 SFT = "zephyr-tiny/sft"
@@ -161,8 +161,12 @@ def test_a_moment_that_is_lost_would_show(tmp_path: Path, whole: Whole, key: str
             state[key].zero_()
         torch.save(written, part)
     after = trained(tmp_path / "work", "single", resume_from=folder)
-    with pytest.raises(AssertionError):
-        assert_goes_on(before, after)
+    rest = rest_of(before, HALF)
+    assert steps_of(after, "samples") == steps_of(rest, "samples")
+    differences = [
+        one - other for one, other in zip(steps_of(after, "loss"), steps_of(rest, "loss"), strict=True)
+    ]
+    assert max(map(abs, differences)) > 100 * LOSS_TOLERANCE
 
 
 def test_an_optimizer_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
@@ -180,7 +184,7 @@ def test_an_optimizer_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     refused = run(job)
     assert refused.outcome.status == "user_error"
     assert (
-        "the optimizer keeps `exp_avg_sq_col`, which is not one number for each weight"
+        "the optimizer keeps `exp_avg_sq_row`, which is not one number for each weight"
         in refused.outcome.message
     )
     assert "as many GPUs of the same kind" in (refused.outcome.hint or "")

@@ -36,11 +36,9 @@ class Resharded:
         """Transformers loads the checkpoint at the end of this."""
         if folder is None or not self.converted:
             return super()._prepare_for_training(max_steps, loader, folder)  # type: ignore[misc]
-        import torch
-
         prepared = super()._prepare_for_training(max_steps, loader, None)  # type: ignore[misc]
         bring(self, Path(folder), self.came_from, self.about)
-        self.lr_scheduler.load_state_dict(torch.load(Path(folder) / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(schedule(Path(folder), len(self.lr_scheduler.base_lrs)))
         return prepared
 
     def _load_from_checkpoint(self: Any, folder: str, model: Any = None) -> None:
@@ -76,6 +74,19 @@ def bring(trainer: Any, folder: Path, theirs: Identity, mine: Identity) -> None:
         "the state that %s wrote was brought into %s: %.2f GB to a process in %.1f s",
         *(theirs.words(), mine.words(), size / 1e9, time.monotonic() - began),
     )
+
+
+def schedule(folder: Path, groups: int) -> dict[str, Any]:
+    """The scheduler's state, for as many groups: DeepSpeed drops those without parameters, as LoRA's second is."""
+    import torch
+
+    state: dict[str, Any] = torch.load(folder / "scheduler.pt", weights_only=True)
+    for key, value in state.items():
+        if isinstance(value, list) and len(value) != groups:
+            if any(each != value[0] for each in value):
+                raise RuntimeError(f"the scheduler's {key} is {value}, for {groups} groups")
+            state[key] = value[:1] * groups
+    return state
 
 
 def aliases(model: Any, names: list[str]) -> list[list[str]]:
