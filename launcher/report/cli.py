@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher import terminal
+from launcher import completion, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN [OTHER]")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN [OTHER]", shell_complete=completion.runs)
 @click.option(
     "--html",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher import terminal
+from launcher import completion, terminal
 
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=completion.runs)
 @click.option("--once", is_flag=True, help="Show how it stands, and come back.")
 @click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
 @click.option(
