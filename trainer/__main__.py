@@ -85,6 +85,29 @@ def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
     sys.exit(code)
 
 
+@main.command()
+@click.argument("uri")
+@click.option(
+    "--step", type=int, help="Of a checkpoint.  [default: the final model, or the newest checkpoint]"
+)
+@click.option("--merge", is_flag=True, help="An adapter into the base that it was trained on, as one model.")
+@click.option(
+    "--into", type=click.Path(path_type=Path), help="Folder to make.  [default: the run's name, here]"
+)
+@click.option("--push", metavar="ORG/NAME", help="Upload it to the Hub, with the token of $HF_TOKEN.")
+@click.option("--private", is_flag=True, help="The Hub's repository, if it has to be made.")
+def export(uri: str, **wishes: Any) -> None:
+    """Make a model for others of the run at URI: safetensors, tokenizer, configs, model card; no GPU is needed."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    from trainer.supervisor.publish import Wish, export
+
+    try:
+        click.echo(export(uri, Wish(**wishes)))
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
 def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Notice) -> ExitCode:
     # Imported here so that `--help` and a signal in the first moments are answered at once.
     from trainer.recipe import default_run_id, load

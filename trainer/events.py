@@ -21,6 +21,7 @@ Kind = Literal[
     "restored",  # step, from_attempt, files, bytes, seconds; or step 0 with the reason
     "rejected",  # step, reason: a checkpoint that did not verify
     "started",  # total_steps, samples; the workers are about to take the first step
+    "reference",  # pairs, computed, seconds: log-probabilities of DPO's reference; computed are not from the bucket
     "step",  # step, total_steps, loss, learning_rate, grad_norm, samples, rewards/..., step_s, train_s (of all steps
     # of the attempt), tokens_per_s, gpu_peak_gib, host_peak_gib
     "eval",  # step, eval_loss, eval_rewards/accuracies, ..., seconds

@@ -41,10 +41,19 @@ class Job(BaseModel):
     """Local folder, GGUF file or Hub id to load instead of the recipe's; None with `init: tiny`."""
     resume_from: Path | None
     """A restored checkpoint, already verified; None to start at step 0."""
+    reference: Path | None = None
+    """Folder with what the bucket keeps of the reference's log-probabilities, a folder each, the best first."""
+    report_id: str = ""
+    """Tells this run from others of its name, elsewhere or earlier."""
 
     @property
     def staging(self) -> Path:
         return self.work / "staging"
+
+    @property
+    def reports(self) -> Path:
+        """What W&B and TensorBoard write; copied to the bucket."""
+        return self.work / "reports"
 
     @property
     def steps(self) -> Path:
@@ -55,6 +64,31 @@ class Job(BaseModel):
         return self.work / "outcome.json"
 
 
+class Publish(BaseModel):
+    """A committed checkpoint, or the final model, to be made a model for others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    job: Job
+    """Of the run; its base is found by it."""
+    source: Path
+    """Folder of the verified checkpoint or final model."""
+    step: int
+    merge: bool
+    """An adapter into its base."""
+    card: str
+    """Text of README.md."""
+    into: Path
+    """Folder that appears when all is there."""
+    push: str | None = None
+    """Repository of the Hub to upload it to."""
+    private: bool = False
+
+    @property
+    def outcome(self) -> Path:
+        return self.job.outcome
+
+
 class Staged(BaseModel):
     """The marker beside a complete folder in staging; written last, by rename."""
 
@@ -63,7 +97,8 @@ class Staged(BaseModel):
     folder: str
     """Name of the folder beside the marker."""
     step: int
-    kind: Literal["checkpoint", "final"] = "checkpoint"
+    kind: Literal["checkpoint", "final", "reference"] = "checkpoint"
+    """`reference`: log-probabilities of DPO's reference, which outlive the run; a later one replaces an earlier."""
     stall_s: float = 0.0
     """Seconds that training stood still while the folder was written."""
     details: dict[str, Any] = {}
@@ -98,7 +133,7 @@ def pending(staging: Path) -> list[Staged]:
     for path in staging.glob(f"*{STAGED_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):  # uploaded, and removed since we looked
             found.append(Staged.model_validate_json(path.read_text()))
-    return sorted(found, key=lambda staged: (staged.step, staged.kind == "final"))
+    return sorted(found, key=lambda staged: (staged.step, staged.kind == "final", staged.folder))
 
 
 class Tail:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch", reason="the trainer's environment is not here: make setup")
 
 if TYPE_CHECKING:
+    from tests.servers.hub_uploads import Hub
     from tests.training.jobs import Trained
 
 
@@ -46,3 +47,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
         return done[name, *overrides]
 
     return trained
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub on this machine, and a token for it. huggingface_hub reads its address when it is imported."""
+    from tests.servers.hub_uploads import serve
+
+    with serve() as served:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", served.url, raising=False)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield served

@@ -12,14 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file as load_values
 from safetensors.torch import load_file
 
 from tests.training.jobs import Trained, train
 from tests.training.ranks import finish, ranks_job, run, start, wait_for_step
 from trainer.job import Job, Outcome, pending
 from trainer.supervisor.workers import Workers
+from trainer.worker.consolidate import consolidate
+from trainer.worker.reference_store import VALUES
 
 SFT, DPO = "zephyr-tiny/sft", "zephyr-tiny/dpo"
 ENGINES: dict[str, dict[str, Any]] = {
@@ -166,6 +170,38 @@ def test_an_export_of_zero_3_is_a_whole_model(engine: Engine) -> None:
     assert not list(trained.final.glob("*.pt"))
 
 
+@needs_compiler
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_a_checkpoint_of_zero_is_put_together(tmp_path: Path, engine: Engine, kind: str) -> None:
+    """From the ranks' parts alone, the tensors of `final/`."""
+    trained = engine(kind, DPO)
+    consolidate(trained.checkpoint(6), tmp_path / "out")
+    mine, theirs = load_file(tmp_path / "out" / "model.safetensors"), final(trained)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".pt", ".pth")]
+
+
+@needs_compiler
+def test_an_adapter_of_zero_3_is_put_together(tmp_path: Path) -> None:
+    """Without the base, under the names that PEFT reads."""
+    from peft import load_peft_weights
+
+    lora = (
+        "use_peft=true",
+        "lora_r=4",
+        "lora_target_modules=[q_proj, v_proj]",
+        "max_steps=1",
+        "save_steps=1",
+    )
+    trained = run(ranks_job(tmp_path / "work", SFT, *lora, **ENGINES["zero3"]))
+    consolidate(trained.checkpoint(1), tmp_path / "out")
+    mine = load_peft_weights(str(tmp_path / "out"), device="cpu")
+    theirs = load_file(trained.job.work / "adapter" / "adapter_model.safetensors")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize(
     "kind", ["ddp", *(pytest.param(kind, marks=needs_compiler) for kind in ("zero2", "offload"))]
 )
@@ -176,6 +212,33 @@ def test_a_resume_on_the_same_shape_is_exact(tmp_path: Path, engine: Engine, kin
     assert again.of("started")[0]["step"] == 3
     assert again.of("step") == whole.of("step")[3:]
     assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(again).items())
+
+
+def kept_by(trained: Trained) -> Path:
+    return max(trained.job.staging.glob("reference-*/"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["ddp", *(pytest.param(each, marks=needs_compiler) for each in ENGINES if each != "ddp")]
+)
+def test_ranks_share_the_references_pass(alone: Engine, engine: Engine, kind: str) -> None:
+    """Whatever cuts the policy, its log-probabilities before the first step are those of one process."""
+    whole, shared = (load_values(kept_by(each) / VALUES) for each in (alone(DPO), engine(kind, DPO)))
+    assert whole.keys() == shared.keys()
+    for data, pairs in whole.items():
+        np.testing.assert_allclose(shared[data], pairs, rtol=0, atol=1e-4, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_a_pass_before_training_leaves_no_trace(tmp_path: Path, engine: Engine, kind: str) -> None:
+    """An attempt that finds the log-probabilities makes no engine for them, and takes the same steps to the bit."""
+    whole = engine(kind, DPO)
+    shutil.copytree(kept_by(whole), tmp_path / "kept" / "0000-test")
+    job = ranks_job(tmp_path / "work", DPO, **ENGINES[kind])
+    again = run(job.model_copy(update={"reference": tmp_path / "kept"}))
+    assert [line["computed"] for line in again.of("reference")] == [0, 0]
+    assert again.of("step") == whole.of("step")
 
 
 @needs_compiler

@@ -125,6 +125,9 @@ def test_three_kills_change_no_bit(recipe: Path, tmp_path: Path, s3: str, faulty
 
     assert [event["step"] for event in view.events("restored")] == [0, 4, 4, 4]
     assert [event["attempt"] for event in view.events("done")] == [4]
+    computed = {(event["attempt"], event["computed"] > 0) for event in view.events("reference")}
+    expected = {(1, True), (2, False), (3, False), (4, False)} if "dpo-full" in recipe.name else set()
+    assert computed == expected, "the reference's log-probabilities are the first attempt's"
     told = whole.steps()
     assert sorted(told) == list(range(1, LAST_STEP + 1))
     assert {"loss", "learning_rate", "grad_norm", "samples"} <= told[1][0].keys()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +166,7 @@ def test_flash_attention_gives_way_where_it_cannot_run(tmp_path: Path) -> None:
 
 
 def test_what_is_made_once_is_whole_or_not_there(tmp_path: Path) -> None:
-    """A failure leaves no folder, a success is not made again, and losing a race is no failure."""
+    """A failure leaves no folder, and a success is not made again."""
 
     def fail(into: Path) -> None:
         (into / "part").touch()
@@ -172,12 +174,22 @@ def test_what_is_made_once_is_whole_or_not_there(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="no"):
         model.once(tmp_path / "made", fail)
-    assert list(tmp_path.iterdir()) == []
-
-    def lose(into: Path) -> None:
-        (into / "slow").touch()
-        model.once(tmp_path / "made", lambda other: (other / "quick").touch())
-
-    assert [file.name for file in model.once(tmp_path / "made", lose).iterdir()] == ["quick"]
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert [path.name for path in tmp_path.iterdir()] == [".made.lock"]
+    model.once(tmp_path / "made", lambda into: (into / "all").touch())
     model.once(tmp_path / "made", fail)
+    assert [file.name for file in (tmp_path / "made").iterdir()] == ["all"]
+
+
+def test_of_many_ranks_one_makes_it(tmp_path: Path) -> None:
+    """The others wait for it: eight that merge an adapter at once would hold eight models."""
+    made: list[Path] = []
+
+    def slow(into: Path) -> None:
+        made.append(into)
+        time.sleep(0.2)
+        (into / "model").touch()
+
+    with ThreadPoolExecutor(4) as ranks:
+        folders = list(ranks.map(lambda _: model.once(tmp_path / "made", slow), range(4)))
+    assert len(made) == 1
+    assert all((folder / "model").is_file() for folder in folders)

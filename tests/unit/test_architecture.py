@@ -130,6 +130,7 @@ def test_what_decides_does_no_io(path: Path) -> None:
         ["launcher", "watch", "--help"],
         ["trainer", "--help"],
         ["trainer", "run", "--help"],
+        ["trainer", "export", "--help"],
     ],
     ids=" ".join,
 )

@@ -201,7 +201,7 @@ def test_full_dpo_of_7b_needs_no_offload_on_eight_of_80_gb() -> None:
     planned = fit(dpo(), shape(8, 96), architecture())
     assert planned.engine in ("zero2", "zero3")
     assert not planned.offload_optimizer
-    assert planned.reference == "model"
+    assert planned.reference == "precomputed"
     assert planned.attention == "flash_attention_2"
     assert planned.gpu.gib < gpu("A100-80GB").usable_gib
     assert planned.words().endswith("no offload")
@@ -209,11 +209,12 @@ def test_full_dpo_of_7b_needs_no_offload_on_eight_of_80_gb() -> None:
 
 @pytest.mark.parametrize(("host_gib", "cores"), [(1800.0, 124), (680.0, 96)], ids=["Lambda", "GCP"])
 def test_full_dpo_of_7b_fits_eight_of_40_gb(host_gib: float, cores: int) -> None:
-    """Notus' shape: parameters cut too, and offload no further than needed, which is not at all."""
+    """Notus' shape: nothing is offloaded; with a second model in memory the parameters have to be cut too."""
     planned = fit(dpo(), shape(8, cores, "A100", host_gib), architecture())
-    assert planned.engine == "zero3"
-    assert not planned.offload_optimizer
+    assert (planned.engine, planned.offload_optimizer) == ("zero2", False)
     assert planned.gpu.gib < gpu("A100").usable_gib
+    second = fit(dpo(precompute_ref_log_probs=False), shape(8, cores, "A100", host_gib), architecture())
+    assert (second.engine, second.offload_optimizer, second.reference) == ("zero3", False, "model")
 
 
 def test_offload_goes_as_far_as_it_must() -> None:
@@ -224,8 +225,9 @@ def test_offload_goes_as_far_as_it_must() -> None:
 
 
 def test_notus_own_setting_is_had_on_request() -> None:
-    """Everything offloaded, with RMSprop, though less would do."""
-    planned = fit(dpo(offload="all", optim="rmsprop"), shape(8, 96, "A100", 680.0), architecture())
+    """Everything offloaded, with RMSprop and a second model, though less would do."""
+    theirs = dpo(offload="all", optim="rmsprop", precompute_ref_log_probs=False)
+    planned = fit(theirs, shape(8, 96, "A100", 680.0), architecture())
     assert planned.offload_optimizer
     assert planned.offload_parameters
     assert planned.host.gib_of("offloaded optimizer") == pytest.approx(8 * 7.241732096e9 / 2**30)

@@ -71,7 +71,7 @@ def commit(  # noqa: PLR0913 (what is saved, for whom, and two moments in betwee
         run_id=bucket.run_id,
         attempt=attempt.number,
         step=staged.step,
-        kind=staged.kind,
+        kind="final" if staged.kind == "final" else "checkpoint",
         created=datetime.now(UTC),
         recipe=recipe_digest,
         details=staged.details,

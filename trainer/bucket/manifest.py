@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -110,6 +110,15 @@ class Manifest(BaseModel):
         return None
 
 
+class Listed(Protocol):
+    """Files of a bucket, with where they lie."""
+
+    @property
+    def files(self) -> tuple[File, ...]: ...
+    @property
+    def prefix(self) -> str: ...
+
+
 class Unreadable(NamedTuple):
     """A manifest that is cut short, or no manifest at all."""
 
@@ -126,8 +135,14 @@ def commit_key(step: int) -> str:
     return f"{COMMITS_PREFIX}step-{step:08d}.json"
 
 
-def files_prefix(kind: Literal["checkpoint", "final"], step: int, attempt: int) -> str:
-    """Where an attempt uploads the files of a step, or the final model; ends at a slash."""
+def files_prefix(kind: Literal["checkpoint", "final", "reference"], step: int, attempt: int) -> str:
+    """Where an attempt uploads the files of a step, or the final model; ends at a slash.
+
+    Raises:
+        ValueError: of a reference, which is shelved and not committed.
+    """
+    if kind == "reference":
+        raise ValueError("log-probabilities of a reference are no checkpoint")
     return FINAL_PREFIX if kind == "final" else f"{checkpoint_key(step)}{attempt:04d}/"
 
 

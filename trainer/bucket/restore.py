@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.bucket.manifest import File, Manifest, Unreadable, commit_key, commits, read, sizes
+from trainer.bucket.manifest import File, Listed, Manifest, Unreadable, commit_key, commits, read, sizes
 from trainer.bucket.store import SMALL_AT_ONCE, Bucket, Checked, in_parallel
 from trainer.errors import UserError
 
@@ -92,7 +92,7 @@ def _bring_whole(bucket: Bucket, manifest: Manifest, into: Path, began: float) -
     return Restored(manifest, path, manifest.size, time.monotonic() - began)
 
 
-def fetch(bucket: Bucket, manifest: Manifest, into: Path) -> None:
+def fetch(bucket: Bucket, manifest: Listed, into: Path) -> None:
     """Bring a manifest's files; `into` appears when all have verified, or not at all.
 
     Raises:
@@ -125,7 +125,7 @@ def mismatch(key: str, file: File, got: Checked | None) -> str | None:
     )
 
 
-def _bring(bucket: Bucket, manifest: Manifest, file: File, into: Path) -> None:
+def _bring(bucket: Bucket, manifest: Listed, file: File, into: Path) -> None:
     key = manifest.prefix + file.path
     try:
         got = bucket.download(key, into / file.path)

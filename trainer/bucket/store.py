@@ -31,6 +31,8 @@ SMALL_AT_ONCE = 16
 """Other files at once: each is held whole, so 128 MiB too; small ones wait for answers, not for bytes."""
 
 PATIENCE = Patience()
+RESERVED = "reference"
+"""Beside the runs: see `trainer.bucket.reference`."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -272,7 +274,7 @@ def open_run(uri: str, run_id: str, *, patience: Patience = PATIENCE) -> Bucket:
     Args:
         uri: s3://bucket/prefix (AWS_* variables, any endpoint), gs://bucket/prefix, file:///folder
             or a folder, which is made if it is missing.
-        run_id: name of the run below `uri`: letters, digits, `.`, `_`, `-`.
+        run_id: name of the run below `uri`: letters, digits, `.`, `_`, `-`; not `reference`.
         patience: how long to retry.
 
     Raises:
@@ -283,6 +285,10 @@ def open_run(uri: str, run_id: str, *, patience: Patience = PATIENCE) -> Bucket:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", run_id) or not run_id.strip("."):
         raise BucketError(
             f"{run_id!r} cannot name a run", hint="use letters, digits, '.', '_' and '-', at most 200 of them"
+        )
+    if run_id == RESERVED:
+        raise BucketError(
+            f"{run_id!r} is where runs share what they compute", hint="give the run another name"
         )
     place = parse(uri).child(run_id)
     _names(place, patience)
@@ -298,7 +304,7 @@ def list_runs(uri: str, *, patience: Patience = PATIENCE) -> list[str]:
     place = parse(uri)
     if place.scheme == "file" and not Path(place.path).exists():
         return []
-    return _names(place, patience)
+    return [name for name in _names(place, patience) if name != RESERVED]
 
 
 def _names(place: Place, patience: Patience) -> list[str]:

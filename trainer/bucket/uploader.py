@@ -15,6 +15,7 @@ from trainer.bucket.attempt import Attempt
 from trainer.bucket.commit import commit, prune
 from trainer.bucket.manifest import File, Manifest
 from trainer.bucket.parts import WAITING, Node, Skipped, Waiting, gather, upload_part
+from trainer.bucket.reference import Shelf
 from trainer.bucket.store import Bucket
 from trainer.errors import BucketError, Unavailable, UserError
 from trainer.job import STAGED_SUFFIX, Staged, pending
@@ -61,13 +62,14 @@ class Uploader(threading.Thread):
         tell: Listener,
         node: Node = ALONE,
         waiting: Waiting = WAITING,
+        shelf: Shelf | None = None,
         poll_s: float = 0.2,
         backoff: Callable[[int], float] = backoff_s,
     ) -> None:
         """Uploads from `staging`; keeps the newest `keep` checkpoints in the bucket; looks every `poll_s`.
 
         Of several nodes each uploads its part, and node 0, which waits for the others as `waiting` says, commits and
-        keeps order.
+        keeps order. What is staged of a reference goes onto the `shelf`, before the checkpoints that depend on it.
         """
         super().__init__(name="uploader", daemon=True)  # a transfer that hangs must not hold up the exit
         self._bucket = bucket
@@ -78,6 +80,7 @@ class Uploader(threading.Thread):
         self._tell = tell
         self._node = node
         self._waiting = waiting
+        self._shelf = shelf
         self._poll_s = poll_s
         self._backoff = backoff
         self._changed = threading.Condition()  # guards what follows, and what is removed from staging
@@ -151,16 +154,17 @@ class Uploader(threading.Thread):
         return True
 
     def _next(self) -> Staged | None:
-        """The newest checkpoint, else the final model; what is older is dropped."""
+        """The reference, the newest checkpoint, else the final model; what is older is dropped."""
         with self._changed:
             waiting = pending(self._staging)
+            references = [staged for staged in waiting if staged.kind == "reference"]
             checkpoints = [staged for staged in waiting if staged.kind == "checkpoint"]
-            for stale in checkpoints[:-1]:
+            for stale in references[:-1] + checkpoints[:-1]:
                 self._remove(stale)
             self._busy = bool(waiting)
         for stale in checkpoints[:-1]:
             self._tell.dropped(stale.step)
-        return next(iter(checkpoints[-1:] or waiting), None)
+        return next(iter(references[-1:] or checkpoints[-1:] or waiting), None)
 
     def _upload(self, staged: Staged) -> None:
         began = time.monotonic()
@@ -178,7 +182,14 @@ class Uploader(threading.Thread):
             self._prune()
 
     def _bring(self, staged: Staged) -> Manifest | None:
-        """The manifest that was committed; None from a node that only uploads its part."""
+        """The manifest that was committed; None from a node that only uploads its part, and of a reference."""
+        if staged.kind == "reference":
+            if self._shelf:
+                shelved = self._shelf.put(self._staging / staged.folder, staged)
+                log.info(
+                    "kept the reference's log-probabilities of %d pairs for later attempts", shelved.pairs
+                )
+            return None
         if self._node.rank:
             upload_part(self._bucket, self._attempt, self._staging, staged, node=self._node.rank)
             return None
@@ -206,6 +217,11 @@ class Uploader(threading.Thread):
 
     def _failed(self, staged: Staged | None, error: UserError) -> None:
         self._failures += 1
+        if staged and staged.kind == "reference" and self._failures >= DRAIN_TRIES:
+            log.warning("the reference's log-probabilities are not kept: %s", error.message)
+            with self._changed:
+                self._remove(staged)  # a later attempt computes them again; checkpoints do not wait for it
+            return
         if staged:
             self._tell.upload_failed(staged.step, error.message)
         if self._draining and self._failures >= DRAIN_TRIES:

@@ -181,7 +181,24 @@ def _forward_only(run: Run, micro: Batch) -> float:
 
 
 def _once(run: Run, micro: Batch, workload: Workload) -> float:
+    """The reference's pass over every row that training sees, and over the tests; sorted, they are hardly padded."""
     if run.layout.reference != "precomputed":
         return 0.0
-    passes = math.ceil(workload.rows / (run.layout.micro_batch * run.layout.processes))
-    return passes * one_pass(run, micro, adapted=False).seconds()
+    seen = min(workload.rows, batches.steps(run.recipe, workload) * run.recipe.global_batch_size)
+    sorted_ = micro._replace(length=math.ceil(micro.real / micro.sequences))
+    passes = math.ceil((seen + _tested(run, workload)) / (run.layout.micro_batch * run.layout.processes))
+    seconds = one_pass(run, sorted_, adapted=False).seconds()
+    return passes * (seconds + _gathered(run, seconds))
+
+
+def _tested(run: Run, workload: Workload) -> int:
+    """Rows that evaluations need the reference of."""
+    return workload.test_rows if batches.evaluations(run.recipe, batches.steps(run.recipe, workload)) else 0
+
+
+def _gathered(run: Run, seconds: float) -> float:
+    """What a forward pass of so many seconds waits for under ZeRO 3: one gather of the parameters."""
+    if run.layout.engine != "zero3":
+        return 0.0
+    between = traffic.exposed(traffic.collective(run, HALF * run.architecture.parameters), seconds)
+    return between + traffic.parameters_from_host(run, 1) / traffic.gathers(run)

@@ -8,12 +8,16 @@ from trainer.recipe import Recipe
 
 
 def reference_of(recipe: Recipe) -> Reference:
-    """Where the log-probabilities of DPO's reference come from."""
+    """Where the log-probabilities of DPO's reference come from: a pass before training, or if the recipe says
+    `precompute_ref_log_probs: false` a second model beside the policy; LoRA's are the policy's without its adapter,
+    unless the recipe asks for the pass.
+    """
     if recipe.method != "dpo":
         return "none"
+    said = recipe.trainer_args.get("precompute_ref_log_probs")
     if is_lora(recipe):
-        return "adapters_off"
-    return "precomputed" if recipe.trainer_args.get("precompute_ref_log_probs") else "model"
+        return "precomputed" if said else "adapters_off"
+    return "model" if said is False else "precomputed"
 
 
 def checkpointing_of(recipe: Recipe) -> bool | None:

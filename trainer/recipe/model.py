@@ -192,6 +192,12 @@ class Recipe(_Frozen):
         return int(self.trainer_args.get("seed", 42))
 
     @property
+    def reports(self) -> tuple[str, ...]:
+        """What `report_to` names; none if it is silent."""
+        named = self.trainer_args.get("report_to") or "none"
+        return tuple(each for each in ([named] if isinstance(named, str) else named) if each != "none")
+
+    @property
     def keep_checkpoints(self) -> int:
         """How many committed checkpoints the bucket keeps."""
         return max(LEAST_CHECKPOINTS, int(self.trainer_args.get("save_total_limit") or LEAST_CHECKPOINTS))

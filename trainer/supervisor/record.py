@@ -54,6 +54,20 @@ def write_or_compare(bucket: Bucket, run_id: str, recipe: Recipe, notes: tuple[s
     )
 
 
+def read(bucket: Bucket) -> Record:
+    """What the run trains.
+
+    Raises:
+        FileNotFoundError: the run has not begun.
+    """
+    return Record.model_validate_json(bucket.get(KEY))
+
+
+def report_id(bucket: Bucket) -> str:
+    """By which a tracker tells this run from others of its name."""
+    return f"{bucket.uri} {read(bucket).created.isoformat()}"
+
+
 def fruitless_attempts(bucket: Bucket, attempt: int) -> int:
     """How many attempts just before `attempt` died in a row without committing a checkpoint."""
     count = 0

@@ -19,6 +19,7 @@ from trainer.bucket import Bucket, open_run
 from trainer.bucket import attempt as attempts
 from trainer.bucket.manifest import final
 from trainer.bucket.parts import WAITING, Node
+from trainer.bucket.reference import Shelf
 from trainer.bucket.uploader import Uploader
 from trainer.errors import ExitCode, NoRoom, RecipeError, Superseded, UserError
 from trainer.events import EventLog
@@ -30,13 +31,15 @@ from trainer.recipe import Recipe
 from trainer.recipe.architecture import architecture_for
 from trainer.room import room_in, take_on_ballast
 from trainer.spent import Limits
-from trainer.supervisor import record
+from trainer.supervisor import publish, record
 from trainer.supervisor.heartbeat import Heartbeat
 from trainer.supervisor.inputs import fetch_model
 from trainer.supervisor.limits import Watch
+from trainer.supervisor.mirror import mirrored
 from trainer.supervisor.narrator import Narrator
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.price import plan_here, price_here
+from trainer.supervisor.reference import shelf_for
 from trainer.supervisor.staging import RESERVE, TMPFS, Folders, Wanted, expected_size, folders, place
 from trainer.supervisor.team import ALONE, Position, Team, meet
 from trainer.supervisor.workers import PROGRAM, Workers, worker_python
@@ -82,6 +85,7 @@ def run(request: Request, notice: Notice, where: Position = ALONE) -> ExitCode:
     """
     bucket = open_run(request.checkpoints, request.run_id)
     if done := final(bucket):
+        publish.complete(bucket, done)
         log.info("run %s is done since %s: %s/final/", request.run_id, done.created, bucket.uri)
         return ExitCode.DONE
     python = worker_python()
@@ -179,6 +183,7 @@ class _Attempt:
         self._folders = mine
         self._team = team
         self._predicted = predicted  # bytes of a checkpoint
+        self._shelf: Shelf | None = None
         self._work = mine.work
         self._limits = limits
 
@@ -200,7 +205,8 @@ class _Attempt:
         self._limits.look(notice)
         if notice.given:
             return self._gone("before the workers were started")
-        exit_code = self._train(job, python, notice)
+        with mirrored(self._bucket, job):
+            exit_code = self._train(job, python, notice)
         return self._settle(job, exit_code, notice)
 
     def _prepare(self, planned: Fit) -> Job:
@@ -218,6 +224,9 @@ class _Attempt:
         )
         self._narrator.staging(placement.staging, placement.reason)
         restored = self._team.restore(self._bucket, self._folders.make(placement), self._narrator.rejected)
+        number, run_id = self._attempt.number, self._request.run_id
+        self._shelf = shelf_for(recipe, planned, self._request.checkpoints, run_id=run_id, attempt=number)
+        kept = self._work / "reference"
         self._narrator.recall(record.last_commits(self._bucket, self._attempt.number))
         self._narrator.restored(restored)
         self._narrator.window()
@@ -229,6 +238,8 @@ class _Attempt:
             work=self._work,
             model=model,
             resume_from=restored.path if restored else None,
+            report_id=record.report_id(self._bucket) if recipe.reports else "",
+            reference=kept if self._shelf and self._shelf.fetch(kept) else None,
         )
 
     def _train(self, job: Job, python: str, notice: Notice) -> int:
@@ -242,6 +253,7 @@ class _Attempt:
             tell=self._narrator,
             node=self._team.node,
             waiting=WAITING._replace(gone=lambda: self._team.broken),
+            shelf=self._shelf,
         )
         workers = Workers(job, python, self._request.program, at=self._team.meeting)
         uploader.start()
@@ -286,6 +298,8 @@ class _Attempt:
             raise NoRoom(outcome.message, hint=outcome.hint)
         if outcome and outcome.status == "done" and (model := final(self._bucket)):
             self._narrator.done(model, self._bucket.uri)
+            self._narrator.committing()
+            publish.complete(self._bucket, model)
             return ExitCode.DONE
         if outcome and outcome.status == "preempted":
             return self._gone(outcome.message)

@@ -83,6 +83,7 @@ def _owned(job: Job) -> dict[str, Any]:
         owned["dataloader_pin_memory"] = False
     if job.recipe.method == "dpo":
         del owned["assistant_only_loss"]
+        owned["precompute_ref_log_probs"] = job.fit.reference == "precomputed"
     return owned
 
 

@@ -151,8 +151,8 @@ class Progress(TrainerCallback):
         return {"deepspeed": self._config} if self._config else {}
 
     def _waiting(self) -> int:
-        """Staged folders, by name only: the uploader may remove a marker while we look."""
-        return len(list(self._job.staging.glob(f"*{STAGED_SUFFIX}")))
+        """Staged checkpoints, by name only: the uploader may remove a marker while we look."""
+        return len(list(self._job.staging.glob(f"{PREFIX_CHECKPOINT_DIR}-*{STAGED_SUFFIX}")))
 
     def _stop(self, state: TrainerState, control: TrainerControl, *, save: bool = True) -> None:
         self.stopped_at = state.global_step

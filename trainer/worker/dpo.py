@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+import trl.trainer.dpo_trainer
 from trl import DPOConfig, DPOTrainer
 
 from trainer.job import Job, Outcome
-from trainer.worker import chat, data, model, sources, training
+from trainer.worker import chat, data, model, reference, sources, training
 from trainer.worker.arguments import training_arguments
 from trainer.worker.channel import Channel
 from trainer.worker.engine import Sharded
 from trainer.worker.order import Ordered
+from trainer.worker.reference import Reference
 from trainer.worker.reshard.resharded import Resharded
 from trainer.worker.resume import identity
 
@@ -28,6 +32,17 @@ class PreparedDPOTrainer(Ordered, Sharded, Resharded, DPOTrainer):
     loss_weights: list[float]
     mean_tokens: float
     """Of the chosen answers of a micro batch, over the global batch."""
+
+    def __init__(self, *, reference: Reference | None, **settings: Any) -> None:
+        self.reference = reference
+        with _no_hash():
+            super().__init__(**settings)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, _batch_size: int) -> Any:
+        """TRL keeps them in this machine's cache of data sets, by a hash of every weight."""
+        if self.reference is None:
+            raise RuntimeError("TRL asks for log-probabilities that the fit does not have computed")
+        return self.reference.add_to(self, dataset, name)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
@@ -59,6 +74,17 @@ class PreparedDPOTrainer(Ordered, Sharded, Resharded, DPOTrainer):
             self.loss_weights = said
 
 
+@contextmanager
+def _no_hash() -> Iterator[None]:
+    """TRL's hash of all weights in float32, a minute of each start for 7B, names a cache that is not used here."""
+    theirs = trl.trainer.dpo_trainer.hash_module
+    trl.trainer.dpo_trainer.hash_module = lambda _model: ""
+    try:
+        yield
+    finally:
+        trl.trainer.dpo_trainer.hash_module = theirs
+
+
 def chosen_tokens(inputs: Any) -> Any:
     """Of the chosen answers of a micro batch, which holds them before the rejected, as they are predicted."""
     chosen, _ = inputs["completion_mask"][..., 1:].chunk(2, dim=0)  # (pairs, sequence - 1)
@@ -78,13 +104,16 @@ def train(job: Job, channel: Channel) -> Outcome:
     test_tokens = data.for_dpo(rows.test, tokenizer, recipe, "test") if rows.test else None
 
     args = training_arguments(DPOConfig, job)
-    # Policy and reference, both from the base: a checkpoint is only ever loaded into the policy.
-    # With LoRA the reference is the policy without its adapter.
+    # The reference is the policy before its first step: computed then and kept, or the policy without its adapter.
+    # Only where the recipe wants it so it is a second model; a checkpoint is only ever loaded into the policy.
     policy = model.load(base, recipe, job.fit)
     about = identity(job, train_tokens, model.digest(policy, recipe))
-    lora = model.lora(recipe)
-    in_memory = lora is None and not recipe.trainer_args.get("precompute_ref_log_probs")
-    reference = model.load(base, recipe, job.fit, trained=False) if in_memory else None
+    kept = (
+        Reference(job, channel, reference.about(job, train_tokens, about.model), train_tokens, test_tokens)
+        if job.fit.reference == "precomputed"
+        else None
+    )
+    second = model.load(base, recipe, job.fit, trained=False) if job.fit.reference == "model" else None
 
     # Training
     trainer = training.build(
@@ -94,8 +123,12 @@ def train(job: Job, channel: Channel) -> Outcome:
         train_tokens,
         test_tokens,
         model=policy,
-        ref_model=reference,
+        ref_model=second,
+        reference=kept,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=model.lora(recipe),
     )
+    if kept:
+        kept.keep()
+        about = about.model_copy(update={"reference": kept.digest})
     return training.finish(trainer, base, job, channel, about)

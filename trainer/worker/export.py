@@ -32,7 +32,7 @@ def export(  # noqa: PLR0913 (what a finished model consists of)
     load such an adapter: it is merged into the base and the sum is written, as a full model.
     """
     into = job.staging / FOLDER
-    _write(model, base, into, job.work / "adapter", {} if weights is None else {"state_dict": weights})
+    _write(model, base, job, about, {} if weights is None else {"state_dict": weights})
     tokenizer.save_pretrained(into)
     mark_staged(
         job.staging, Staged(folder=FOLDER, step=step, kind="final", details=about.model_dump(mode="json"))
@@ -40,25 +40,27 @@ def export(  # noqa: PLR0913 (what a finished model consists of)
     return into
 
 
-def _write(model: Any, base: Base, into: Path, scratch: Path, weights: dict[str, Any]) -> None:
+def _write(model: Any, base: Base, job: Job, about: Identity, weights: dict[str, Any]) -> None:
     from peft import PeftModel
 
+    into = job.staging / FOLDER
     if not isinstance(model, PeftModel):
         model.save_pretrained(into, **weights)
         return
-    model.peft_config["default"].base_model_name_or_path = base.name or base.path
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base.name or base.path
+    config.revision = job.recipe.model_args.get("model_revision")
     if base.name is not None:
         model.save_pretrained(into, **weights)
-    else:
-        model.save_pretrained(scratch, **weights)
-        merge(scratch, into)
+        return
+    from trainer.worker import merge
+
+    model.save_pretrained(job.work / "adapter", **weights)
+    merge.merge(base, job.work / "adapter", job.recipe, job.fit, into, trained_on=about.model)
 
 
 def merge(adapter: Path, into: Path) -> None:
-    """Write the full model that an adapter makes of its base, with the tokenizer that lies beside it.
-
-    The base is read again, in full precision: the one in memory may be quantised.
-    """
+    """Write the full model that an adapter of others makes of the base that it names, with the tokenizer beside it."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 

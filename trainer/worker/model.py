@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -75,20 +76,22 @@ def _folder(folder: Path, name: str | None, job: Job) -> Base:
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made by `make` unless it is there: whole or not at all, and by any number of ranks at once."""
-    if folder.is_dir():
-        return folder
+    """`folder`, made by `make` unless it is there: whole or not at all, by one rank of a node while the others wait.
+
+    All at once would each hold a model for it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        make(partial)
-        partial.chmod(0o755)  # mkdtemp makes it for us alone
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else somebody was quicker, with the same content
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel frees it with the process that holds it
+        if folder.is_dir():
+            return folder
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            make(partial)
+            partial.chmod(0o755)  # mkdtemp makes it for us alone
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -27,6 +27,8 @@ class Identity(BaseModel):
     tokens: int
     model: str
     """Digest of the weights that the run began with."""
+    reference: str = ""
+    """Digest of the log-probabilities of DPO's reference, where they are kept."""
     engine: str = "single"
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -121,7 +123,7 @@ def _say_inexact(theirs: Identity, mine: Identity) -> None:
         "micro_batch",
         "accumulation",
     )
-    for name in (*changing, "threads"):
+    for name in (*changing, "threads", "reference"):
         before, now = getattr(theirs, name), getattr(mine, name)
         if before != now:
             log.warning("%s was %s and is %s: the run goes on, but not bit for bit", name, before, now)

@@ -10,7 +10,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from trainer.errors import RecipeError
 from trainer.job import Job, Outcome
-from trainer.worker import engine, resume
+from trainer.worker import engine, reports, resume
 from trainer.worker.callback import Progress
 from trainer.worker.channel import Channel
 from trainer.worker.data import Tokens
@@ -47,6 +47,7 @@ def build(
         raise RecipeError(f"TRL refuses the recipe: {error}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.order = (job.recipe, train.fingerprint)
+    reports.prepare(trainer, job)
     return trainer
 
 

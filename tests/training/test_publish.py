@@ -1,0 +1,165 @@
+"""A committed checkpoint becomes a model for others: whole or adapter, merged right, and with what people look for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.servers.hub_uploads import Hub
+from tests.training.jobs import LORA, SMALL, Trained, make_job, train
+from trainer.errors import ModelError
+from trainer.job import Job, Publish
+from trainer.worker import model, sources
+from trainer.worker.publish import publish
+
+SFT = "zephyr-tiny/sft"
+QLORA = (
+    "use_peft=true",
+    "load_in_4bit=true",
+    "use_bnb_nested_quant=true",
+    "lora_r=4",
+    "learning_rate=5.0e-2",
+    "lora_target_modules=[q_proj, v_proj, down_proj]",
+    "tiny={hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 400}",
+)
+"""Rows of 64, which is what 4-bit numbers share a constant in, are the least that bitsandbytes computes with on a CPU."""
+FEW = (
+    *(each for each in SMALL if not each.startswith(("max_steps", "save_steps"))),
+    "max_steps=2",
+    "save_steps=2",
+)
+Small = Callable[..., Trained]
+
+
+def published(trained: Trained, into: Path, step: int, **wishes: Any) -> Path:
+    task = Publish(
+        job=trained.job.model_copy(update={"work": into.parent / f"work-{into.name}"}),
+        source=trained.checkpoint(step), step=step, card="---\ntags: [trl]\n---\n# A model\n", into=into,
+        **{"merge": False, **wishes},
+    )  # fmt: skip
+    publish(task)
+    return into
+
+
+def logits(loaded: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded.eval()(ids).logits.float()
+
+
+def ids() -> torch.Tensor:
+    return torch.arange(5, 37).reshape(2, 16)
+
+
+def test_a_checkpoint_of_all_weights_is_what_the_run_would_export(small: Small, tmp_path: Path) -> None:
+    """The same tensors as `final/`, with tokenizer, template, generation config and card, and nothing of the run."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = small(SFT)
+    into = published(trained, tmp_path / "out", 4)
+    mine, theirs = (load_file(each / "model.safetensors") for each in (into, trained.final))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert {path.name for path in into.iterdir()} == {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert AutoTokenizer.from_pretrained(into).chat_template
+    assert (
+        AutoModelForCausalLM.from_pretrained(into).num_parameters() == trained.of("started")[0]["parameters"]
+    )
+
+
+def with_adapter(job: Job, adapter: Path) -> tuple[Any, Any]:
+    """The model as it was trained: base, quantised or not, and adapter; and the base."""
+    from peft import PeftModel
+
+    base = model.locate(job, sources.read(job.recipe).train)
+    loaded = model.load(base, job.recipe, job.fit)
+    return PeftModel.from_pretrained(loaded, str(adapter)), model.load(base, job.recipe, job.fit)
+
+
+@pytest.mark.parametrize("weights", [(*LORA, "learning_rate=5.0e-2"), QLORA], ids=["lora", "qlora"])
+def test_a_merged_model_says_what_base_and_adapter_say(
+    small: Small, tmp_path: Path, weights: tuple[str, ...]
+) -> None:
+    """Also of a quantised base: the logits differ by the rounding to bfloat16, and not by what quantisation took."""
+    from transformers import AutoModelForCausalLM
+
+    if "load_in_4bit=true" in weights:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is for Linux only")
+    trained = train(make_job(tmp_path / "job", SFT, *FEW, *weights))
+    whole = AutoModelForCausalLM.from_pretrained(published(trained, tmp_path / "merged", 2, merge=True))
+    before, base = with_adapter(trained.job, trained.checkpoint(2))
+    expected = logits(before, ids())
+    error = (logits(whole, ids()) - expected).abs().max()
+    moved = (logits(base, ids()) - expected).abs().max()
+    quantised = "load_in_4bit=true" in weights
+    assert whole.dtype == (torch.bfloat16 if quantised else torch.float32)
+    assert not hasattr(whole.config, "quantization_config")
+    assert error < (0.05 if quantised else 1e-4)
+    assert error < moved / 10, "the adapter has moved the model by far more than merging did"
+    final = AutoModelForCausalLM.from_pretrained(trained.final)  # of a tiny base, which nobody else has
+    assert (logits(final, ids()) - logits(whole, ids())).abs().max() == 0
+
+
+def test_the_wrong_base_would_show(tmp_path: Path) -> None:
+    """Merged into the weights that were quantised, an adapter of QLoRA makes another model."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is for Linux only")
+    from peft import PeftModel
+
+    trained = train(make_job(tmp_path / "job", SFT, *FEW, *QLORA))
+    before, _ = with_adapter(trained.job, trained.checkpoint(2))
+    base = model.locate(trained.job, sources.read(trained.job.recipe).train)
+    unquantised = {**trained.job.recipe.model_args, "load_in_4bit": False}
+    recipe = trained.job.recipe.model_copy(update={"model_args": unquantised})
+    wrong = PeftModel.from_pretrained(model.load(base, recipe, trained.job.fit), str(trained.checkpoint(2)))
+    assert (logits(wrong.merge_and_unload(), ids()) - logits(before, ids())).abs().max() > 0.05
+
+
+def test_an_adapter_names_the_base_that_it_was_trained_on(small: Small, tmp_path: Path) -> None:
+    """By the recipe's name and revision, wherever this machine had it."""
+    base = tmp_path / "base"
+    shutil.copytree(small(SFT).final, base)
+    overrides = ("init=null", f"model_name_or_path={base}", "model_revision=v1")
+    trained = train(make_job(tmp_path / "job", SFT, *FEW, *LORA, *overrides))
+    for folder in (trained.final, published(trained, tmp_path / "out", 2)):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == (str(base), "v1")
+        assert (folder / "adapter_model.safetensors").is_file()
+        assert (folder / "chat_template.jinja").is_file()
+
+
+def test_another_base_is_refused(small: Small, tmp_path: Path) -> None:
+    """The weights of the base have changed since: the sum would be nobody's model."""
+    base = tmp_path / "base"
+    shutil.copytree(small(SFT).final, base)
+    trained = train(make_job(tmp_path / "job", SFT, *FEW, *LORA, "init=null", f"model_name_or_path={base}"))
+    shutil.copy2(small(SFT).checkpoint(2) / "model.safetensors", base)
+    with pytest.raises(ModelError, match="has other weights"):
+        published(trained, tmp_path / "out", 2, merge=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_pushed(small: Small, tmp_path: Path, hub: Hub) -> None:
+    """Every file, to a private repository, with the token in no message."""
+    into = published(small(SFT), tmp_path / "out", 4, push="org/name", private=True)
+    assert hub.created == [{"name": "name", "organization": "org", "visibility": "private"}]
+    assert hub.files == {path.name: path.read_bytes() for path in into.iterdir()}
+    assert hub.tokens == {"Bearer hf_secret"}
+
+
+def test_a_hub_that_refuses_is_named(small: Small, tmp_path: Path, hub: Hub) -> None:
+    """With the way out and without the token; the folder is there."""
+    hub.refuses = True
+    with pytest.raises(ModelError, match="it answers 403") as caught:
+        published(small(SFT), tmp_path / "out", 4, push="org/name")
+    assert "HF_TOKEN" in (caught.value.hint or "")
+    assert "hf_secret" not in str(caught.value)
+    assert (tmp_path / "out" / "README.md").is_file()
