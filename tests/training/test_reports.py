@@ -45,18 +45,24 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wandb_history(file: Path) -> list[dict[str, str]]:
+    """Rows of W&B's file: records behind heads of 7 bytes (checksum, length, kind) in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store = DataStore()
-    store.open_for_scan(str(file))
-    found = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            found.append({item.key or "/".join(item.nested_key): item.value_json for item in items})
+    data, at, part, found = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(part)
+            part = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                found.append({item.key or "/".join(item.nested_key): item.value_json for item in items})
     return found
 
 
