@@ -57,8 +57,8 @@ def test_gpus_alone_are_enough() -> None:
     assert made.recipe == "zephyr-7b/dpo_full"
     assert made.config["envs"]["RECIPE"] == "zephyr-7b/dpo_full"
     assert {each["accelerators"] for each in made.config["resources"]["ordered"]} == {"A100:8"}
-    assert "ZeRO-3" in "\n".join(made.said)
     assert made.row
+    assert "ZeRO-2: DDP needs" in "\n".join(made.said)
     assert made.row.names() in made.said[0]
 
 

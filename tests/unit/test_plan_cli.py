@@ -44,7 +44,7 @@ def test_json_has_every_row_with_its_terms(run: CliRunner) -> None:
     assert found["chosen"] == found["rows"][0]
     row = found["chosen"]
     assert row["offer"]["infra"] == "lambda"
-    assert row["fit_words"].startswith("ZeRO-3")
+    assert row["fit_words"].startswith("ZeRO-2")
     assert {"name", "gib", "why"} == set(row["fit"]["gpu"]["terms"][0])
     assert {"name", "seconds", "why"} == set(row["estimate"]["terms"][0])
     assert found["prices"].startswith("cache")
