@@ -113,7 +113,8 @@ def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Noti
     from trainer.recipe import default_run_id, load
     from trainer.spent import Limits
     from trainer.supervisor.metadata import Metadata
-    from trainer.supervisor.supervise import Request, run
+    from trainer.supervisor.request import Request
+    from trainer.supervisor.supervise import run
     from trainer.supervisor.team import position
 
     where = position(os.environ)

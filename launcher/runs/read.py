@@ -47,8 +47,8 @@ class Attempt:
 
     @cached_property
     def ended(self) -> float:
-        """When it was heard of last (unix time, seconds)."""
-        return datetime.fromisoformat(self.events[-1]["time"]).timestamp()
+        """When it was heard of last (unix time, seconds), as `trainer.spent` counts it: its clock may have been set back."""
+        return max(datetime.fromisoformat(event["time"]).timestamp() for event in self.events)
 
     @cached_property
     def claim(self) -> Event:

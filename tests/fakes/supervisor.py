@@ -14,7 +14,8 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.recipe import Recipe
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.supervise import Request, run
+from trainer.supervisor.request import Request
+from trainer.supervisor.supervise import run
 
 RECIPE = {
     "name": "fake",

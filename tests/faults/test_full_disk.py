@@ -13,8 +13,9 @@ from tests.harness import RunView
 from tests.mounts import tmpfs
 from trainer.errors import ExitCode, NoRoom, UserError
 from trainer.supervisor.preemption import Notice
+from trainer.supervisor.request import Request
 from trainer.supervisor.staging import Wanted
-from trainer.supervisor.supervise import Request, run
+from trainer.supervisor.supervise import run
 
 
 @pytest.fixture

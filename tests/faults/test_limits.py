@@ -17,7 +17,8 @@ from tests.harness import ROOT, RunView, wait_until
 from trainer.errors import ExitCode
 from trainer.spent import Limits, of_attempt
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.supervise import Request, run
+from trainer.supervisor.request import Request
+from trainer.supervisor.supervise import run
 from trainer.variables import BUDGET_USD, DEADLINE_H, USD_PER_H
 
 TOTAL_STEPS = 12

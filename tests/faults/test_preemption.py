@@ -16,7 +16,8 @@ from tests.servers.metadata import MetadataServer
 from trainer.errors import ExitCode
 from trainer.supervisor.metadata import HOST_VARIABLE, SOURCE, Metadata
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.supervise import Request, run
+from trainer.supervisor.request import Request
+from trainer.supervisor.supervise import run
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from trainer.bucket.manifest import committed
 from trainer.errors import ExitCode, ModelError, RecipeError, Superseded
 from trainer.recipe import Recipe
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.supervise import Request, run
+from trainer.supervisor.request import Request
+from trainer.supervisor.supervise import run
 
 RECIPE = Recipe.model_validate(
     {

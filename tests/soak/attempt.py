@@ -11,7 +11,8 @@ from pathlib import Path
 from trainer.errors import UserError
 from trainer.recipe import load
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.supervise import Request, run
+from trainer.supervisor.request import Request
+from trainer.supervisor.supervise import run
 from trainer.supervisor.team import position
 
 PROGRAM = "tests.fakes.counting"

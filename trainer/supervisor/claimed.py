@@ -1,0 +1,201 @@
+"""An attempt once it is claimed: restore, train, upload, commit; everything from here on is told to the run's events."""
+
+from __future__ import annotations
+
+import signal
+
+from trainer.bucket import Bucket
+from trainer.bucket import attempt as attempts
+from trainer.bucket.manifest import final
+from trainer.bucket.parts import WAITING
+from trainer.bucket.reference import Shelf
+from trainer.bucket.uploader import Uploader
+from trainer.errors import ExitCode, NoRoom, RecipeError, UserError
+from trainer.fit import Fit
+from trainer.job import Job, Outcome
+from trainer.room import room_in, take_on_ballast
+from trainer.supervisor import publish, record
+from trainer.supervisor.heartbeat import Heartbeat
+from trainer.supervisor.inputs import fetch_model
+from trainer.supervisor.limits import Watch
+from trainer.supervisor.mirror import mirrored
+from trainer.supervisor.narrator import Narrator
+from trainer.supervisor.preemption import Notice
+from trainer.supervisor.reference import shelf_for
+from trainer.supervisor.request import Request
+from trainer.supervisor.staging import RESERVE, Folders, expected_size, place
+from trainer.supervisor.team import Team
+from trainer.supervisor.workers import Workers
+
+POLL_S = 0.1
+MAX_FRUITLESS = 2
+"""Attempts in a row that were killed before they committed anything, after which it is no accident."""
+
+
+class Claimed:
+    """An attempt from its claim to its exit code."""
+
+    def __init__(  # noqa: PLR0913 (what a claim brings together)
+        self,
+        request: Request,
+        bucket: Bucket,
+        attempt: attempts.Attempt,
+        heartbeat: Heartbeat,
+        narrator: Narrator,
+        *,
+        mine: Folders,
+        team: Team,
+        predicted: int | None,
+        limits: Watch,
+    ) -> None:
+        self._request = request
+        self._bucket = bucket
+        self._attempt = attempt
+        self._heartbeat = heartbeat
+        self._narrator = narrator
+        self._folders = mine
+        self._team = team
+        self._predicted = predicted  # bytes of a checkpoint
+        self._shelf: Shelf | None = None
+        self._work = mine.work
+        self._limits = limits
+
+    def run(self, planned: Fit, python: str, notice: Notice) -> ExitCode:
+        try:
+            with room_in(self._work):
+                return self._run(planned, python, notice)
+        except NoRoom as error:
+            fruitless = record.fruitless_attempts(self._bucket, self._attempt.number)
+            if fruitless < MAX_FRUITLESS:
+                raise
+            tries = f"; {fruitless} attempts in a row before it committed nothing"
+            raise UserError(error.message + tries, hint=error.hint) from None
+
+    def _run(self, planned: Fit, python: str, notice: Notice) -> ExitCode:
+        if self._limits.reached:
+            return self._gone("before anything was started")
+        job = self._prepare(planned)
+        self._limits.look(notice)
+        if notice.given:
+            return self._gone("before the workers were started")
+        with mirrored(self._bucket, job):
+            exit_code = self._train(job, python, notice)
+        return self._settle(job, exit_code, notice)
+
+    def _prepare(self, planned: Fit) -> Job:
+        """Fetch what the workers start from: a model that lies in a bucket, the newest checkpoint."""
+        recipe = self._request.recipe
+        take_on_ballast(self._work)
+        model = fetch_model(recipe.model_name_or_path, self._work / "input-model")
+        placement = place(
+            expected_size(self._bucket, model, self._predicted),
+            self._folders.look(
+                kept=int((RESERVE * self._team.shape.host_memory_gib + planned.offloaded_gib) * 2**30)
+            ),
+            self._request.staging,
+            adapter=bool(recipe.model_args.get("use_peft")),
+        )
+        self._narrator.staging(placement.staging, placement.reason)
+        restored = self._team.restore(self._bucket, self._folders.make(placement), self._narrator.rejected)
+        number, run_id = self._attempt.number, self._request.run_id
+        self._shelf = shelf_for(recipe, planned, self._request.checkpoints, run_id=run_id, attempt=number)
+        kept = self._work / "reference"
+        self._narrator.recall(record.last_commits(self._bucket, self._attempt.number))
+        self._narrator.restored(restored)
+        self._narrator.window()
+        return Job(
+            run_id=self._request.run_id,
+            attempt=self._attempt.number,
+            recipe=recipe,
+            fit=planned,
+            work=self._work,
+            model=model,
+            resume_from=restored.path if restored else None,
+            report_id=record.report_id(self._bucket) if recipe.reports else "",
+            reference=kept if self._shelf and self._shelf.fetch(kept) else None,
+        )
+
+    def _train(self, job: Job, python: str, notice: Notice) -> int:
+        """Run the workers and upload what they stage, also what a crash left; the workers' exit code."""
+        uploader = Uploader(
+            self._bucket,
+            self._attempt,
+            job.staging,
+            recipe_digest=self._request.recipe.digest(),
+            keep=job.recipe.keep_checkpoints,
+            tell=self._narrator,
+            node=self._team.node,
+            waiting=WAITING._replace(gone=lambda: self._team.broken),
+            shelf=self._shelf,
+        )
+        workers = Workers(job, python, self._request.program, at=self._team.meeting)
+        uploader.start()
+        try:
+            exit_code = self._watch(workers, uploader, notice)
+            uploader.drain()
+        finally:
+            workers.kill()
+            uploader.stop()
+        if failure := self._heartbeat.superseded or uploader.error:
+            raise failure
+        return exit_code
+
+    def _watch(self, workers: Workers, uploader: Uploader, notice: Notice) -> int:
+        """Tell what the workers do until they end; hand on a notice, once."""
+        told = False
+        while (exit_code := workers.poll()) is None:
+            if uploader.error or self._heartbeat.superseded or self._team.broken:
+                workers.kill()
+            self._limits.look(notice)
+            source = notice.source if notice.given else self._team.noticed
+            if source and not told:
+                told = True
+                if not self._limits.reached:
+                    self._narrator.notice(source)
+                self._team.notice(source)
+                workers.stop()
+            self._narrator.listen()
+            workers.wait(POLL_S)
+        self._narrator.listen()
+        return exit_code
+
+    def _settle(self, job: Job, exit_code: int, notice: Notice) -> ExitCode:
+        """What the workers' outcome means for the run; no outcome means that they were killed or broke."""
+        outcome = Outcome.model_validate_json(job.outcome.read_text()) if job.outcome.exists() else None
+        exit_code, outcome = self._team.ended(exit_code, outcome)
+        if self._team.node.rank:
+            return ExitCode.RECOVER  # node 0 says what it really is
+        if outcome and outcome.status == "user_error":
+            raise RecipeError(outcome.message, hint=outcome.hint)
+        if outcome and outcome.status == "no_room":
+            raise NoRoom(outcome.message, hint=outcome.hint)
+        if outcome and outcome.status == "done" and (model := final(self._bucket)):
+            self._narrator.done(model, self._bucket.uri)
+            self._narrator.committing()
+            publish.complete(self._bucket, model)
+            return ExitCode.DONE
+        if outcome and outcome.status == "preempted":
+            return self._gone(outcome.message)
+        if broken := self._team.broken:
+            self._narrator.failed(broken, ExitCode.RECOVER)
+            return ExitCode.RECOVER
+        if outcome is None and (notice.given or self._team.noticed):
+            return self._gone("before the workers could save")
+        return self._crashed(exit_code)
+
+    def _gone(self, where: str) -> ExitCode:
+        """The machine goes, and another one goes on; or the run's limit is used up, and none does."""
+        if self._limits.reached:
+            self._limits.stopped(where)
+            return ExitCode.LIMIT
+        self._narrator.preempted(where)
+        return ExitCode.RECOVER
+
+    def _crashed(self, exit_code: int) -> ExitCode:
+        """A worker that a signal killed is worth another try, unless the last tries got nowhere either."""
+        name = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+        fruitless = record.fruitless_attempts(self._bucket, self._attempt.number)
+        code = ExitCode.RECOVER if exit_code < 0 and fruitless < MAX_FRUITLESS else ExitCode.BUG
+        tries = f"; {fruitless} attempts in a row before it committed nothing" if fruitless else ""
+        self._narrator.failed(f"the workers died of {name} and left no outcome{tries}", code)
+        return code
