@@ -76,7 +76,7 @@ def assert_goes_on(before: Trained, after: Trained, step: int = HALF) -> None:
     assert after.of("started")[0]["step"] == step, after.outcome
     assert_alike(rest_of(before, step), after)
     assert steps_of(after, "learning_rate") == steps_of(rest_of(before, step), "learning_rate")
-    assert any("was brought into" in line["message"] for line in after.of("log"))
+    assert any("was brought from" in line["message"] for line in after.of("log"))
 
 
 PAIRS = [

@@ -38,10 +38,11 @@ class Identity(BaseModel):
     threads: int
 
     def words(self) -> str:
-        """`zero3 with optimizer and parameters offloaded on 2 processes`."""
+        """`zero3 on 2 processes, optimizer and parameters offloaded`."""
         parts = {"optimizer": self.offload_optimizer, "parameters": self.offload_parameters}
         offloaded = " and ".join(name for name, is_off in parts.items() if is_off)
-        return f"{self.engine}{f' with {offloaded} offloaded' if offloaded else ''} on {self.world_size} processes"
+        where = f"{self.engine} on {self.world_size} process{'es' if self.world_size > 1 else ''}"
+        return f"{where}, {offloaded} offloaded" if offloaded else where
 
 
 def identity(job: Job, tokens: Tokens, model: str) -> Identity:

@@ -71,7 +71,7 @@ def bring(trainer: Any, folder: Path, theirs: Identity, mine: Identity) -> None:
     size = fill(ready, saved)
     settle(trainer, mine.engine, step=step(folder), scale=saved.loss_scale)
     log.info(
-        "the state that %s wrote was brought into %s: %.2f GB to a process in %.1f s",
+        "the state of the checkpoint was brought from %s to %s: %.2f GB to each process in %.1f s",
         *(theirs.words(), mine.words(), size / 1e9, time.monotonic() - began),
     )
 
