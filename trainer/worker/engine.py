@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
 from trainer.fit import Fit
 from trainer.job import Job, write_atomically
 from trainer.memory.passing import SUB_GROUP
@@ -21,6 +19,7 @@ from trainer.memory.precision import half_precision
 from trainer.memory.sharding import MAX_LIVE, PREFETCH, REDUCE_BUCKET
 from trainer.memory.states import DEFAULT_OPTIMIZER
 from trainer.recipe import Recipe
+from trainer.worker.compiled import compile_host_adam, compile_host_communication
 
 log = logging.getLogger(__name__)
 FILE = "deepspeed.json"
@@ -132,29 +131,10 @@ def start(job: Job, config: dict[str, Any] | None) -> None:
     if job.fit.use_cpu:
         from accelerate import PartialState
 
+        compile_host_communication()
         PartialState(backend="gloo")
     if job.fit.offload_optimizer and steps_on_host(job.recipe):
         compile_host_adam(job.recipe)
-
-
-def compile_host_adam(recipe: Recipe) -> None:
-    """Once for each machine: the compiled code stays in $TORCH_EXTENSIONS_DIR. The ranks wait for the first of them.
-
-    Raises:
-        UserError: there is no compiler, or it fails.
-    """
-    from deepspeed.ops.op_builder.cpu import CPUAdagradBuilder, CPUAdamBuilder
-
-    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja may lie beside Python only
-    builder = CPUAdagradBuilder() if recipe.trainer_args.get("optim") == "adagrad" else CPUAdamBuilder()
-    try:
-        builder.load()
-    except (RuntimeError, OSError, ImportError) as error:
-        raise UserError(
-            f"DeepSpeed's {builder.NAME}, which steps an offloaded optimizer, cannot be compiled here: "
-            f"{str(error).strip().splitlines()[-1]}",
-            hint="install g++ and ninja, or train without offload: `offload: none`",
-        ) from error
 
 
 def whole_weights(trainer: Any, fit: Fit) -> dict[str, Any] | None:

@@ -1,0 +1,55 @@
+"""Code compiled for the host: a process that was killed while it compiled stops nobody after it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, wait_until
+from trainer.worker.compiled import _turn
+
+COMPILES = """
+import sys, time
+from trainer.worker.compiled import _turn
+with _turn("an_op"):
+    print("mine", flush=True)
+    open(sys.argv[1], "w").close()  # as torch does
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where torch says that somebody compiles."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with _turn("an_op"):
+        [folder] = tmp_path.rglob("an_op")
+    return folder / "lock"
+
+
+def test_a_killed_compilation_stops_nobody(lock: Path) -> None:
+    """Torch's mark of it would be waited for until somebody removes it by hand."""
+    with subprocess.Popen([sys.executable, "-c", COMPILES, str(lock)], cwd=ROOT) as killed:
+        wait_until(lock.exists, "the compilation")
+        killed.send_signal(signal.SIGKILL)
+    with _turn("an_op"):
+        assert not lock.exists()
+
+
+def test_one_compiles_at_a_time(lock: Path) -> None:
+    """Whoever holds the turn is waited for, mark or no mark."""
+    with _turn("an_op"):
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", COMPILES, str(lock)], cwd=ROOT, stdout=subprocess.PIPE
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(8)  # longer than its imports take
+        assert not lock.exists()
+    with waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == b"mine\n"
+        waiting.kill()
