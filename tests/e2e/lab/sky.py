@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
+import sqlite3
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,11 @@ from tests.harness import ROOT, wait_until
 from tests.servers.ports import free_ports
 
 SKY = Path(sys.executable).with_name("sky")
-POLL_S = 6.0
-"""Between two looks: a `sky` command takes some 2 s of CPU."""
+JOB = """
+select spot_job_id as job_id, name as job_name, task_id, status, recovery_count
+from spot join job_info using (spot_job_id) where name = ? order by spot_job_id desc, task_id desc limit 1
+"""
+"""Of SkyPilot 0.14.1's `sky/jobs/state.py`."""
 FOLDERS = ("workdir", "tmpdir")
 ENABLE = """
 from sky import check, global_user_state
@@ -81,9 +83,6 @@ class Sky:
         self._home = folder / "home"
         self._site = folder / "site"
         self._cluster = folder / "cluster"
-        self._lock = threading.Lock()
-        self._listed: list[dict[str, Any]] = []
-        self._listed_at = -math.inf
         inside.environ |= {
             "HOME": str(self._home),
             "PYTHONPATH": str(self._site),
@@ -134,13 +133,18 @@ class Sky:
         return found
 
     def job(self, name: str) -> dict[str, Any] | None:
-        """The managed job of that name as SkyPilot tells of it, its last task; None if there is none yet."""
-        with self._lock:  # who waits at the same time shares the answer
-            if time.monotonic() - self._listed_at > POLL_S:
-                self._listed = json.loads(self.run("jobs", "queue", "--all", "--output", "json"))
-                self._listed_at = time.monotonic()
-            mine = [job for job in self._listed if job["job_name"] == name]
-        return max(mine, key=lambda job: int(job["task_id"]), default=None)
+        """The managed job of that name as its controller has it, its last task; None if there is none yet.
+
+        Read where the controller writes it: each `sky jobs queue` takes seconds of CPU here and in the server, and many
+        tests wait at once.
+        """
+        path = self._home / ".sky" / "spot_jobs.db"
+        if not path.exists():
+            return None
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as managed:
+            managed.row_factory = sqlite3.Row
+            row = managed.execute(JOB, (name,)).fetchone()
+        return dict(row) if row else None
 
     def wait_for(self, name: str, *statuses: str, timeout_s: float = 600.0) -> str:
         """Wait until the managed job has one of the statuses; which."""
