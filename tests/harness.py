@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from trainer.bucket import Bucket, open_run
 from trainer.bucket.manifest import Manifest, committed, final
-from trainer.events import Event, of_kind, parse
+from trainer.events import MEASURED, Event, of_kind, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,5 +132,5 @@ class RunView:
         return told
 
 
-TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"} | MEASURED
 """What no two runs share."""

@@ -42,6 +42,8 @@ Kind = Literal[
 ]
 """The kinds of events, with their fields; every event also has `time` (UTC, ISO 8601) and `attempt`."""
 
+MEASURED = frozenset({"step_s", "train_s", "tokens_per_s", "gpu_peak_gib", "host_peak_gib", "seconds"})
+"""Of `step` and `eval`: what is of the machine and the moment; all else is the run's, and the same in each attempt."""
 Event = dict[str, Any]
 AT_FULL_PACE_BYTES = 256 * 1024
 """A log longer than this is written less often in proportion: it is always written whole."""

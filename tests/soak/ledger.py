@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from tests.harness import RunView
 from trainer.bucket.manifest import Manifest, committed
 from trainer.bucket.restore import mismatch
-from trainer.events import Event
+from trainer.events import MEASURED, Event
 
-UNLIKE = {"time", "attempt"}
+UNLIKE = {"time", "attempt"} | MEASURED
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainer.events import MEASURED
 from trainer.fit import fit
 from trainer.hardware import Shape
 from trainer.job import Job, Outcome
@@ -54,6 +55,11 @@ class Trained:
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["kind"] == kind]
+
+    @property
+    def trajectory(self) -> list[dict[str, Any]]:
+        """What each step did, without how long it took here."""
+        return [{key: line[key] for key in line.keys() - MEASURED} for line in self.of("step")]
 
     def checkpoint(self, step: int) -> Path:
         return self.job.staging / f"checkpoint-{step}"

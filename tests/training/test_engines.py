@@ -210,7 +210,7 @@ def test_a_resume_on_the_same_shape_is_exact(tmp_path: Path, engine: Engine, kin
     whole = engine(kind, DPO)
     again = run(ranks_job(tmp_path / "work", DPO, resume_from=whole.checkpoint(3), **ENGINES[kind]))
     assert again.of("started")[0]["step"] == 3
-    assert again.of("step") == whole.of("step")[3:]
+    assert again.trajectory == whole.trajectory[3:]
     assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(again).items())
 
 
@@ -238,7 +238,7 @@ def test_a_pass_before_training_leaves_no_trace(tmp_path: Path, engine: Engine, 
     job = ranks_job(tmp_path / "work", DPO, **ENGINES[kind])
     again = run(job.model_copy(update={"reference": tmp_path / "kept"}))
     assert [line["computed"] for line in again.of("reference")] == [0, 0]
-    assert again.of("step") == whole.of("step")
+    assert again.trajectory == whole.trajectory
 
 
 @needs_compiler
@@ -256,7 +256,7 @@ def test_a_killed_run_of_zero_3_ends_as_if_undisturbed(tmp_path: Path, engine: E
     again = run(
         ranks_job(tmp_path / "again", DPO, resume_from=job.staging / "checkpoint-3", **ENGINES["zero3"])
     )
-    assert again.of("step") == whole.of("step")[3:]
+    assert again.trajectory == whole.trajectory[3:]
     assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(again).items())
 
 

@@ -87,7 +87,7 @@ def test_a_resumed_run_computes_nothing(small: Small, tmp_path: Path) -> None:
     job = make_job(tmp_path / "resumed", DPO, *SMALL, *PLAIN, resume_from=first.checkpoint(2))
     resumed = train(job.model_copy(update={"reference": shelf_of(first, tmp_path / "kept")}))
     assert computed(resumed) == [0, 0]
-    assert resumed.of("step") == first.of("step")[2:]
+    assert resumed.trajectory == first.trajectory[2:]
 
 
 def test_a_resumed_run_without_what_was_kept_computes_the_same(small: Small, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_resumed_run_without_what_was_kept_computes_the_same(small: Small, tmp
     first = small(DPO, *PLAIN)
     resumed = train(make_job(tmp_path / "resumed", DPO, *SMALL, *PLAIN, resume_from=first.checkpoint(2)))
     assert computed(resumed) == [16, 4]
-    assert resumed.of("step") == first.of("step")[2:]
+    assert resumed.trajectory == first.trajectory[2:]
 
 
 def test_another_runs_values_are_used_and_taken_over(small: Small, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_resumed_dpo_has_the_reference_it_began_with(
     whole = small(DPO, *weights)
     again = resumed(tmp_path, whole, 2, DPO, *weights)
     assert again.of("started")[0]["step"] == 2
-    assert again.of("step") == whole.of("step")[2:]
+    assert again.trajectory == whole.trajectory[2:]
     assert again.of("step")[0]["rewards/margins"] != 0
 
 
@@ -206,7 +206,7 @@ def test_saves_wait_for_the_upload(small: Small) -> None:
 
 def test_skipped_saves_change_no_step(small: Small) -> None:
     """What is saved has no influence on what is trained."""
-    assert small(SFT, "save_steps=1").of("step") == small(SFT).of("step")
+    assert small(SFT, "save_steps=1").trajectory == small(SFT).trajectory
 
 
 class StoppedAt(Channel):
@@ -239,7 +239,7 @@ def test_a_notice_saves_at_the_next_boundary(tmp_path: Path, small: Small) -> No
         ("checkpoint-2", "checkpoint")
     ]
     again = resumed(tmp_path, trained, 2, SFT, "save_steps=4")
-    assert again.of("step") == small(SFT).of("step")[2:]
+    assert again.trajectory == small(SFT).trajectory[2:]
     assert (again.final / "model.safetensors").read_bytes() == (
         small(SFT).final / "model.safetensors"
     ).read_bytes()
