@@ -176,6 +176,7 @@ def test_steps_are_whole_batches_of_an_epoch() -> None:
     """61,135 pairs in batches of 128 are 477 steps; `max_steps` has the last word."""
     assert dpo().steps == 477
     assert dpo(recipe(num_train_epochs=3)).steps == 3 * 477
+    assert dpo(recipe(num_train_epochs=1.5)).steps == 716
     assert dpo(recipe(max_steps=10)).steps == 10
     assert sft().steps == 207_865 * 1374 // 2048 // 128
 

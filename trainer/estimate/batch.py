@@ -74,12 +74,14 @@ def padded(mean: float, spread: float, count: int, limit: int) -> int:
 
 
 def steps(recipe: Recipe, workload: Workload) -> int:
-    """Optimizer steps of a run; the rest of an epoch that fills no batch is left out."""
+    """Optimizer steps of a run; the rest of an epoch that fills no batch is left out, and a part of an epoch is
+    rounded up to whole steps, as the Trainer does.
+    """
     most = int(recipe.trainer_args.get("max_steps") or 0)
     if most > 0:
         return most
     epochs = float(recipe.trainer_args.get("num_train_epochs") or TRAINER_EPOCHS)
-    return max(1, math.floor(epochs * max(1, rows(recipe, workload) // recipe.global_batch_size)))
+    return max(1, math.ceil(epochs * max(1, rows(recipe, workload) // recipe.global_batch_size)))
 
 
 def rows(recipe: Recipe, workload: Workload) -> int:
