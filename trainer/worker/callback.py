@@ -25,6 +25,8 @@ UNTOLD = frozenset(
     {"num_tokens", "eval_num_tokens", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 )
 """Of this process's life, not of the run's: they start anew at every recovery."""
+FED = ("input_ids", "attention_mask", "position_ids")
+"""Of the model's inputs, what says which tokens it sees."""
 
 
 class Progress(TrainerCallback):
@@ -185,21 +187,19 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        self._sum = 0
-        self._tokens = 0
+        self._fed: list[dict[str, torch.Tensor]] = []
 
     def hook(self, module: Any, _args: Any, inputs: dict[str, Any]) -> None:
-        """Before a forward; those of evaluation and of the reference have no gradient."""
+        """Before a forward; those of evaluation and of the reference have no gradient.
+
+        Only kept until the step is over: to read a GPU's memory here would wait for all that it has still to compute.
+        """
         if module.training and torch.is_grad_enabled():
-            ids = inputs["input_ids"].detach().cpu().to(torch.int64)  # (batch, sequence)
-            for sequence in _sequences(ids, inputs):
-                self._tokens += len(sequence)
-                self._sum += xxhash.xxh3_64_intdigest(sequence.contiguous().numpy().tobytes())
+            self._fed.append({name: inputs[name].detach() for name in FED if inputs.get(name) is not None})
 
     def take(self, args: TrainingArguments) -> Taken:
         """All since the last call, of every rank; and the memory that they took at most."""
-        mine, tokens = self._sum % 2**64, self._tokens
-        self._sum = self._tokens = 0
+        mine, tokens = self._digest()
         gpu, host = peaks()
         if args.world_size > 1:
             signed = mine - 2**64 if mine >= 2**63 else mine
@@ -209,6 +209,16 @@ class Seen:
             mine %= 2**64
             gpu = _fullest(args, gpu)
         return Taken(f"{mine:016x}", tokens, gpu, host / GIB)
+
+    def _digest(self) -> tuple[int, int]:
+        """Sum of the hashes, and tokens, of what was fed; it is let go."""
+        total = tokens = 0
+        for fed in self._fed:
+            for sequence in _sequences({name: tensor.cpu() for name, tensor in fed.items()}):
+                tokens += len(sequence)
+                total += xxhash.xxh3_64_intdigest(sequence.contiguous().numpy().tobytes())
+        self._fed.clear()
+        return total % 2**64, tokens
 
 
 def _fullest(args: TrainingArguments, gib: float | None) -> float | None:
@@ -220,14 +230,14 @@ def _fullest(args: TrainingArguments, gib: float | None) -> float | None:
     return float(largest)
 
 
-def _sequences(ids: torch.Tensor, inputs: dict[str, Any]) -> Iterator[torch.Tensor]:
+def _sequences(inputs: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """Without padding; several to a row where they are packed, each with positions from 0."""
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    for number, row in enumerate(ids):
+    for number, row in enumerate(inputs["input_ids"].to(torch.int64)):  # (batch, sequence)
         if mask is not None:
-            yield row[mask[number].detach().cpu().bool()]
+            yield row[mask[number].bool()]
         elif positions is not None:
-            starts = (positions[number].detach().cpu() == 0).nonzero().flatten().tolist()
+            starts = (positions[number] == 0).nonzero().flatten().tolist()
             yield from torch.tensor_split(row, starts[1:])
         else:
             yield row

@@ -1,0 +1,122 @@
+"""What both sides of `bench/train.py` train: chats or pairs as long as UltraFeedback's, and a model of any width."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.worker.synthetic import facts
+
+SPREAD = 0.56
+"""Standard deviation of a length over its mean: of UltraFeedback's answers (`trainer/estimate/workload.py`)."""
+TOKENS_PER_SENTENCE = 9
+"""About, in the tokenizer that is made of them."""
+QUESTIONS = 0.3
+"""Of a sequence, the share that is its prompt: 616 of 1878 bytes in UltraFeedback, likewise."""
+
+
+class Size(NamedTuple):
+    """Of the model: Mistral's shape, random weights."""
+
+    hidden: int
+    layers: int
+    heads: int
+    vocab: int
+
+    def config(self, tokenizer: Any, length: int) -> Any:
+        from transformers import MistralConfig
+
+        return MistralConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.hidden * 7 // 2,  # Mistral-7B's
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=max(1, self.heads // 4),
+            vocab_size=max(self.vocab, len(tokenizer)),
+            max_position_embeddings=max(2048, length),
+            sliding_window=None,
+            initializer_range=1 / math.sqrt(self.hidden),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+
+def rows(method: str, count: int, *, tokens: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Questions and their answers of the generated facts, many to a row; a pair's worse half answers them wrong.
+
+    Args:
+        method: sft or dpo.
+        count: of rows.
+        tokens: mean of a sequence, prompt included, about.
+        seed: of lengths and facts.
+    """
+    choice = random.Random(f"{seed}/{method}")
+    return [_row(method, choice, tokens / TOKENS_PER_SENTENCE) for _ in range(count)]
+
+
+def _row(method: str, choice: random.Random, sentences: float) -> dict[str, Any]:
+    known = list(facts())
+    asked = [choice.choice(known) for _ in range(_length(choice, sentences * QUESTIONS))]
+    prompt = " ".join(choice.choice(fact.questions).format(*fact.subject) for fact in asked)
+
+    def answer(*, right: bool) -> list[dict[str, str]]:
+        said = (asked[number % len(asked)] for number in range(_length(choice, sentences * (1 - QUESTIONS))))
+        text = " ".join(fact.right if right else choice.choice(fact.wrong) for fact in said)
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+
+    if method == "sft":
+        return {"messages": answer(right=True)}
+    return {"chosen": answer(right=True), "rejected": answer(right=False)}
+
+
+def _length(choice: random.Random, mean: float) -> int:
+    """Log-normal of that mean, with `SPREAD`."""
+    variance = math.log(1 + SPREAD**2)
+    return max(1, round(choice.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance))))
+
+
+def read(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first rows of a JSON Lines file with `messages`, or with `chosen` and `rejected` as whole chats."""
+    lines = path.read_text().splitlines()[:count]
+    wanted = ("messages", "chosen", "rejected")
+    return [{name: row[name] for name in wanted if name in row} for row in map(json.loads, lines)]
+
+
+def write(folder: Path, data: list[dict[str, Any]]) -> Path:
+    """`train.jsonl` in a folder of its own, which both sides can read."""
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    return folder / "train.jsonl"
+
+
+def make_model(into: Path, data: list[dict[str, Any]], size: Size, *, length: int, dtype: str) -> int:
+    """A tokenizer of the rows' text with Zephyr's template, and random weights; how many weights there are."""
+    import torch
+    from transformers import MistralForCausalLM
+
+    from trainer.worker.chat import ZEPHYR_TEMPLATE
+    from trainer.worker.model import _texts, _train_tokenizer
+
+    tokenizer = _train_tokenizer(_texts(data), min(size.vocab, 2048))
+    tokenizer.chat_template = ZEPHYR_TEMPLATE
+    torch.manual_seed(0)
+    model = MistralForCausalLM(size.config(tokenizer, length)).to(getattr(torch, dtype))
+    model.save_pretrained(into)
+    tokenizer.save_pretrained(into)
+    return int(model.num_parameters())
+
+
+def lengths(method: str, data: list[dict[str, Any]], model: Path, limit: int) -> Iterator[int]:
+    """Tokens of each row as a collator pads it: of a pair those of its longer half."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for row in data:
+        chats = [row["messages"]] if method == "sft" else [row["chosen"], row["rejected"]]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        yield min(limit, max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts))
