@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,11 @@ SPREAD = 0.56
 """Standard deviation of a length over its mean: of UltraFeedback's answers (`trainer/estimate/workload.py`)."""
 TOKENS_PER_SENTENCE = 9
 """About, in the tokenizer that is made of them."""
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""Zephyr's without the newline after each end: TRL trains on the last of them, and we do not."""
 QUESTIONS = 0.3
 """Of a sequence, the share that is its prompt: 616 of 1878 bytes in UltraFeedback, likewise."""
 
@@ -95,15 +99,14 @@ def write(folder: Path, data: list[dict[str, Any]]) -> Path:
 
 
 def make_model(into: Path, data: list[dict[str, Any]], size: Size, *, length: int, dtype: str) -> int:
-    """A tokenizer of the rows' text with Zephyr's template, and random weights; how many weights there are."""
+    """A tokenizer of the rows' text, and random weights; how many weights there are."""
     import torch
     from transformers import MistralForCausalLM
 
-    from trainer.worker.chat import ZEPHYR_TEMPLATE
     from trainer.worker.model import _texts, _train_tokenizer
 
     tokenizer = _train_tokenizer(_texts(data), min(size.vocab, 2048))
-    tokenizer.chat_template = ZEPHYR_TEMPLATE
+    tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     model = MistralForCausalLM(size.config(tokenizer, length)).to(getattr(torch, dtype))
     model.save_pretrained(into)
@@ -111,12 +114,15 @@ def make_model(into: Path, data: list[dict[str, Any]], size: Size, *, length: in
     return int(model.num_parameters())
 
 
-def lengths(method: str, data: list[dict[str, Any]], model: Path, limit: int) -> Iterator[int]:
-    """Tokens of each row as a collator pads it: of a pair those of its longer half."""
+def lengths(method: str, data: list[dict[str, Any]], model: Path, limit: int) -> list[list[int]]:
+    """Tokens of each row's sequences: of a chat, or of both halves of a pair."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
+    found = []
     for row in data:
         chats = [row["messages"]] if method == "sft" else [row["chosen"], row["rejected"]]
         texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-        yield min(limit, max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts))
+        tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        found.append([min(limit, len(each)) for each in tokens])
+    return found

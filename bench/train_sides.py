@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import json
 import os
 import re
@@ -10,14 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import psutil
 import yaml
+from train_worker import PLAIN, TIMES
 
 REFERENCE = re.compile(r"Computing reference log probs for train dataset:.*?(\d+)/(\d+)")
 CACHED = re.compile(r"the reference's log-probabilities: \d+ pairs computed in ([\d.]+) s")
-OURS_ONLY = {"micro_batch_size", "global_batch_size", "auto_insert_empty_system_msg"}
+SUPERVISOR = re.compile(r"supervisor's CPU: ([\d.]+)")
 
 
 class Trained(NamedTuple):
@@ -30,7 +34,28 @@ class Trained(NamedTuple):
     """Of the pass that computes the reference's log-probabilities; 0 without one."""
     wall_s: float
     """Of the whole command."""
-    notes: str
+    step_cpu_s: list[float]
+    """CPU seconds of the training process, likewise; what others do on the machine is hardly in it."""
+    reference_cpu_s: float
+    times: Mapping[str, float] = MappingProxyType({})
+    """Seconds in all that ours adds to the steps, by what they went to."""
+    supervisor: float = 0.0
+    """CPU seconds of it for each second of the run."""
+
+
+class Moment(NamedTuple):
+    """Two clocks."""
+
+    wall_s: float
+    cpu_s: float
+    """That the command has used until then."""
+
+
+def _cpu_s(pid: int) -> float:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        used = psutil.Process(pid).cpu_times()
+        return float(used.user + used.system)
+    return 0.0
 
 
 def environment(device: str, home: Path) -> dict[str, str]:
@@ -49,43 +74,50 @@ def trl(method: str, settings: Mapping[str, Any], folder: Path, *, device: str) 
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump({**settings, "output_dir": str(folder / "out")}))
     script = Path(package.__file__).parent / "scripts" / f"{method}.py"
-    began, losses, at, passed = time.perf_counter(), [], [], []
+    began, at, passed = time.perf_counter(), list[Moment](), list[Moment]()
     command = [sys.executable, str(script), "--config", str(config)]
     for now, line in _lines(command, environment(device, folder), folder / "log"):
         if REFERENCE.search(line):
             passed.append(now)
         elif line.startswith("{'loss':"):
-            losses.append(float(ast.literal_eval(line)["loss"]))
             at.append(now)
     wall_s = time.perf_counter() - began
-    steps = [later - earlier for earlier, later in zip(at, at[1:], strict=False)]
-    return Trained(losses, steps, passed[-1] - passed[0] if passed else 0.0, wall_s, "")
+    state = json.loads((folder / "out" / f"checkpoint-{len(at)}" / "trainer_state.json").read_text())
+    losses = [
+        float(line["loss"]) for line in state["log_history"] if "loss" in line
+    ]  # printed with fewer digits
+    wall, cpu = ([later[clock] - earlier[clock] for earlier, later in pairwise(at)] for clock in (0, 1))
+    pass_s, pass_cpu_s = (passed[-1][clock] - passed[0][clock] if passed else 0.0 for clock in (0, 1))
+    return Trained(losses, wall, pass_s, wall_s, cpu, pass_cpu_s)
 
 
-def ours(recipe: Mapping[str, Any], folder: Path, *, device: str) -> Trained:
-    """`python -m trainer run FILE`; the run's events say how long its steps were."""
+def ours(recipe: Mapping[str, Any], folder: Path, *, device: str, plain: bool) -> Trained:
+    """What `python -m trainer run FILE` does, with a stopwatch in it; the run's events say how long its steps were."""
     folder.mkdir(parents=True)
-    file = folder / "recipe.yaml"
+    file, bucket, times = folder / "recipe.yaml", folder / "bucket", folder / "times.json"
     file.write_text(yaml.safe_dump(dict(recipe)))
-    bucket = folder / "bucket"
-    command = [sys.executable, "-m", "trainer", "run", str(file), "--checkpoints", str(bucket)]
-    command += ["--run-id", "run", "--work", str(folder / "work")]
-    began, reference_s = time.perf_counter(), 0.0
-    for _, line in _lines(command, environment(device, folder), folder / "log"):
+    environ = {**environment(device, folder), TIMES: str(times), **({PLAIN: "1"} if plain else {})}
+    program = str(Path(__file__).with_name("train_worker.py"))
+    command = [sys.executable, program, str(file), str(bucket), str(folder / "work")]
+    began, reference_s, supervisor = time.perf_counter(), 0.0, 0.0
+    for _, line in _lines(command, environ, folder / "log"):
         if found := CACHED.search(line):
             reference_s = float(found[1])
+        elif found := SUPERVISOR.search(line):
+            supervisor = float(found[1])
     wall_s = time.perf_counter() - began
     lines = (bucket / "run" / "events" / "0001.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    steps = [event for event in events if event["kind"] == "step"]
-    fit = next(event["fit"] for event in events if event["kind"] == "claimed")
-    notes = f"micro batch {fit['micro_batch']} x {fit['accumulation']}" if device == "cuda" else ""
-    losses = [float(event["loss"]) for event in steps]
-    return Trained(losses, [event["step_s"] for event in steps[1:]], reference_s, wall_s, notes)
+    steps = [event for event in map(json.loads, lines) if event["kind"] == "step"]
+    losses, step_s = [float(event["loss"]) for event in steps], [event["step_s"] for event in steps[1:]]
+    seen = json.loads(times.read_text())
+    cpu = [later - earlier for earlier, later in pairwise(seen["steps"])]
+    return Trained(
+        losses, step_s, reference_s, wall_s, cpu, sum(seen["reference"]), seen["times"], supervisor
+    )
 
 
-def _lines(command: list[str], environ: dict[str, str], log: Path) -> Iterator[tuple[float, str]]:
-    """What a command says, each line (or state of a progress bar) with the second it arrived in; all of it goes to a log.
+def _lines(command: list[str], environ: dict[str, str], log: Path) -> Iterator[tuple[Moment, str]]:
+    """What a command says, each line (or state of a progress bar) with the moment it arrived in; all of it goes to a log.
 
     Raises:
         RuntimeError: it failed.
@@ -97,7 +129,7 @@ def _lines(command: list[str], environ: dict[str, str], log: Path) -> Iterator[t
         assert process.stdout is not None  # noqa: S101 (a pipe was asked for)
         rest = b""
         while part := os.read(process.stdout.fileno(), 2**16):
-            now = time.perf_counter()
+            now = Moment(time.perf_counter(), _cpu_s(process.pid))
             copy.write(part)
             *whole, rest = re.split(rb"[\r\n]", rest + part)
             yield from ((now, line.decode(errors="replace")) for line in whole)

@@ -1,0 +1,129 @@
+"""Our run with a stopwatch in it: what of each step is ours and not the model's. Used by `bench/train.py`.
+
+`python bench/train_worker.py RECIPE BUCKET WORK` supervises a run whose worker is this module; `-m bench.train_worker
+JOB` is that worker. $BENCH_PLAIN makes it deal rows to micro batches in plain order, not by length.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PLAIN, TIMES = "BENCH_PLAIN", "BENCH_TIMES"
+Times = dict[str, float]
+
+
+def timed(times: Times, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def timing(*arguments: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call(*arguments, **named)
+        finally:
+            times[name] = times.get(name, 0.0) + time.perf_counter() - began
+
+    return timing
+
+
+def timed_items(times: Times, name: str, items: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    def each(*arguments: Any) -> Iterator[Any]:
+        iterator = items(*arguments)
+        take = timed(times, name, lambda: next(iterator, None))
+        while (item := take()) is not None:
+            yield item
+
+    return each
+
+
+def watch(times: Times) -> None:
+    """Put the stopwatch around all that we add to a step."""
+    from trainer.worker import order
+    from trainer.worker.callback import Progress, Seen
+    from trainer.worker.channel import Channel
+
+    Seen.hook = timed(times, "what the model sees, kept", Seen.hook)  # type: ignore[method-assign]
+    Seen.take = timed(times, "of it: digest, tokens, memory", Seen.take)  # type: ignore[method-assign]
+    Channel.say = timed(times, "of it: lines to the supervisor", Channel.say)  # type: ignore[method-assign]
+    Progress.on_log = timed(times, "after each step: what it was", Progress.on_log)  # type: ignore[method-assign]
+    Progress.on_step_end = timed(  # type: ignore[method-assign]
+        times, "after each step: stop or save?", Progress.on_step_end
+    )
+    order.Batches.__iter__ = timed_items(times, "order of rows", order.Batches.__iter__)  # type: ignore[method-assign]
+
+
+class Clocks(NamedTuple):
+    """CPU seconds of the worker, all its threads."""
+
+    steps: list[float]
+    """At the end of each."""
+    reference: list[float]
+    """Of each pass that computed reference log-probabilities."""
+
+
+def watch_cpu(clocks: Clocks) -> None:
+    from trainer.worker.callback import Progress
+    from trainer.worker.reference import Reference
+
+    told, computed = Progress.on_log, Reference._compute  # noqa: SLF001
+
+    def on_log(self: Any, *arguments: Any, logs: dict[str, Any] | None = None, **named: Any) -> None:
+        told(self, *arguments, logs=logs, **named)
+        if "loss" in (logs or {}):
+            clocks.steps.append(time.process_time())
+
+    def compute(self: Any, *arguments: Any) -> None:
+        before = time.process_time()
+        computed(self, *arguments)
+        clocks.reference.append(time.process_time() - before)
+
+    Progress.on_log = on_log  # type: ignore[assignment,method-assign]
+    Reference._compute = compute  # type: ignore[method-assign]  # noqa: SLF001
+
+
+def work() -> None:
+    from trainer.worker import __main__ as worker
+    from trainer.worker import order
+
+    times: Times = {}
+    clocks = Clocks([], [])
+    watch(times)
+    watch_cpu(clocks)
+    if os.environ.get(PLAIN):
+        order.may_sort = lambda _recipe: False
+    try:
+        worker.main()
+    finally:
+        Path(os.environ[TIMES]).write_text(json.dumps({"times": times, **clocks._asdict()}))
+
+
+def supervise(recipe: str, bucket: str, scratch: str) -> int:
+    """As `python -m trainer run` does, and says at the end what it took of the CPU itself."""
+    import logging
+
+    from trainer.recipe import load
+    from trainer.supervisor.preemption import Notice
+    from trainer.supervisor.supervise import Request, run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    request = Request(
+        recipe=load(recipe, ()).recipe,
+        checkpoints=bucket,
+        run_id="run",
+        program="bench.train_worker",
+        work=Path(scratch),
+    )
+    before, began = time.process_time(), time.perf_counter()
+    code = run(request, Notice())
+    share = (time.process_time() - before) / (time.perf_counter() - began)
+    print(f"supervisor's CPU: {share:.5f}", flush=True)
+    return int(code)
+
+
+if __name__ == "__main__":
+    work() if len(sys.argv) == 2 else sys.exit(supervise(*sys.argv[1:]))
