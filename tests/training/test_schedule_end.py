@@ -58,7 +58,9 @@ def test_a_part_of_an_epoch_has_the_steps_that_the_estimate_counts(
     trained = small("zephyr-tiny/sft", *EPOCH, "lr_scheduler_type=linear", f"num_train_epochs={epochs}")
     counted = steps(trained.job.recipe, Workload(rows=ROWS, tokens=10, source="test"))
     taken = trained.of("step")
-    assert trained.of("started")[0]["total_steps"] == len(taken) == counted == math.ceil(epochs * ROWS / BATCH)
+    assert (
+        trained.of("started")[0]["total_steps"] == len(taken) == counted == math.ceil(epochs * ROWS / BATCH)
+    )
     assert taken[-1]["learning_rate"] == pytest.approx(RATE / counted)
 
 

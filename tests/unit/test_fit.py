@@ -102,12 +102,24 @@ def test_a_cpu_takes_the_whole_batch_with_all_its_cores() -> None:
 
 
 def test_a_cpu_s_memory_is_predicted_where_the_model_is_known() -> None:
-    """It changes nothing of how the recipe runs."""
+    """It changes nothing of how the recipe runs but whether activations are computed twice."""
     known, unknown = fit(recipe(12), shape(), SMALL), fit(recipe(12), shape(), None)
-    same = {"host": known.host, "reasons": known.reasons}
+    same = {"host": known.host, "reasons": known.reasons, "activation_checkpointing": False}
     assert known == unknown.model_copy(update=same)
     assert known.host.gib > 0
     assert not known.gpu.terms
+
+
+def test_a_cpu_keeps_activations_where_there_is_room() -> None:
+    """Up to half of its memory, and only if the recipe leaves it to the fit."""
+    kept = fit(recipe(12), shape(), SMALL)
+    assert "no activation checkpointing: all activations fit" in kept.reasons
+    small = shape(host_gib=1.9 * kept.host.gib)
+    assert fit(recipe(12), small, SMALL).activation_checkpointing
+    assert fit(recipe(12), small, SMALL).host.gib < kept.host.gib
+    for said in (True, False):
+        wanted = recipe(12).model_copy(update={"trainer_args": {"gradient_checkpointing": said}})
+        assert fit(wanted, shape(), SMALL).activation_checkpointing is said
 
 
 def test_a_model_too_large_for_a_cpu_is_refused() -> None:

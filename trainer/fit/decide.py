@@ -12,6 +12,8 @@ from trainer.memory import Architecture, Layout, Usage, staged_host, usage
 from trainer.memory.precision import needs_bf16
 from trainer.recipe import Recipe
 
+KEEP_SHARE = 0.5
+"""Of a CPU's memory: the rest is for staged checkpoints, the page cache and whatever else a laptop runs."""
 HOST_KEPT = 0.10
 """Own assumption: the share of a host's memory that is left to the system and to its cache of files."""
 
@@ -67,7 +69,9 @@ def _chosen(
 
 
 def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> Fit:
-    """One process a node with all its cores, as the recipe says: memory is predicted, and never traded for time."""
+    """One process a node with all its cores, as the recipe says; where it is silent, activations are kept if that
+    takes no more than `KEEP_SHARE` of the memory.
+    """
     nodes = shape.nodes
     share = recipe.global_batch_size // nodes
     micro = largest_divisor(share, at_most=recipe.micro_batch_size or LARGEST_MICRO_BATCH)
@@ -81,6 +85,13 @@ def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> 
         reference=reference_of(recipe),
     )
     host = _cpu_memory(recipe, architecture, layout)
+    roomy: tuple[str, ...] = ()
+    if checkpointing_of(recipe) is None:
+        kept = layout.model_copy(update={"activation_checkpointing": False})
+        fuller = _cpu_memory(recipe, architecture, kept)
+        if fuller.terms and fuller.gib <= KEEP_SHARE * shape.host_memory_gib:
+            layout, host = kept, fuller
+            roomy = ("no activation checkpointing: all activations fit",)
     if host.gib > shape.host_memory_gib:
         raise NoFit(
             f"recipe {recipe.name} needs {host.gib:.1f} GiB of memory; {shape} has no more",
@@ -98,6 +109,7 @@ def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> 
             words.why_micro(recipe, share=share, micro=micro),
             f"accumulation {share // micro}: {nodes} x {micro} x {share // micro} = {recipe.global_batch_size}",
             f"{shape.cores} threads each: {shape.cores} cores for 1",
+            *roomy,
             known or "memory: not predicted, as the model's numbers or the sequences' length are not known",
         ),
     )

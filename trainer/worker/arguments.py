@@ -59,8 +59,8 @@ def _defaults(settings: dict[str, Any], fit: Fit) -> dict[str, Any]:
 
 
 def _fitted(job: Job) -> dict[str, Any]:
-    """What the fit chose where the recipe is silent; on a CPU nothing, and TRL's default stands."""
-    if job.fit.use_cpu or checkpointing_of(job.recipe) is not None:
+    """What the fit chose where the recipe is silent."""
+    if checkpointing_of(job.recipe) is not None:
         return {}
     return {"gradient_checkpointing": job.fit.activation_checkpointing}
 
