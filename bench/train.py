@@ -115,9 +115,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4, help="on cuda ours takes what the fit says")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--minutes", type=float, default=60, help="after these, no case is begun but of the first round"
-    )
+    parser.add_argument("--minutes", type=float, default=60, help="after these no other round is begun")
     parser.add_argument("--tokens", type=int, default=200, help="mean of a generated sequence")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -156,9 +154,9 @@ def main() -> None:
             here / "model", data, size, length=options.max_length, dtype=dtype(options)
         )
         for number in range(options.rounds):
+            if number and time.perf_counter() - began > 60 * options.minutes:
+                break
             for each in found[number % len(found) :] + found[: number % len(found)]:
-                if number and time.perf_counter() - began > 60 * options.minutes:
-                    break
                 each.rounds.append(
                     run(each.case, options, here / "model", rows, here / f"{number}-{found.index(each)}")
                 )
@@ -168,7 +166,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPU cores"
     print(
         f"{options.method}, {weights / 1e6:.1f} M weights ({options.layers} x {options.hidden}), {options.batch} a step in micro "
-        f"batches of {options.micro_batch}, {options.steps} steps, {options.rounds} rounds; {name}, load {min(loads):.1f}-{max(loads):.1f}; "
+        f"batches of {options.micro_batch}, {options.steps} steps, {len(found[0].rounds)} rounds; {name}, load {min(loads):.1f}-{max(loads):.1f}; "
         f"{len(os.sched_getaffinity(0))} of them used; torch {torch.__version__}, Transformers {transformers.__version__}, TRL {trl.__version__}\n"
     )
     table(found, options, sum(sum(row) for row in lengths))
