@@ -152,22 +152,31 @@ def find(wanted: Builder | None, *, say: Say) -> Builder:
     """The builder that was asked for, else the first that is here and answers."""
     missing = []
     for name in [wanted] if wanted else BUILDERS:
-        if shutil.which(name) is None:
-            missing.append(f"{name} is not installed")
-        elif (
-            name == "docker"
-            and subprocess.run(["docker", "version"], capture_output=True, check=False).returncode
-        ):
-            missing.append("docker's engine does not answer")
-        elif name == "gcloud" and not wanted:
-            missing.append("gcloud builds on Google's machines, for money: only with --builder gcloud")
-        else:
+        if not (lack := _lack(name, asked=name == wanted)):
             say(f"building with {name}")
             return name
+        missing.append(lack)
+    others = [name for name in BUILDERS if wanted and not _lack(name, asked=False)]
     raise UserError(
-        f"nothing here can build an image: {'; '.join(missing)}",
-        hint="`apt-get install podman` will do: it needs no daemon",
+        f"no image can be built: {'; '.join(missing)}",
+        hint=f"`--builder {others[0]}` will do: it is here"
+        if others
+        else "`apt-get install podman` will do: it needs no daemon",
     )
+
+
+def _lack(name: Builder, *, asked: bool) -> str | None:
+    """Why this one cannot build; None if it can."""
+    if shutil.which(name) is None:
+        return f"{name} is not installed"
+    if (
+        name == "docker"
+        and subprocess.run(["docker", "version"], capture_output=True, check=False).returncode
+    ):
+        return "docker's engine does not answer"
+    if name == "gcloud" and not asked:
+        return "gcloud builds on Google's machines, for money: only with --builder gcloud"
+    return None
 
 
 def _check(wishes: Wishes, root: Path) -> None:

@@ -176,7 +176,7 @@ def explain(lines: Sequence[str], *, doing: Doing, builder: Builder, image: str,
 
 ANYWHERE = (
     (
-        r"no space left on device|disk quota exceeded|not enough free space|os error 28",
+        r"no space left on device|disk quota exceeded|enough free space in|os error 28",
         "the disk that {builder} works on is full",
         "an image with CUDA takes some 20 GB while it is built: `df -h` tells, `{builder} image prune` makes room",
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -16,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / images.DOCKERFILE).read_text()
 RECIPE = Recipe(base="debian:12", torch_backend="cpu", files={"trainer/fit.py": "a1"})
 NAME = f"ghcr.io/me/aeolus-trainer:{RECIPE.digest[:16]}"
+PACKAGE_OF = {"yaml": "pyyaml"}
+LOADED_BY_LIBRARIES = {"bitsandbytes", "gguf", "tensorboard", "wandb"}
 ARGUMENTS = [
     *("--build-arg", "BASE_IMAGE=debian:12"),
     *("--build-arg", "TORCH_BACKEND=cpu"),
@@ -120,6 +124,11 @@ def test_only_loopback_may_go_without_tls(builder: Builder, host: str, plain: bo
     ("doing", "line", "message"),
     [
         ("build", "write /x: no space left on device", "the disk that podman works on is full"),
+        (
+            "build",
+            "E: You don't have enough free space in /var/cache/apt/archives/.",
+            "the disk that podman works on is full",
+        ),
         ("push", "writing blob: no space left on device", "the disk that podman works on is full"),
         (
             "build",
@@ -198,9 +207,26 @@ def test_the_image_has_the_pins_that_the_tests_ran_with() -> None:
     assert {re.split(r"[=<>;]", line)[0].strip() for line in direct} - {"torch"} <= image.keys()
 
 
+def test_the_image_is_asked_for_what_the_trainer_imports() -> None:
+    """Each package that the trainer imports is named, and no other but what its libraries load on a recipe's word."""
+    named = (ROOT / "requirements" / "image.in").read_text().splitlines()[1:]
+    imported = {PACKAGE_OF.get(name, name.replace("_", "-")) for name in third_party_imports()}
+    assert set(named) == imported | LOADED_BY_LIBRARIES
+
+
 def test_no_address_of_a_package_index_is_written_down() -> None:
     """Where packages come from is the builder's business, and may have a password in it."""
     assert not re.search(r"index-url|--index|pypi\.|simple/", DOCKERFILE)
+
+
+def third_party_imports() -> set[str]:
+    """Top-level names that the trainer's modules import from elsewhere than Python and the project."""
+    nodes = [
+        node for path in (ROOT / "trainer").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"trainer"}
 
 
 def pins(name: str) -> dict[str, str]:

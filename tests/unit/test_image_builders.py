@@ -120,6 +120,18 @@ def test_with_no_builder_it_is_said_what_would_do(
     assert "apt-get install podman" in str(caught.value)
 
 
+def test_where_another_builder_would_do_it_is_named(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Asked for one that is not here, it says which one is, and builds nothing with it."""
+    machine.has("podman")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="buildah is not installed") as caught:
+        machine.ensure(Wishes(builder="buildah"))
+    assert "--builder podman" in str(caught.value)
+    assert machine.verbs() == []
+
+
 def test_a_push_needs_a_registry(machine: Machine) -> None:
     """Said before anything is built."""
     with pytest.raises(UserError, match="nowhere to push to"):
