@@ -34,12 +34,12 @@ test: setup  ## every test that this machine can run; what it lacks is skipped w
 	$(LAUNCHER) -m pytest tests/unit tests/faults -n 2
 	$(TRAINER) -m pytest tests/unit -n 2 -k "$(SAME_IN_BOTH)"
 	$(TRAINER) -m pytest tests/training -n 2
-	$(LAUNCHER) -m pytest tests/e2e --ignore tests/e2e/test_image.py
+	$(LAUNCHER) -m pytest tests/e2e
 
 test-slurm: setup  ## of these, those with a real SkyPilot over a real Slurm, whose jobs lose their machines
 	$(LAUNCHER) -m pytest tests/e2e/test_slurm.py tests/e2e/test_plans.py tests/e2e/test_tasks.py
 
-test-image: setup  ## builds the image with podman, trains in it, pushes it to a registry here; some ten minutes
+test-image: setup  ## of these, those that build the image with podman, push it to a registry here and train in it
 	$(LAUNCHER) -m pytest tests/e2e/test_image.py
 
 lock: setup  ## compile the exact pins again

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -16,19 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launcher.render import duration, size
 from tests.e2e.image.site import Site, wheels
+from tests.e2e.image.site import site as brought_up
 
 BASE = "localhost/plain-debian"
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="aeolus-bench-image-") as folder:
-        site = Site(Path(folder))
-        with site.inside:
-            site.install()
-            started = time.monotonic()
-            site.make_base(BASE)
-            print(f"{'the base, from packages':28} {duration(time.monotonic() - started)}")
-            measure(site)
+    with brought_up() as site:
+        started = time.monotonic()
+        site.make_base(BASE)
+        print(f"{'the base, from packages':28} {duration(time.monotonic() - started)}")
+        measure(site)
 
 
 def measure(site: Site) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,12 +41,13 @@ class TrainerRun:
         run_id: str,
         work: Path,
         *,
+        overrides: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
         module: str = "trainer",
     ) -> None:
         self._log = work.with_suffix(".log")
         work.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", module, "run", str(recipe)]
+        command = [sys.executable, "-m", module, "run", str(recipe), *overrides]
         command += ["--checkpoints", checkpoints, "--run-id", run_id, "--work", str(work)]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(

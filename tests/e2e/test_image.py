@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,19 @@ import psutil
 import pytest
 
 from launcher.image.spec import INPUTS
-from tests.e2e.image.site import Container, Site, wheels
+from tests.e2e.image.site import PATIENT, Container, Site, wheels
+from tests.e2e.image.site import site as brought_up
 from tests.e2e.lab.namespace import NotToBeHad
 from tests.harness import ROOT, RunView, TrainerRun, wait_until
 from trainer.errors import UserError
 from trainer.supervisor.workers import worker_python
 
-pytestmark = pytest.mark.timeout(2400)  # a whole image from nothing; on two quiet cores some minutes
+pytestmark = pytest.mark.timeout(3600)  # a whole image from nothing; on two quiet cores some minutes
 
 BASE = "localhost/plain-debian"
 PYTHON = "/opt/aeolus/venv/bin/python"
 RUN = "in-the-image"
+SHORT = ("max_steps=20", "save_steps=5")
 ADAM = """
 import shutil, torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -40,19 +43,25 @@ PACKAGES = """
 import importlib.metadata, json
 print(json.dumps({d.metadata["Name"].lower().replace("_", "-").replace(".", "-"): d.version for d in importlib.metadata.distributions()}))
 """
+MODULES = """
+import importlib, pkgutil, trainer
+for module in pkgutil.walk_packages(trainer.__path__, "trainer."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site() -> Iterator[Site]:
     """A plain Debian base and the means to build on it; skips with what cannot be had."""
-    made = Site(tmp_path_factory.mktemp("image"))
-    try:
-        with made.inside:
-            made.install()
-            made.make_base(BASE)
-            yield made
-    except NotToBeHad as error:
-        pytest.skip(str(error))
+    with ExitStack() as stack:
+        try:
+            here = stack.enter_context(brought_up())
+            here.make_base(BASE)
+        except NotToBeHad as error:
+            pytest.skip(str(error))
+        yield here
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +92,31 @@ def container(site: Site, made: dict[str, Any]) -> Container:
     return site.read_back(made["image"], f"{site.folder}/bucket:/bucket")
 
 
+@pytest.fixture(scope="module")
+def trained(site: Site, container: Container) -> RunView:
+    """A run of the image's own trainer that lost its machine once, and ended."""
+    command = [
+        PYTHON,
+        "-m",
+        "trainer",
+        "run",
+        "zephyr-tiny/sft",
+        *SHORT,
+        "--checkpoints",
+        "/bucket",
+        "--run-id",
+        RUN,
+    ]
+    inside = RunView(str(site.folder / "bucket"), RUN)
+    with (site.folder / "run.log").open("wb") as log:
+        first = container.start(*command, log=log)
+        wait_until(lambda: inside.committed_steps() or first.poll() is not None, "a commit", timeout_s=600)
+        assert _kill(first) > 3, _tail(site.folder / "run.log")
+        assert inside.final() is None
+        assert container.start(*command, log=log).wait(900) == 0, _tail(site.folder / "run.log")
+    return inside
+
+
 def test_it_is_built_pushed_and_remembered(site: Site, made: dict[str, Any], registry: str) -> None:
     """One command makes the image where there is no engine, and `submit` knows it from then on."""
     assert made["built"]
@@ -110,6 +144,13 @@ def test_it_has_the_pinned_packages_and_no_others(container: Container) -> None:
     assert pinned.keys() == found.keys()
 
 
+def test_all_of_the_trainer_can_be_imported(container: Container) -> None:
+    """No module of it wants a package that only the checkout's environment has."""
+    imported = set(container.run(PYTHON, "-c", MODULES).split())
+    modules = {path for path in (ROOT / "trainer").rglob("*.py") if path.stem not in {"__init__", "__main__"}}
+    assert imported >= {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules}
+
+
 def test_offloaded_adam_needs_no_compiler(container: Container) -> None:
     """DeepSpeed's Adam for the CPU was compiled while the image was built, and steps as torch's does."""
     assert container.run(PYTHON, "-c", ADAM).endswith("alike\n")
@@ -126,31 +167,30 @@ def test_it_is_what_skypilot_asks_of_an_image(container: Container) -> None:
 
 
 def test_a_run_in_it_is_killed_and_ends_with_the_weights_of_a_run_outside(
-    site: Site, container: Container, monkeypatch: pytest.MonkeyPatch
+    site: Site, trained: RunView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The image's own trainer, with no checkout near, resumes after SIGKILL to the same bits as here."""
     try:
         monkeypatch.setenv("AEOLUS_TRAINER_PYTHON", worker_python())
     except UserError as error:
         pytest.skip(str(error))
-    command = [PYTHON, "-m", "trainer", "run", "zephyr-tiny/sft", "--checkpoints", "/bucket", "--run-id", RUN]
-    inside = RunView(str(site.folder / "bucket"), RUN)
-    with (site.folder / "run.log").open("wb") as log:
-        first = container.start(*command, log=log)
-        wait_until(lambda: inside.committed_steps() or first.poll() is not None, "a commit")
-        assert _kill(first) > 3
-        assert inside.final() is None
-        assert container.start(*command, log=log).wait(400) == 0, (site.folder / "run.log").read_text()[
-            -4000:
-        ]
     recipe = ROOT / "jobs" / "recipes" / "zephyr-tiny" / "sft.yaml"
-    with TrainerRun(recipe, str(site.folder / "outside"), RUN, site.folder / "work") as outside:
-        assert outside.wait() == 0, outside.log
-    here, there = RunView(str(site.folder / "outside"), RUN).final(), inside.final()
+    bucket = str(site.folder / "outside")
+    with TrainerRun(recipe, bucket, RUN, site.folder / "work", overrides=SHORT, environ=PATIENT) as outside:
+        assert outside.wait(900) == 0, outside.log
+    here, there = RunView(bucket, RUN).final(), trained.final()
     assert here is not None
     assert there is not None
     assert there.weights_digest == here.weights_digest
-    assert [event["step"] > 0 for event in inside.events("restored")] == [False, True]
+    assert [event["step"] > 0 for event in trained.events("restored")] == [False, True]
+
+
+def test_what_it_trained_is_exported_in_it(site: Site, container: Container, trained: RunView) -> None:
+    """The image makes a model for others of a checkpoint, as the checkout does."""
+    assert trained.final()
+    container.run(PYTHON, "-m", "trainer", "export", f"/bucket/{RUN}", "--into", "/bucket/model")
+    assert (site.folder / "bucket" / "model" / "model.safetensors").stat().st_size > 2**20
+    assert (site.folder / "bucket" / "model" / "README.md").exists()
 
 
 def test_a_change_in_the_trainer_rebuilds_one_small_layer(
@@ -190,8 +230,7 @@ def test_a_base_that_cannot_be_pulled_is_named(site: Site) -> None:
 def test_a_full_disk_is_said_to_be_one(site: Site, options: list[str]) -> None:
     """A build that runs out of room names the disk, and the image is not there."""
     usual = site.inside.environ["CONTAINERS_STORAGE_CONF"]
-    site.inside.environ["CONTAINERS_STORAGE_CONF"] = str(site.store("small"))
-    site.inside.run("mount", "-t", "tmpfs", "-o", "size=420m", "tmpfs", site.folder / "small")
+    site.inside.environ["CONTAINERS_STORAGE_CONF"] = str(site.store("small", size="300m"))
     try:
         site.import_base(BASE)
         failed = site.build(*options, timeout_s=300)
@@ -205,6 +244,10 @@ def test_a_full_disk_is_said_to_be_one(site: Site, options: list[str]) -> None:
 def test_what_the_checkout_gives_is_there(site: Site) -> None:
     """Every input of the image is in the copy that the tests build from."""
     assert all((site.checkout / name).exists() for name in INPUTS)
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-4000:]
 
 
 def _kill(process: Any) -> int:

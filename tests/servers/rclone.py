@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.harness import wait_until
+from tests.servers.ports import answers
 from tests.servers.s3 import ACCESS
 
 BUCKET = "bucket"
@@ -37,7 +38,7 @@ def rclone_server(folder: Path) -> Iterator[str]:
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: _answers(port) or process.poll() is not None, "rclone serve s3", timeout_s=30)
+        wait_until(lambda: answers(port) or process.poll() is not None, "rclone serve s3", timeout_s=30)
         assert process.poll() is None, "rclone serve s3 did not start"
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -48,11 +49,3 @@ def rclone_server(folder: Path) -> Iterator[str]:
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-def _answers(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1):
-            return True
-    except OSError:
-        return False

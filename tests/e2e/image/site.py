@@ -7,12 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.e2e.lab.namespace import Namespace, NotToBeHad
+from tests.e2e.lab.packages import SBIN, install
 from tests.harness import ROOT, wait_until
-from tests.servers.ports import free_ports
+from tests.servers.ports import answers, free_ports
 
 PACKAGES = {
     "podman": "podman",
@@ -20,7 +26,14 @@ PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     "docker-registry": "docker-registry",
 }
-SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+SUITE = "bookworm"
+"""The base's Debian: it has Python 3.11, as NVIDIA's Ubuntu has not."""
+ROOM_GIB = 12
+"""Disk that has to be free, or memory: layers, the registry's copy of them, and the store that reads it back."""
+COMPRESSION = '[engine]\ncompression_format = "zstd"\n'
+"""What is pushed is read back once, on this machine: speed counts, not size."""
+PATIENT = {"OMP_WAIT_POLICY": "passive"}
+"""On a machine with other work, threads that wait must not spin (gcc.gnu.org/onlinedocs/libgomp)."""
 CHECKOUT = ("launcher", "trainer", "jobs", "docker", "requirements")
 REGISTRY = """
 version: 0.1
@@ -35,60 +48,67 @@ TRUST = (
 """The base trusts whom this machine trusts: its way to the package index may need that."""
 
 
+@contextmanager
+def site() -> Iterator[Site]:
+    """The means to build, and nothing left of them at the end; raises NotToBeHad."""
+    folder = Path(tempfile.mkdtemp(prefix="aeolus-image-site-"))
+    try:
+        if (free := shutil.disk_usage(folder).free) < ROOM_GIB * 2**30:
+            raise NotToBeHad(f"{free / 2**30:.0f} GiB free in {folder.parent}, {ROOM_GIB} are needed")
+        environ = {**os.environ, "BUILDAH_ISOLATION": "chroot", "XDG_CONFIG_HOME": str(folder / "config")}
+        environ |= {"PATH": f"{environ['PATH']}:{SBIN}", "TMPDIR": str(folder / "tmp")}
+        with Namespace(environ) as inside:
+            install(inside, PACKAGES)
+            yield Site(inside, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
 class Site:
     """Everything below `folder`; what is started ends with the namespace."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, inside: Namespace, folder: Path) -> None:
+        self.inside = inside
         self.folder = folder
         self.checkout = folder / "checkout"
-        environ = {**os.environ, "BUILDAH_ISOLATION": "chroot", "XDG_CONFIG_HOME": str(folder / "config")}
-        environ |= {"PATH": f"{environ['PATH']}:{SBIN}", "TMPDIR": str(folder / "tmp")}
         (folder / "tmp").mkdir()
-        self.inside = Namespace({**environ, "CONTAINERS_STORAGE_CONF": str(self.store("store"))})
+        (folder / "containers.conf").write_text(COMPRESSION)
+        inside.environ["CONTAINERS_CONF"] = str(folder / "containers.conf")
+        inside.environ["CONTAINERS_STORAGE_CONF"] = str(self.store("store"))
         for name in CHECKOUT:
             shutil.copytree(ROOT / name, self.checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def store(self, name: str) -> Path:
-        """A place for images of its own: podman's settings for it."""
+    def store(self, name: str, *, size: str = "") -> Path:
+        """A place for images of its own: podman's settings for it.
+
+        In memory where there is enough, or where it is to be of some size: it holds 100,000 small files.
+        """
         place = self.folder / name
         place.mkdir(parents=True, exist_ok=True)
+        if size or psutil.virtual_memory().available > ROOM_GIB * 2**30:
+            self.inside.run("mount", "-t", "tmpfs", "-o", f"size={size or '100%'}", "tmpfs", place)
         settings = self.folder / f"{name}.conf"
         lines = [
             "[storage]",
-            f'driver = "{_driver(place)}"',
+            f'driver = "{self._driver(place)}"',
             f'graphroot = "{place}/graph"',
             f'runroot = "{place}/run"',
         ]
         settings.write_text("\n".join(lines) + "\n")
         return settings
 
-    def install(self) -> None:
-        """Debian's packages, where the rest of the machine does not see them; raises NotToBeHad."""
-        missing = [package for program, package in PACKAGES.items() if not shutil.which(program)]
-        if missing and not Path("/etc/debian_version").exists():
-            raise NotToBeHad(f"not there, and this is no Debian: {', '.join(missing)}")
-        if missing:
-            policy = "printf '#!/bin/sh\\nexit 101\\n' >/usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d"
-            command = "apt-get update -qq && apt-get install -y -qq --no-install-recommends"
-            done = self.inside.run(
-                "sh", "-c", f"{policy}; {command} {' '.join(missing)}", check=False, timeout_s=600
-            )
-            if done.returncode:
-                raise NotToBeHad(f"apt-get cannot install {', '.join(missing)}: {done.stderr[-500:]}")
-
     def make_base(self, name: str) -> None:
         """A plain Debian from its packages, as an image: none can be pulled here; raises NotToBeHad."""
         archive = self.folder / "base.tar"
         words = ["mmdebstrap", "--quiet", "--variant=minbase", "--mode=root", "--include=ca-certificates"]
-        words += ["--dpkgopt=force-unsafe-io", f"--customize-hook={TRUST}", "bookworm", str(archive)]
-        sources = Path("/etc/apt/sources.list.d/debian.sources")
-        done = self.inside.run(*words, *([sources] if sources.exists() else []), check=False, timeout_s=600)
+        words += ["--dpkgopt=force-unsafe-io", f"--customize-hook={TRUST}", SUITE, str(archive)]
+        done = self.inside.run(*words, *_sources(), check=False, timeout_s=900)
         if done.returncode:
             raise NotToBeHad(f"mmdebstrap cannot make a Debian: {done.stderr[-500:]}")
         self.import_base(name)
 
     def import_base(self, name: str) -> None:
-        self.inside.run("podman", "import", "--quiet", self.folder / "base.tar", name, timeout_s=600)
+        self.inside.run("podman", "import", "--quiet", self.folder / "base.tar", name, timeout_s=900)
 
     def registry(self, name: str, *, locked: bool = False) -> str:
         """Start a registry; its `host:port`."""
@@ -101,12 +121,10 @@ class Site:
         settings.write_text(text.format(folder=folder, port=port, users=folder / "users"))
         with (folder / "log").open("wb") as log:
             self.inside.start("docker-registry", "serve", settings, log=log)
-        host = f"127.0.0.1:{port}"
-        answers = lambda: subprocess.run(["curl", "-s", f"http://{host}/v2/"], check=False).returncode == 0  # noqa: E731
-        wait_until(answers, "the registry to answer", timeout_s=60, poll_s=0.2)
-        return host
+        wait_until(lambda: answers(port), "the registry to answer", timeout_s=120, poll_s=0.2)
+        return f"127.0.0.1:{port}"
 
-    def build(self, *words: str, timeout_s: float = 1500.0) -> subprocess.CompletedProcess[str]:
+    def build(self, *words: str, timeout_s: float = 2400.0) -> subprocess.CompletedProcess[str]:
         """`python -m launcher build …` of the copied checkout, to its end."""
         command = ["env", f"PYTHONPATH={self.checkout}", sys.executable, "-m", "launcher", "build", *words]
         return self.inside.run(*command, cwd=self.checkout, check=False, timeout_s=timeout_s)
@@ -121,10 +139,24 @@ class Site:
         store = self.store("read-back")
         buildah = ["env", f"CONTAINERS_STORAGE_CONF={store}", "buildah"]
         self.inside.run(*buildah, "pull", "--quiet", "--tls-verify=false", image, timeout_s=900)
+        settings = ["env", *(f"{key}={value}" for key, value in PATIENT.items())]
         name = self.inside.run(*buildah, "from", "--pull-never", image).stdout.strip()
         return Container(
-            self.inside, [*buildah, "run", *(f"--volume={mount}" for mount in mounts), name, "--"]
+            self.inside, [*buildah, "run", *(f"--volume={mount}" for mount in mounts), name, "--", *settings]
         )
+
+    def _driver(self, folder: Path) -> str:
+        """Overlay where the file system can carry it, else copies: slow, but it works anywhere."""
+        probe = folder / "probe"
+        parts = {name: probe / name for name in ("lower", "upper", "work", "merged")}
+        self.inside.run("mkdir", "-p", *parts.values())
+        options = f"lowerdir={parts['lower']},upperdir={parts['upper']},workdir={parts['work']}"
+        mount = ("mount", "-t", "overlay", "overlay", "-o", options, parts["merged"])
+        carries = self.inside.run(*mount, check=False).returncode == 0
+        if carries:
+            self.inside.run("umount", parts["merged"])
+        self.inside.run("rm", "-r", probe)
+        return "overlay" if carries else "vfs"
 
 
 class Container:
@@ -134,29 +166,17 @@ class Container:
         self._inside = inside
         self._words = words
 
-    def run(self, *words: str, timeout_s: float = 300.0) -> str:
+    def run(self, *words: str, timeout_s: float = 600.0) -> str:
         return self._inside.run(*self._words, *words, timeout_s=timeout_s).stdout
 
     def start(self, *words: str, log: Any) -> subprocess.Popen[bytes]:
         return self._inside.start(*self._words, *words, log=log)
 
 
-def _driver(folder: Path) -> str:
-    """Overlay where the file system can carry it, else copies: slow, but it works anywhere."""
-    probe = folder / "probe"
-    parts = {name: probe / name for name in ("lower", "upper", "work", "merged")}
-    for part in parts.values():
-        part.mkdir(parents=True, exist_ok=True)
-    options = f"lowerdir={parts['lower']},upperdir={parts['upper']},workdir={parts['work']}"
-    mounted = subprocess.run(
-        ["mount", "-t", "overlay", "overlay", "-o", options, str(parts["merged"])],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode == 0:
-        subprocess.run(["umount", str(parts["merged"])], check=True)
-    shutil.rmtree(probe, ignore_errors=True)
-    return "vfs" if mounted.returncode else "overlay"
+def _sources() -> list[Path]:
+    """Where this machine has its packages from, if it is of the base's suite; none: from Debian's own servers."""
+    sources = Path("/etc/apt/sources.list.d/debian.sources")
+    return [sources] if sources.exists() and SUITE in sources.read_text() else []
 
 
 def wheels() -> Path | None:
