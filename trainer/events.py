@@ -42,7 +42,9 @@ Kind = Literal[
 ]
 """The kinds of events, with their fields; every event also has `time` (UTC, ISO 8601) and `attempt`."""
 
-MEASURED = frozenset({"step_s", "train_s", "tokens_per_s", "gpu_peak_gib", "host_peak_gib", "seconds"})
+MEASURED = frozenset(
+    {"step_s", "train_s", "tokens_per_s", "gpu_peak_gib", "host_peak_gib", "seconds", "so_far"}
+)
 """Of `step` and `eval`: what is of the machine and the moment; all else is the run's, and the same in each attempt."""
 Event = dict[str, Any]
 AT_FULL_PACE_BYTES = 256 * 1024

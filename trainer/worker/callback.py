@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -103,10 +104,11 @@ class Progress(TrainerCallback):
         stall_s = time.perf_counter() - self._since
         size = 0
         if state.is_world_process_zero:
-            size = sum(path.stat().st_size for path in (self._job.staging / folder).rglob("*"))
             resume.write(self._job.staging / folder, self._about)
             if self._config:
                 write_atomically(self._job.staging / folder / engine.FILE, json.dumps(self._config, indent=2))
+            files = filter(Path.is_file, (self._job.staging / folder).rglob("*"))
+            size = sum(path.stat().st_size for path in files)
         if state.is_local_process_zero:
             details = self._about.model_dump(mode="json") | self._engine()
             mark_staged(
