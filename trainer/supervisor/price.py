@@ -59,8 +59,8 @@ LISTING = TypeAdapter(tuple[Listed, ...])
 def price_here(shape: Shape, *, environ: Mapping[str, str] = os.environ, look: LookUp | None = None) -> Price:
     """The price of this machine, with where it stands and its market; asks GCE's metadata server, on GCE alone.
 
-    A machine of one's own costs what $AEOLUS_USD_PER_H says, which goes before everything else. Where the market or the instance type remains open, the dearest that is possible: a budget is then kept too soon,
-    never too late.
+    A machine of one's own costs what $AEOLUS_USD_PER_H says, which goes before everything else. Where the market or the
+    instance type remains open, the dearest that is possible: a budget is then kept too soon, never too late.
     """
     cloud, region = _place(environ)
     on_gce = cloud == "gcp"
