@@ -38,6 +38,14 @@ class Place(NamedTuple):
         return run
 
 
+def known(found: Place, state: Path) -> bool:
+    """Whether a run was started from here, be there anything of it in its bucket yet or not."""
+    from launcher.submit import standing
+
+    places = ((each.record.checkpoints, each.record.run_id) for each in standing.known(state))
+    return found in places
+
+
 def place(run: str, checkpoints: str | None, *, state: Path, environ: Mapping[str, str], cwd: Path) -> Place:
     """Where the run is that was named.
 

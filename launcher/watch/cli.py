@@ -38,7 +38,7 @@ def watch(
     RUN is a run's name or its address, such as s3://bucket/prefix/RUN. Elsewhere than on a terminal, a line whenever
     something has changed.
     """
-    from launcher.runs.find import place
+    from launcher.runs.find import known, place
     from launcher.runs.read import folder_of
     from launcher.watch import follow
     from launcher.watch.keys import NoKeys, keys
@@ -46,6 +46,8 @@ def watch(
     from launcher.watch.view import View
 
     found = place(run, checkpoints, state=terminal.state_folder(), environ=os.environ, cwd=Path.cwd())
+    if not known(found, terminal.state_folder()):
+        found.read()  # a name that nobody knows is refused rather than waited for
     source = Source(found, lambda: _cloud(cloud), state=terminal.state_folder())
     console = terminal.stdout()
     every_s = every or (5.0 if folder_of(found.checkpoints) is None else 1.0)

@@ -310,6 +310,14 @@ def test_one_look_as_json(site: Site, environment: dict[str, str]) -> None:
     assert len(told["attempts"]) == 2
 
 
+def test_a_name_that_nobody_knows_is_not_waited_for(site: Site, environment: dict[str, str]) -> None:
+    """Neither its bucket nor this machine has heard of it: a slip of the fingers."""
+    command = [sys.executable, "-m", "launcher", "watch", str(site.runs / "no-run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "nothing of a run no-run is in" in done.stderr
+
+
 def test_a_run_that_is_over_is_shown_once(site: Site, environment: dict[str, str]) -> None:
     """There is nothing to wait for."""
     write_journey(site.runs / "a-run", journey())
