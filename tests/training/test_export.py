@@ -20,8 +20,8 @@ dataset_mixture: {{datasets: [{{id: "generated:preferences"}}]}}
 max_train_samples: 16
 global_batch_size: 4
 max_length: 96
-max_steps: 4
-save_steps: 2
+max_steps: 40
+save_steps: 20
 bf16: false
 beta: {beta}
 """
@@ -60,15 +60,15 @@ def test_the_final_model_has_a_card(runs: Path) -> None:
     header, body = (runs / "run-1" / "final" / "README.md").read_text().split("---\n", 2)[1:]
     assert yaml.safe_load(header)["tags"] == ["trl", "dpo", "aeolus"]
     assert "1 attempt, 0 recoveries" in body
-    assert "| 4 |" in body
+    assert "| 40 |" in body
 
 
 def test_a_checkpoint_is_exported(runs: Path, tmp_path: Path) -> None:
     """By its step, into a folder that is named; else the final model, here."""
-    done = exported(str(runs / "run-1"), "--step", "2", "--into", "model", cwd=tmp_path)
+    done = exported(str(runs / "run-1"), "--step", "20", "--into", "model", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "model")
-    assert "step 2" in (tmp_path / "model" / "README.md").read_text()
+    assert "step 20" in (tmp_path / "model" / "README.md").read_text()
     done = exported(str(runs / "run-1" / "final"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     mine, theirs = (
@@ -80,7 +80,7 @@ def test_a_checkpoint_is_exported(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run-1", "--step", "3"], "it has: 4, 2"),
+        (["run-1", "--step", "3"], "it has: 40, 20"),
         (["nobody"], "there is no run at"),
         (["run-1", "--into", "."], "is there already"),
     ],

@@ -68,11 +68,12 @@ def wandb_history(file: Path) -> list[dict[str, str]]:
 
 def test_wandb_is_one_run_told_its_steps(tmp_path: Path, offline: None) -> None:
     """Every attempt has the run's own id, resumes it, and names the step, so that W&B can drop what it has."""
-    pytest.importorskip("wandb", reason="wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     first = train(make_job(tmp_path / "first", SFT, *SMALL, "report_to=wandb"))
     assert first.outcome.status == "done"
     assert os.environ["WANDB_RUN_ID"] == reports.run_id(first.job)
     assert os.environ["WANDB_RESUME"] == "allow"
+    wandb.finish()  # as the end of a process does: another process writes the file
     (file,) = first.job.reports.glob("wandb/offline-run-*/*.wandb")
     assert file.name == f"run-{reports.run_id(first.job)}.wandb"
     steps = [int(row["_step"]) for row in wandb_history(file) if "train/loss" in row]

@@ -47,7 +47,6 @@ def build(
         raise RecipeError(f"TRL refuses the recipe: {error}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.order = (job.recipe, train.fingerprint)
-    reports.prepare(trainer, job)
     return trainer
 
 
@@ -57,12 +56,13 @@ def finish(trainer: Any, base: Base, job: Job, channel: Channel, about: Identity
     Raises:
         UserError: the checkpoint is incomplete, or of another run.
     """
+    if job.resume_from:
+        trainer.goes_on_from(resume.check(job.resume_from, about), about)
+    reports.prepare(trainer, job)
     progress = Progress(job, channel, about, samples=len(trainer.train_dataset))
     trainer.add_callback(progress)
     # A third of what a save to tmpfs costs; the bucket's own checksums are what a restore believes.
     torch.serialization.set_crc32_options(compute_crc32=False)
-    if job.resume_from:
-        trainer.goes_on_from(resume.check(job.resume_from, about), about)
     if job.resume_from and resume.at_last_step(job.resume_from):
         channel.training_begins()
         log.info("the checkpoint is the last step's: only the export is left")
