@@ -58,7 +58,7 @@ def run(request: Request, notice: Notice, where: Position = ALONE) -> ExitCode:
     except UserError as error:
         team.end(error.exit_code, error.message, error.hint)
         raise
-    except BaseException as error:
+    except BaseException as error:  # the other nodes must not wait for this one
         team.end(ExitCode.BUG, repr(error))
         raise
     return team.end(code)
