@@ -65,7 +65,10 @@ def test_other_tokens_have_another_digest() -> None:
 def test_a_forward_is_not_held_up() -> None:
     """Before a forward nothing is read: on a GPU that would wait for all that was handed to it before."""
     unreadable = {"input_ids": torch.empty(2, 3, dtype=torch.int64, device="meta")}
-    Seen().hook(torch.nn.Identity(), (), unreadable)
+    seen = Seen()
+    seen.hook(torch.nn.Identity(), (), unreadable)
+    with pytest.raises(NotImplementedError):
+        taken(seen)
 
 
 def test_evaluation_is_not_counted() -> None:
