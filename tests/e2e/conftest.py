@@ -28,10 +28,15 @@ def lab() -> Iterator[Lab]:
         yield made
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs the laboratory comes last, and may wait for SkyPilot longer than other tests may run."""
+    """What needs the laboratory may wait for SkyPilot longer than other tests may run, and all of it has one worker;
+    whatever else is here has another, as much of that time nothing is computed.
+    """
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in here:
-        if "lab" in getattr(item, "fixturenames", ()):
+        needs_lab = "lab" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("lab" if needs_lab else "others"))
+        if needs_lab:
             item.add_marker(pytest.mark.timeout(3600))
     items.sort(key=lambda item: "lab" in getattr(item, "fixturenames", ()))
