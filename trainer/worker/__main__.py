@@ -18,6 +18,7 @@ from trainer.errors import UserError
 from trainer.job import Job, Outcome
 from trainer.leash import die_with_parent
 from trainer.room import no_room
+from trainer.worker import determinism
 from trainer.worker.channel import Channel, ChannelHandler
 
 RANK_VARIABLE, LOCAL_RANK_VARIABLE = "RANK", "LOCAL_RANK"  # set by the supervisor where there are several
@@ -84,6 +85,7 @@ def run(job: Job, channel: Channel) -> Outcome:
     import torch
 
     torch.set_num_threads(job.fit.threads)  # sums split over other numbers of threads differ in the last bits
+    determinism.compute_alike(job.recipe)
     try:
         if job.recipe.method == "sft":
             from trainer.worker.sft import train
@@ -95,6 +97,8 @@ def run(job: Job, channel: Channel) -> Outcome:
     except Exception as error:  # a full disk shows as errors of several packages; all else is raised
         if full := no_room(job, error):
             return full
+        if refused := determinism.refused(error):
+            return Outcome(status="user_error", message=refused.message, hint=refused.hint)
         raise
 
 

@@ -1,0 +1,59 @@
+"""Operations that add in the order of chance are not used, and one that has no other kernel is said to be it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.jobs import SMALL, make_job, train
+from trainer.recipe import load
+from trainer.worker import determinism
+from trainer.worker.determinism import compute_alike
+
+SFT = "zephyr-tiny/sft"
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.delenv(name, raising=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(mode=False)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def test_every_kernel_adds_in_one_order() -> None:
+    compute_alike(load(SFT, ()).recipe)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled(), "a warning leaves attention as it is"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+
+
+def test_a_recipe_can_take_the_fastest() -> None:
+    compute_alike(load(SFT, ("full_determinism=false",)).recipe)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "FLASH_ATTENTION_DETERMINISTIC" not in os.environ
+
+
+def test_what_has_no_such_kernel_is_said_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_words: object) -> torch.Tensor:
+        return torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))  # has none even on the CPU
+
+    monkeypatch.setattr("transformers.Trainer.training_step", step)
+    outcome = train(make_job(tmp_path / "work", SFT, *SMALL)).outcome
+    assert outcome.status == "user_error"
+    assert outcome.message.startswith("put_ does not have a deterministic implementation: the run could not")
+    assert outcome.hint is not None
+    assert "`full_determinism: false`" in outcome.hint
+
+
+def test_any_other_failure_stays_a_bug() -> None:
+    assert determinism.refused(RuntimeError("CUDA error: device-side assert triggered")) is None
