@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from launcher.image.spec import INPUTS
-from tests.e2e.image.site import PATIENT, Container, Site, wheels
+from tests.e2e.image.site import Container, Site, wheels
 from tests.e2e.image.site import site as brought_up
 from tests.e2e.lab.namespace import NotToBeHad
 from tests.harness import ROOT, RunView, TrainerRun, wait_until
@@ -176,7 +176,7 @@ def test_a_run_in_it_is_killed_and_ends_with_the_weights_of_a_run_outside(
         pytest.skip(str(error))
     recipe = ROOT / "jobs" / "recipes" / "zephyr-tiny" / "sft.yaml"
     bucket = str(site.folder / "outside")
-    with TrainerRun(recipe, bucket, RUN, site.folder / "work", overrides=SHORT, environ=PATIENT) as outside:
+    with TrainerRun(recipe, bucket, RUN, site.folder / "work", overrides=SHORT) as outside:
         assert outside.wait(900) == 0, outside.log
     here, there = RunView(bucket, RUN).final(), trained.final()
     assert here is not None

@@ -66,7 +66,11 @@ def added(job: Job, **arguments: Any) -> dict[str, str]:
 
 def test_one_process_on_the_cpu_is_told_its_threads(tmp_path: Path) -> None:
     """Nothing else: it is no rank."""
-    assert added(job(tmp_path)) == {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "3"}
+    assert added(job(tmp_path)) == {
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "3",
+        "OMP_WAIT_POLICY": "passive",
+    }
 
 
 def test_ranks_get_torchruns_variables(tmp_path: Path) -> None:
@@ -93,8 +97,9 @@ def test_deepspeed_wants_a_rank_of_one_process_too(tmp_path: Path) -> None:
     assert "DS_ACCELERATOR" not in added(job(tmp_path, engine="zero3", use_cpu=False))
 
 
-def test_the_allocators_setting_can_be_anothers(tmp_path: Path) -> None:
+def test_settings_can_be_anothers(tmp_path: Path) -> None:
     """What the environment says already stays."""
+    assert environment(job(tmp_path), {"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
     theirs = environment(job(tmp_path, use_cpu=False), {"PYTORCH_ALLOC_CONF": "backend:native"})
     assert theirs["PYTORCH_ALLOC_CONF"] == "backend:native"
 

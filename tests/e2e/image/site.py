@@ -32,8 +32,6 @@ ROOM_GIB = 12
 """Disk that has to be free, or memory: layers, the registry's copy of them, and the store that reads it back."""
 COMPRESSION = '[engine]\ncompression_format = "zstd"\n'
 """What is pushed is read back once, on this machine: speed counts, not size."""
-PATIENT = {"OMP_WAIT_POLICY": "passive"}
-"""On a machine with other work, threads that wait must not spin (gcc.gnu.org/onlinedocs/libgomp)."""
 CHECKOUT = ("launcher", "trainer", "jobs", "docker", "requirements")
 REGISTRY = """
 version: 0.1
@@ -139,10 +137,9 @@ class Site:
         store = self.store("read-back")
         buildah = ["env", f"CONTAINERS_STORAGE_CONF={store}", "buildah"]
         self.inside.run(*buildah, "pull", "--quiet", "--tls-verify=false", image, timeout_s=900)
-        settings = ["env", *(f"{key}={value}" for key, value in PATIENT.items())]
         name = self.inside.run(*buildah, "from", "--pull-never", image).stdout.strip()
         return Container(
-            self.inside, [*buildah, "run", *(f"--volume={mount}" for mount in mounts), name, "--", *settings]
+            self.inside, [*buildah, "run", *(f"--volume={mount}" for mount in mounts), name, "--"]
         )
 
     def _driver(self, folder: Path) -> str:

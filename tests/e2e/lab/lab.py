@@ -84,8 +84,7 @@ def lab() -> Iterator[Lab]:
             install(inside)
             _stand_ins(inside, folder)
             slurm = Slurm(inside, folder, gpus=GPUS)
-            # Several jobs share the cores: threads that wait must not spin (gcc.gnu.org/onlinedocs/libgomp).
-            slurm.start({**environ, "TMPDIR": str(folder / "tmp"), "OMP_WAIT_POLICY": "passive"})
+            slurm.start({**environ, "TMPDIR": str(folder / "tmp")})
             access = _store(inside, folder)
             sky = Sky(inside, folder)
             sky.start(slurm.ssh_config())
