@@ -325,3 +325,14 @@ def test_qlora_trains_on_one_process_and_under_ddp(tmp_path: Path) -> None:
     assert steps_of(ddp, "loss") == pytest.approx(steps_of(single, "loss"), abs=5e-3)
     started = single.of("started")[0]
     assert 0 < started["trainable_parameters"] < started["parameters"]
+
+
+def test_an_evaluation_changes_nothing_of_qlora(tmp_path: Path) -> None:
+    """What bitsandbytes does for inference on some CPUs would leave the next steps without gradients."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is for Linux only")
+    settings = (*QLORA, "tiny.hidden_size=64", "lora_dropout=0.0")
+    evaluated = ("eval_strategy=steps", "eval_steps=1")
+    plain = train(ranks_job(tmp_path / "plain", SFT, *settings, micro_batch=8))
+    tested = train(ranks_job(tmp_path / "tested", SFT, *settings, *evaluated, micro_batch=8))
+    assert len(tested.of("eval")) == 3
+    assert tested.trajectory == plain.trajectory

@@ -18,7 +18,7 @@ from trainer.fit import Fit
 from trainer.job import Job
 from trainer.memory.precision import half_precision, trains_in_float32
 from trainer.recipe import Recipe
-from trainer.worker import adapters
+from trainer.worker import adapters, quantised
 from trainer.worker.sources import Row
 
 log = logging.getLogger(__name__)
@@ -110,13 +110,16 @@ def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
         "attn_implementation": attention(recipe, fit),
         **hub_arguments(recipe),
     }
-    if quantization := _quantization(recipe):
+    if quantization := quantised.config(recipe, dtype_name(recipe)):
         settings["quantization_config"] = quantization
         settings["device_map"] = {"": "cpu" if fit.use_cpu else int(os.environ.get("LOCAL_RANK", "0"))}
     try:
-        return AutoModelForCausalLM.from_pretrained(base.path, **settings)
+        model = AutoModelForCausalLM.from_pretrained(base.path, **settings)
     except Exception as error:  # a broken file surfaces as any of a dozen libraries' errors
         raise explained(base.path, error) from error
+    if quantization:
+        quantised.keep_layout(model)
+    return model
 
 
 def explained(path: str, error: Exception) -> ModelError:
@@ -175,26 +178,6 @@ def _no_flash_attention(fit: Fit) -> str | None:
     if torch.cuda.get_device_capability() < FLASH_ATTENTION_CAPABILITY:
         return f"{torch.cuda.get_device_name()} is older than Ampere"
     return None if is_flash_attn_2_available() else "the package flash-attn is not installed"
-
-
-def _quantization(recipe: Recipe) -> Any:
-    """4-bit NormalFloat as in QLoRA (arXiv:2305.14314), its constants quantised too if asked for; or 8 bit, or None."""
-    if not (recipe.model_args.get("load_in_4bit") or recipe.model_args.get("load_in_8bit")):
-        return None
-    if not recipe.model_args.get("use_peft"):
-        raise RecipeError("a quantised model cannot be trained in full", hint="add `use_peft: true`")
-    from transformers import BitsAndBytesConfig
-
-    if recipe.model_args.get("load_in_8bit"):
-        return BitsAndBytesConfig(load_in_8bit=True)
-    dtype = dtype_name(recipe)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=recipe.model_args.get("bnb_4bit_quant_type", "nf4"),
-        bnb_4bit_use_double_quant=recipe.model_args.get("use_bnb_nested_quant", False),
-        bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
-        bnb_4bit_quant_storage=recipe.model_args.get("bnb_4bit_quant_storage"),
-    )
 
 
 def lora(recipe: Recipe) -> Any:
