@@ -67,24 +67,28 @@ def whole_run(recipe: Path, tmp_path: Path) -> RunView:
     return RunView(checkpoints, "whole")
 
 
-def kill_in_mid_step(run: TrainerRun, view: RunView, store: FaultyS3) -> None:
+def jam(run: TrainerRun) -> Path:
+    """The optimizer's file of step 8 is a pipe that nobody reads, so that save cannot end; the checkpoint's folder."""
+    staging = wait_until(run.staging, "the staging folder")
+    checkpoint: Path = staging / "checkpoint-8"
+    checkpoint.mkdir()
+    os.mkfifo(checkpoint / "optimizer.pt")
+    return checkpoint
+
+
+def kill_in_mid_step(run: TrainerRun, view: RunView) -> None:
     """Step 4 is the newest commit, whatever is told beyond it; the worker is at a step when it dies."""
-    store.hold("PUT|POST", r"commits/step-0*8\.json")
+    jam(run)  # however late this process looks, the run is not yet over
     wait_until(lambda: 4 in view.committed_steps() or not run.alive, "step 4 to be committed")
     wait_until(lambda: run.step() >= 5 or not run.alive, "step 5 to be told")
     assert run.alive, run.log
     assert run.step() < LAST_STEP
     assert run.lose_machine() == -signal.SIGKILL
-    store.clear()
     assert view.committed_steps() == [4]
 
 
 def kill_in_mid_save(run: TrainerRun, view: RunView) -> None:
-    """The optimizer's file of step 8 is a pipe that nobody reads, so that save cannot end."""
-    staging = wait_until(run.staging, "the staging folder")
-    checkpoint = staging / "checkpoint-8"
-    checkpoint.mkdir()
-    os.mkfifo(checkpoint / "optimizer.pt")
+    checkpoint = jam(run)
     wait_until(
         lambda: list(checkpoint.glob("*.safetensors")) or not run.alive, "the weights of step 8 to be saved"
     )
@@ -115,7 +119,7 @@ def test_three_kills_change_no_bit(recipe: Path, tmp_path: Path, s3: str, faulty
         return TrainerRun(recipe, s3, "killed", tmp_path / "work" / f"killed-{number}")
 
     with attempt(1) as run:
-        kill_in_mid_step(run, view, faulty_s3)
+        kill_in_mid_step(run, view)
     with attempt(2) as run:
         kill_in_mid_save(run, view)
     with attempt(3) as run:
