@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.errors import UserError
-from trainer.worker.reshard.saved import MODEL_PARTS, OPTIMIZER_PARTS, WEIGHTS, mapped, own_keys, single
+from trainer.worker.reshard.saved import (
+    MODEL_PARTS,
+    OPTIMIZER_PARTS,
+    WEIGHTS,
+    mapped,
+    own_keys,
+    single,
+    unwrapped,
+)
 from trainer.worker.resume import Identity
 
 
@@ -109,7 +117,7 @@ class Parts:
         ids = [each for group in groups for each in group["params"]]
         return Rank(
             weights=weights,
-            states=[base["state"].get(each, {}) for each in ids],
+            states=[unwrapped(base["state"].get(each, {})) for each in ids],
             rates=tuple(float(group["lr"]) for group in groups),
             padding=[0] * len(weights) if self._stage == 3 else part["group_paddings"],
             scale=float(part["loss_scaler"].cur_scale) if part["dynamic_loss_scale"] else None,

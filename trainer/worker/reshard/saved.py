@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 WEIGHTS = "weights"
 """What the optimizer steps: float32 masters, or the weights themselves where they are their own masters."""
+HIDDEN = "__bnb_optimizer_quant_state__"
 MODEL_PARTS, OPTIMIZER_PARTS = "model_states.pt", "optim_states.pt"
 
 
@@ -54,6 +55,14 @@ def mapped(path: Path) -> dict[str, Any]:
     with torch.serialization.safe_globals(known):
         content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return content
+
+
+def unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state of one parameter; bitsandbytes hides its numbers a level deeper when it writes them
+    (https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/optim/optimizer.py, `state_dict`).
+    """
+    shown = {key: value for key, value in state.items() if key != HIDDEN}
+    return {**shown, **state.get(HIDDEN, {})}
 
 
 def own_keys(states: Sequence[tuple[dict[str, Any], int]]) -> tuple[tuple[str, ...], str | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.worker.reshard.parts import cannot_cut
-from trainer.worker.reshard.saved import WEIGHTS, mapped, own_keys, single
+from trainer.worker.reshard.saved import WEIGHTS, mapped, own_keys, single, unwrapped
 
 INDEX = "*model.safetensors.index.json"
 ADAPTER = "default"
@@ -25,6 +25,7 @@ class Whole:
             UserError: the optimizer's numbers cannot be cut in another way.
         """
         written = mapped(folder / "optimizer.pt")
+        written["state"] = {number: unwrapped(state) for number, state in written["state"].items()}
         groups = [group for group in written["param_groups"] if group["params"]]
         numbers = [number for group in groups for number in group["params"]]
         self._files = _files(folder)
