@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,8 @@ class Resharded:
     def _load_from_checkpoint(self: Any, folder: str, model: Any = None) -> None:
         """Weights come later, with the optimizer's masters."""
         if not self.converted:
-            super()._load_from_checkpoint(folder, model)  # type: ignore[misc]
+            with kept_precision(self.model):
+                super()._load_from_checkpoint(folder, model)  # type: ignore[misc]
 
     def _load_rng_state(self: Any, folder: str | None) -> None:
         """Of as many processes each goes on with its own numbers; of others each draws new ones."""
@@ -74,6 +77,18 @@ def bring(trainer: Any, folder: Path, theirs: Identity, mine: Identity) -> None:
         "the state of the checkpoint was brought from %s to %s: %.2f GB to each process in %.1f s",
         *(theirs.words(), mine.words(), size / 1e9, time.monotonic() - began),
     )
+
+
+@contextmanager
+def kept_precision(model: Any) -> Iterator[None]:
+    """PEFT 0.21 puts new parameters in the place of an adapter's, in float32, and TRL trains those of a quantised model
+    in bfloat16 (arXiv:2305.14314, section 3): a run would go on in another precision than it began in.
+    """
+    trained = {name: each.dtype for name, each in model.named_parameters() if each.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            parameter.data = parameter.data.to(trained[name])
 
 
 def schedule(folder: Path, groups: int) -> dict[str, Any]:
