@@ -2,7 +2,7 @@
 
 The supervisor runs it in place of `trainer.worker`. Like the real one it tells each step's value,
 saves every `save_steps`, leaves a save out while two uploads wait, and stops at a step when asked to.
-Of several nodes each writes its own file, node 0 the others, and there all is told.
+Of several nodes each writes its own file, node 0 the others, and there all is told; they stop at one step.
 $COUNTING_FAULT makes it a wrong one, so that what looks for wrongs can be tried:
 
     forgets        goes on from a checkpoint's step with a new state, as a missing optimizer file would
@@ -18,6 +18,7 @@ import sys
 import threading
 from pathlib import Path
 
+from tests.fakes.lockstep import Lockstep
 from trainer.job import Job, Outcome, Staged, mark_staged, pending, write_atomically
 
 WEIGHT_BYTES = 4_000_000
@@ -103,11 +104,12 @@ class Program:
 
     def run(self) -> None:
         self.resume()
+        together = Lockstep(os.environ)
         self.tell("started", step=self.state.step, total_steps=self.total)
         while self.state.step < self.total:
             self.state.advance()
             self.tell("step", step=self.state.step, total_steps=self.total, loss=self.state.loss)
-            stopping = self.stop.wait(self.step_s)
+            stopping = together.any(self.stop.wait(self.step_s))
             if stopping or self.state.step % self.save_steps == 0:
                 self.save(f"checkpoint-{self.state.step}")
             if stopping:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -39,8 +39,10 @@ def checkpoints(tmp_path: Path) -> str:
 
 
 @contextmanager
-def nodes(recipe: Path, checkpoints: str, run: str, *, step_s: float = 0.02) -> Iterator[list[TrainerRun]]:
-    """Both machines of an attempt, each with its own disk."""
+def nodes(
+    recipe: Path, checkpoints: str, run: str, *, step_s: float = 0.02, told: Mapping[str, str] | None = None
+) -> Iterator[list[TrainerRun]]:
+    """Both machines of an attempt, each with its own disk, and what both are told beside where they are."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,6 +61,7 @@ def nodes(recipe: Path, checkpoints: str, run: str, *, step_s: float = 0.02) -> 
                         "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": str(port),
                         "COUNTING_STEP_S": str(step_s),
+                        **(told or {}),
                     },
                 )
             )

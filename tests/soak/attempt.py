@@ -10,10 +10,12 @@ from pathlib import Path
 
 from trainer.errors import UserError
 from trainer.recipe import load
+from trainer.spent import Limits
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.request import Request
 from trainer.supervisor.supervise import run
 from trainer.supervisor.team import position
+from trainer.variables import BUDGET_USD, DEADLINE_H
 
 PROGRAM = "tests.fakes.counting"
 
@@ -38,6 +40,9 @@ def main() -> int:
         program=PROGRAM,
         work=work,
         tmpfs=work.parent / "tmpfs",
+        limits=Limits.model_validate(
+            {"budget_usd": os.environ.get(BUDGET_USD), "deadline_h": os.environ.get(DEADLINE_H)}
+        ),
     )
     try:
         return run(request, notice, position(os.environ))

@@ -1,0 +1,92 @@
+"""Two machines under a budget or a deadline: node 0 watches for both, both save one step, and both say why they stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from launcher.runs.read import Reader
+from tests.faults.test_nodes import assert_alike, checkpoints, finish, nodes, recipe  # noqa: F401 (fixtures)
+from tests.harness import RunView
+from trainer.bucket.manifest import committed
+from trainer.errors import ExitCode
+from trainer.spent import of_attempt
+from trainer.supervisor.price import CLUSTER
+from trainer.variables import BUDGET_USD, DEADLINE_H, PRICES
+
+USD_PER_S_OF_A_NODE = 0.5
+BOTH_USD_PER_H = 2 * USD_PER_S_OF_A_NODE * 3600
+BUDGET = 8.0
+"""Of which two nodes have 8 s, and one would have 16."""
+RENTED = {
+    CLUSTER: json.dumps({"cloud": "Lambda", "region": "here"}),
+    PRICES: json.dumps(
+        [{"infra": "lambda/here", "gpus": "None:0", "market": "on demand", "usd_per_h": BOTH_USD_PER_H}]
+    ),
+}
+"""As the launcher tells each node: the price is of all of them."""
+
+
+def both_stop(recipe: Path, checkpoints: str, told: Mapping[str, str]) -> list[str]:  # noqa: F811
+    """Their logs, once each has ended as one whose limit is used up."""
+    with nodes(recipe, checkpoints, "limited", step_s=0.5, told={**RENTED, **told}) as both:
+        codes = [node.wait(60) for node in both]
+        logs = [node.log for node in both]
+    assert codes == [ExitCode.LIMIT, ExitCode.LIMIT] == [79, 79], "\n".join(logs)
+    return logs
+
+
+def assert_dollars_of_both(view: RunView) -> None:
+    """Each second costs what two machines cost, as the budget counts it and as what comes later does."""
+    (claimed,), (stopped,) = view.events("claimed"), view.events("stopped")
+    assert (claimed["shape"]["nodes"], claimed["price"]["usd_per_h"]) == (2, BOTH_USD_PER_H)
+    assert stopped["usd"] == pytest.approx(stopped["hours"] * BOTH_USD_PER_H, rel=0.05)
+    spent = of_attempt(view.events())
+    assert spent.usd == pytest.approx(spent.hours * BOTH_USD_PER_H)
+
+
+def test_a_budget_of_both_stops_both_and_a_higher_one_ends_the_run_unchanged(
+    recipe: Path,  # noqa: F811
+    checkpoints: str,  # noqa: F811
+) -> None:
+    """The step that they stop at is committed with both nodes' parts; no step is taken twice, and none is lost."""
+    view = RunView(checkpoints, "limited")
+    logs = both_stop(recipe, checkpoints, {BUDGET_USD: str(BUDGET)})
+    last = view.events("step")[-1]["step"]
+    newest = committed(view.bucket)[0]
+    assert newest.step == last
+    assert {"of-rank-0.bin", "of-rank-1.bin"} <= {file.path for file in newest.files}
+    (stopped,) = view.events("stopped")
+    assert (stopped["what"], stopped["limit"]) == ("budget", BUDGET)
+    assert f"stopped at step {last}; a higher one goes on" in stopped["message"]
+    assert [event["share"] for event in view.events("limit")] == [0.8, 1.0]
+    assert not view.events("notice", "preempted", "failed")
+    assert "exit code 79" in logs[1]
+    assert Reader(view.bucket, "limited").read().state == "stopped"
+    assert_dollars_of_both(view)
+
+    both_stop(recipe, checkpoints, {BUDGET_USD: str(BUDGET)})
+    again = [event["kind"] for event in view.events() if event["attempt"] == 2]
+    assert again == ["claimed", "limit", "stopped"]
+
+    with nodes(recipe, checkpoints, "limited", told={**RENTED, BUDGET_USD: str(100 * BUDGET)}) as both:
+        assert [node.wait(60) for node in both] == [ExitCode.DONE] * 2, both[0].log + both[1].log
+    assert [event["step"] for event in view.events("restored")] == [0, last]  # attempts 1 and 3
+    assert all(len(tellings) == 1 for tellings in view.steps().values())
+    assert_alike(view, finish(recipe, checkpoints, "whole"))
+
+
+@pytest.mark.parametrize(
+    "told", [{DEADLINE_H: "0.000001"}, {BUDGET_USD: "0.000001"}], ids=["deadline", "budget"]
+)
+def test_what_is_used_up_starts_neither(recipe: Path, checkpoints: str, told: dict[str, str]) -> None:  # noqa: F811
+    """Node 0 knows it at its claim; node 1 is told, and says the same."""
+    logs = both_stop(recipe, checkpoints, told)
+    view = RunView(checkpoints, "limited")
+    assert view.events("stopped")
+    assert not view.events("started")
+    assert "used up" in logs[0]
+    assert "node 0 has ended the attempt" in logs[1]
