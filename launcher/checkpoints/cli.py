@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trainer.errors import ExitCode, UserError
+from trainer.hours import Hours
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,40 +127,38 @@ def pull(uri: str, dest: Path, step: int | None, final: bool, as_json: bool) -> 
 
 @checkpoints.command()
 @click.argument("uri")
+@click.option("--keep", type=click.IntRange(min=2), help="How many of the newest stay, at least 2.")
 @click.option(
-    "--keep", type=click.IntRange(min=2), required=True, help="How many of the newest stay, at least 2."
+    "--references", is_flag=True, help="What DPO's runs keep beside them; URI is the folder of runs."
+)
+@click.option(
+    "--older-than", type=Hours(), metavar="TIME", help="Of references, 90m, 24h, 2d.  [default: 7d]"
 )
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @json_option
-def prune(uri: str, keep: int, yes: bool, as_json: bool) -> None:
+def prune(
+    uri: str, keep: int | None, references: bool, older_than: float | None, yes: bool, as_json: bool
+) -> None:
     """Delete old checkpoints of the run at URI, and what lost machines left below the newest.
 
     Without --yes it shows what would go, and asks on a terminal. It deletes what the newest attempt's
     own retention would, manifests before files, so it may be done while the run is at work; never the
     newest two whole checkpoints, never the final model.
-    """
-    from launcher import render
-    from launcher.checkpoints import care
 
-    bucket = _find(uri)
-    attempt = care.newest_attempt(bucket)
-    old = care.prunable(bucket, attempt, keep)
-    what = (
-        f"{len(old.steps)} checkpoints (steps {_listed(old.steps)}), {len(old.keys)} files,"
-        f" {render.size(old.bytes)}; steps {_listed(old.kept)} stay"
-    )
-    anything = bool(old.steps or old.keys)
-    if anything and not yes and not as_json and sys.stdin.isatty():
-        yes = click.confirm(f"delete {what}?", err=True)
-    if anything and yes:
-        care.prune(bucket, attempt, keep)
-    if as_json:
-        told = {"steps": old.steps, "files": len(old.keys), "bytes": old.bytes, "kept": old.kept}
-        click.echo(render.to_json({**_about(bucket), **told, "deleted": anything and yes}))
-    elif not anything:
-        click.echo(f"nothing to delete; steps {_listed(old.kept)} stay")
+    With --references, log-probabilities of DPO's references that are older than --older-than and that
+    no run of the folder URI can use any more: each that has such a model and data has its final model.
+    """
+    if references == (keep is not None) or (older_than is not None and not references):
+        raise click.UsageError(
+            "say `--keep N` of a run, or `--references [--older-than TIME]` of a folder of runs"
+        )
+    from launcher.checkpoints import pruning
+
+    if keep is not None:
+        pruning.prune_checkpoints(_find(uri), keep, yes=yes, as_json=as_json)
     else:
-        click.echo(f"deleted {what}" if yes else f"would delete {what}\nnothing was deleted: add --yes")
+        older_than_h = older_than or pruning.REFERENCES_OLDER_THAN_H
+        pruning.prune_references(uri, older_than_h, yes=yes, as_json=as_json)
 
 
 def _find(uri: str) -> Bucket:
@@ -240,10 +238,6 @@ def _show_pulled(bucket: Bucket, pulled: Pulled, *, as_json: bool) -> None:
         ("where", f"{pulled.path}" + (" (not complete)" if pulled.failures else "")),
     ]
     _console().print(render.facts_table(rows, title=bucket.run_id))
-
-
-def _listed(steps: Sequence[int]) -> str:
-    return ", ".join(map(str, steps)) or "none"
 
 
 def _console(*, stderr: bool = False) -> Console:

@@ -20,7 +20,8 @@ from trainer.fit import fit
 from trainer.hardware import Shape
 from trainer.job import Staged, mark_staged, pending
 from trainer.recipe import Recipe, load
-from trainer.supervisor.reference import recipe_key, shelf_for
+from trainer.recipe.reference import reference_key
+from trainer.supervisor.reference import shelf_for
 
 LAPTOP = Shape(accelerator=None, count=0, memory_gib=None, cores=1, host_memory_gib=8.0, node="test")
 
@@ -119,7 +120,7 @@ def dpo(*overrides: str) -> Recipe:
 )
 def test_runs_that_differ_in_training_share(change: str) -> None:
     """None of it changes the reference, or the worker sees that it does."""
-    assert recipe_key(dpo(change)) == recipe_key(dpo())
+    assert reference_key(dpo(change)) == reference_key(dpo())
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_runs_that_differ_in_training_share(change: str) -> None:
 )
 def test_runs_that_differ_in_model_or_data_do_not(change: str) -> None:
     """They would only fetch what is of no use to them."""
-    assert recipe_key(dpo(change)) != recipe_key(dpo())
+    assert reference_key(dpo(change)) != reference_key(dpo())
 
 
 def test_only_runs_that_compute_beforehand_have_a_shelf(uri: str) -> None:

@@ -14,13 +14,15 @@ import logging
 import re
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer.bucket.address import Patience
 from trainer.bucket.commit import upload_files
 from trainer.bucket.manifest import File
 from trainer.bucket.restore import CorruptCheckpoint, fetch
-from trainer.bucket.store import RESERVED, Bucket, open_run
+from trainer.bucket.store import PATIENCE, RESERVED, Bucket, Object, list_runs, open_run
 from trainer.job import Staged
 
 log = logging.getLogger(__name__)
@@ -98,20 +100,62 @@ class Shelf:
         return folders
 
     def _found(self) -> list[Shelved]:
-        keys = [each.key for each in self._bucket.list() if re.fullmatch(r"[^/]+/[^/]+\.json", each.key)]
-        found = [shelved for key in keys if (shelved := self._read(key))]
+        found = [shelved for one in listed(self._bucket) if (shelved := one.shelved)]
         return sorted(
             found, key=lambda one: (one.run_id != self._run_id, -one.pairs, one.created, one.run_id)
         )
 
-    def _read(self, key: str) -> Shelved | None:
-        data = self._bucket.get_or_none(key)
-        try:
-            shelved = Shelved.model_validate_json(data or b"")
-        except ValidationError:
-            log.warning("%s/%s is no manifest, and passed over", self._bucket.uri, key)
-            return None
-        return shelved if shelved.key == key else None
+
+class Entry(NamedTuple):
+    """All that lies there of one run and one fingerprint, as a listing has it."""
+
+    run_id: str
+    fingerprint: str
+    shelved: Shelved | None
+    """None if there is no manifest, or none that can be read: nobody uses what lies there."""
+    objects: tuple[Object, ...]
+    """The manifest first, if there is one."""
+
+
+def listed(bucket: Bucket) -> list[Entry]:
+    """What the shelf of a recipe holds.
+
+    Raises:
+        BucketError, Unavailable: as in `Bucket`.
+    """
+    found: dict[tuple[str, str], list[Object]] = {}
+    for each in bucket.list():
+        if match := re.fullmatch(r"([^/]+)/(?:([^/]+)\.json|([^/]+)/.+)", each.key):
+            found.setdefault((match[1], match[2] or match[3]), []).append(each)
+    entries = []
+    for (fingerprint, run_id), objects in sorted(found.items()):
+        key = f"{fingerprint}/{run_id}.json"
+        objects.sort(key=lambda each: (each.key != key, each.key))
+        shelved = _read(bucket, key) if objects[0].key == key else None
+        entries.append(Entry(run_id, fingerprint, shelved, tuple(objects)))
+    return entries
+
+
+def _read(bucket: Bucket, key: str) -> Shelved | None:
+    data = bucket.get_or_none(key)
+    try:
+        shelved = Shelved.model_validate_json(data or b"")
+    except ValidationError:
+        log.warning("%s/%s is no manifest, and passed over", bucket.uri, key)
+        return None
+    return shelved if shelved.key == key else None
+
+
+def shelves(checkpoints: str, *, patience: Patience = PATIENCE) -> dict[str, Bucket]:
+    """Of every recipe that something is kept for below the folder of runs, by its digest.
+
+    Raises:
+        BucketError, Unavailable: as `open_run`.
+    """
+    place = _beside(checkpoints)
+    return {
+        recipe: open_run(place, recipe, patience=patience) for recipe in list_runs(place, patience=patience)
+    }
 
 
 def open_shelf(checkpoints: str, recipe: str, *, run_id: str, attempt: int) -> Shelf:
@@ -120,4 +164,8 @@ def open_shelf(checkpoints: str, recipe: str, *, run_id: str, attempt: int) -> S
     Raises:
         BucketError, Unavailable: as `open_run`.
     """
-    return Shelf(open_run(f"{checkpoints.rstrip('/')}/{RESERVED}", recipe), run_id, attempt)
+    return Shelf(open_run(_beside(checkpoints), recipe), run_id, attempt)
+
+
+def _beside(checkpoints: str) -> str:
+    return f"{checkpoints.rstrip('/')}/{RESERVED}"
