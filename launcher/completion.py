@@ -18,7 +18,6 @@ from launcher import terminal
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 SNAPSHOT = Path(__file__).with_name("prices") / "snapshot.json"
 VARIABLE = "_LAUNCHER_COMPLETE"
-FILES = CompletionItem("", type="file")
 OWN = ("kubernetes", "local", "slurm", "ssh")
 SHELLS = ("bash", "zsh", "fish")
 LINES = {
@@ -30,7 +29,7 @@ LINES = {
 
 def recipes(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Shipped recipes by name, else files."""
-    return _starting(_recipes(), incomplete) or [FILES]
+    return _starting(_recipes(), incomplete) or _files(incomplete)
 
 
 def recipes_and_tasks(
@@ -38,7 +37,7 @@ def recipes_and_tasks(
 ) -> list[CompletionItem]:
     """What `submit` takes: recipes, and the tasks of jobs/, else files."""
     tasks = sorted(path.stem for path in JOBS.glob("*.yaml"))
-    return _starting([*tasks, *_recipes()], incomplete) or [FILES]
+    return _starting([*tasks, *_recipes()], incomplete) or _files(incomplete)
 
 
 def runs(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -89,6 +88,11 @@ def _recipes() -> list[str]:
 
 def _starting(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(name) for name in dict.fromkeys(names) if name.startswith(incomplete)]
+
+
+def _files(incomplete: str) -> list[CompletionItem]:
+    """Left to the shell; fish completes what the item says, the others what was typed."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def _run_id(path: Path) -> str | None:

@@ -1,12 +1,15 @@
-"""Tab: commands, options, recipes, tasks, runs and GPUs, in click's own way and in a real bash."""
+"""Tab: commands, options, recipes, tasks, runs and GPUs, in click's own way and in real shells on a terminal."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,17 @@ from tests.harness import ROOT
 from trainer.hardware import gpu
 from trainer.recipe import names
 
-BASH = shutil.which("bash")
+SHELL = {
+    "bash": ["bash", "--norc", "-i"],
+    "zsh": ["zsh", "-f", "-i"],
+    "fish": ["fish", "--no-config", "-i"],
+}
+"""Each on a terminal, and without what is in a person's own files."""
+READS = {
+    "bash": 'eval "$(launcher completion bash)"',
+    "zsh": 'autoload -Uz compinit; compinit -u -D; eval "$(launcher completion zsh)"',
+    "fish": "launcher completion fish | source",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -127,35 +140,57 @@ def test_tab_imports_nothing_that_takes_long() -> None:
     assert not heavy & set(loaded.split())
 
 
-@pytest.mark.skipif(BASH is None, reason="no bash here")
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("launcher sub", ["submit"]),
-        ("launcher logs h", ["here"]),
-        ("launcher plan zephyr-tiny/d", ["zephyr-tiny/dpo"]),
-    ],
-)
-def test_a_real_bash_completes(line: str, expected: list[str], tmp_path: Path) -> None:
-    """The printed script, read by bash; a `launcher` on the PATH, as the environment's own."""
-    program = tmp_path / "bin" / "launcher"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
-    program.chmod(0o755)
-    script = f"""
-        eval "$(launcher completion bash)"
-        COMP_LINE={line!r}; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=($COMP_LINE); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
-        function=$(complete -p launcher | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
-        "$function" launcher
-        printf '%s\\n' "${{COMPREPLY[@]}}"
-    """
-    environ = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [BASH or "bash", "--norc", "-c", script],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_a_real_shell_completes(shell: str, state: Path, tmp_path: Path) -> None:
+    """The printed script, read by the shell on a terminal; what it runs is what Tab made of a few letters."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    mine = tmp_path / "with-a-name.yaml"
+    mine.touch()
+    said = typed(
+        shell,
+        [
+            "launcher sub\t",
+            "launcher submit --check\t",
+            "launcher logs h\t",
+            "launcher plan zephyr-tiny/d\t",
+            "launcher plan --gpus A100-80GB:8\t",
+            f"launcher plan {mine.parent}/with\t",
+        ],
+        tmp_path,
     )
-    assert done.stdout.split() == expected, done.stderr
+    assert said == [
+        ["submit"],
+        ["submit", "--checkpoints"],
+        ["logs", "here"],
+        ["plan", "zephyr-tiny/dpo"],
+        ["plan", "--gpus", "A100-80GB:8"],
+        ["plan", str(mine)],
+    ]
+
+
+def typed(shell: str, lines: Sequence[str], folder: Path) -> list[list[str]]:
+    """The words of each `launcher` that a shell on a terminal ran when these lines were typed."""
+    said = folder / "said"
+    program = folder / "bin" / "launcher"
+    program.parent.mkdir()
+    program.write_text(f"""#!/bin/sh
+[ -n "${completion.VARIABLE}" ] || [ "$1" = completion ] && exec {sys.executable} -m launcher "$@"
+printf '%s\\t' "$@" >> {said}; echo >> {said}
+""")
+    program.chmod(0o755)
+    environ = {
+        **os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(folder),
+        "TERM": "xterm",
+    }  # fmt: skip
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        os.execvpe(SHELL[shell][0], SHELL[shell], environ)
+    os.write(terminal, "".join(f"{line}\r" for line in (READS[shell], *lines, "exit")).encode())
+    with contextlib.suppress(OSError):  # how Linux ends a terminal that nobody has open any more
+        while os.read(terminal, 4096):
+            pass
+    os.waitpid(child, 0)
+    os.close(terminal)
+    return [line.split("\t")[:-1] for line in said.read_text().splitlines()]
