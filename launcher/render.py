@@ -10,6 +10,8 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+NOTHING = "–"  # noqa: RUF001 (a dash for nothing)
+
 
 def duration(seconds: float) -> str:
     """`45 s`, `3 min 05 s`, `2 h 10 min`, `3 d 04 h`."""
@@ -44,7 +46,14 @@ def size(count: float) -> str:
 
 def change(ends: tuple[float, float] | None, form: str = ".4f") -> str:
     """First value and last: `0.6931 → 0.4102`."""
-    return "–" if ends is None else f"{ends[0]:{form}} → {ends[1]:{form}}"  # noqa: RUF001 (a dash for nothing)
+    return NOTHING if ends is None else f"{ends[0]:{form}} → {ends[1]:{form}}"
+
+
+def usd(value: float | None) -> str:
+    """`$12.34`; no cents from a thousand on."""
+    if value is None:
+        return NOTHING
+    return f"${value:,.2f}" if value < 1000 else f"${value:,.0f}"
 
 
 def facts_table(rows: Iterable[tuple[str, str]], *, title: str) -> Table:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import NamedTuple
 
-from launcher.render import duration, size
+from launcher.render import NOTHING, duration, size, usd
 from launcher.runs.account import Account, AttemptAccount
 from launcher.runs.hours import NAMES
 
-NOTHING = "–"  # noqa: RUF001 (a dash for nothing)
 NOT_COUNTED = (
     "An attempt is paid from its claim to the last that was heard of it. What a machine costs before, while it boots"
     " and installs, and after, until it is given back, is not in here."
@@ -24,12 +23,6 @@ class Rows(NamedTuple):
     columns: tuple[str, ...]
     """Those that begin with `>` hold numbers."""
     rows: tuple[tuple[str, ...], ...]
-
-
-def usd(value: float | None) -> str:
-    if value is None:
-        return NOTHING
-    return f"${value:,.2f}" if value < 1000 else f"${value:,.0f}"
 
 
 def percent(share: float | None) -> str:

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.render import change, duration, size
+from launcher.render import change, duration, size, usd
+from launcher.runs import money
 from launcher.runs.read import Run, folder_of, values
 from trainer.events import of_kind
 
@@ -40,6 +41,8 @@ class Summary:
     """First and last of `test_metric` over the evaluations; None without any."""
     test_metric: str
     wall_s: float
+    usd: float | None
+    """None if nobody knows a price."""
     final: str | None
     final_bytes: int | None
     weights_digest: str | None
@@ -64,13 +67,19 @@ class Summary:
             ("train loss", change(self.train_loss)),
             (what, change(self.test, ".3f" if "accuracies" in self.test_metric else ".4f")),
             ("wall time", duration(self.wall_s)),
+            *([("dollars", usd(self.usd))] if self.usd is not None else []),
             ("final model", f"{self.final}{bytes_}" if self.final else "not yet"),
             ("weights digest", self.weights_digest or "not yet"),
         ]
 
 
-def summary(run: Run) -> Summary:
-    """The facts of a run as its bucket tells them."""
+def summary(run: Run, *, usd_per_h: float | None = None) -> Summary:
+    """The facts of a run as its bucket tells them.
+
+    Args:
+        run: as its bucket tells it.
+        usd_per_h: for attempts that do not know their price.
+    """
     metric = "eval_rewards/accuracies" if run.method == "dpo" else "eval_loss"
     exported = next(iter(reversed(of_kind(run.events, "exported"))), {})
     return Summary(
@@ -88,16 +97,17 @@ def summary(run: Run) -> Summary:
         test=_ends(values(run.evals, metric)[1]),
         test_metric=metric,
         wall_s=run.wall_s,
+        usd=money.bill(run, usd_per_h=usd_per_h).usd,
         final=run.final_uri if run.finished else None,
         final_bytes=exported.get("bytes"),
         weights_digest=exported.get("weights_digest"),
     )
 
 
-def picture_path(checkpoints: str, run_id: str) -> Path:
-    """Beside the run's own files where that is a folder, else where the user stands."""
+def picture_path(checkpoints: str, run_id: str, *, home: Path) -> Path:
+    """Beside the run's own files where that is a folder, else at `home`, where this machine keeps what is its own."""
     folder = folder_of(checkpoints)
-    return Path(f"{run_id}-report.png") if folder is None else folder / run_id / "report.png"
+    return (home if folder is None else folder / run_id) / "report.png"
 
 
 def draw(run: Run, path: Path) -> None:

@@ -179,7 +179,8 @@ def _there(
         ask=_ask(),
     )
     ending, run = launch(order, desk, detach=options["detach"])
-    _tell(ending, run, order.request.checkpoints, asked=0, as_json=options["as_json"])
+    price = order.row.usd_per_h if order.row else None
+    _tell(ending, run, order.request.checkpoints, asked=0, as_json=options["as_json"], usd_per_h=price)
     return ending.exit_code
 
 
@@ -257,15 +258,25 @@ def _limits_here(site: Settings, options: dict[str, Any]) -> Limits:
     return Limits(budget_usd=budget_usd, deadline_h=options["deadline"])
 
 
-def _tell(ending: Ending, run: Run, checkpoints: str, *, asked: int, as_json: bool) -> None:
+def _tell(
+    ending: Ending,
+    run: Run,
+    checkpoints: str,
+    *,
+    asked: int,
+    as_json: bool,
+    usd_per_h: float | None = None,
+) -> None:
     """The report: table or JSON, and the picture as soon as there is something to see."""
     from launcher import render
+    from launcher.local.process import Home
     from launcher.runs import report
 
-    facts = report.summary(run)
+    facts = report.summary(run, usd_per_h=usd_per_h)
     picture = None
     if run.steps and ending.how != "detached":
-        picture = report.picture_path(checkpoints, run.run_id)
+        home = Home.of(terminal.state_folder(), run.run_id, checkpoints).path
+        picture = report.picture_path(checkpoints, run.run_id, home=home)
         report.draw(run, picture)
     if as_json:
         about = {"ending": ending.how, "message": ending.message, "preempted_on_request": ending.preempted}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from launcher.render import duration
-from launcher.report.words import gib, usd
+from launcher.render import duration, usd
+from launcher.report.words import gib
 from launcher.runs.account import how
 from launcher.watch.source import Seen
 from trainer.events import of_kind

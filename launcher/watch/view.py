@@ -9,10 +9,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launcher.render import duration, list_table
+from launcher.render import duration, list_table, usd
 from launcher.report.curves import half_width, running_mean
 from launcher.report.panels import Panel, panels
-from launcher.report.words import usd
 from launcher.watch.braille import Line, plot
 from launcher.watch.facts import pairs
 from launcher.watch.source import Seen

@@ -45,6 +45,16 @@ def test_the_facts_of_a_preempted_run() -> None:
     assert (facts.final, facts.final_bytes, facts.weights_digest) == ("/runs/a-run/final", 2048, "abcd")
 
 
+def test_dollars_are_told_where_a_price_is_known() -> None:
+    """An attempt's own, else that of the machine that was chosen; without either there is no line."""
+    run = a_run((0, 14))
+    assert "dollars" not in dict(summary(run).rows())
+    seconds = run.attempts[0].ended - run.attempts[0].began
+    facts = summary(run, usd_per_h=7200.0)
+    assert facts.usd == pytest.approx(2 * seconds)
+    assert dict(facts.rows())["dollars"] == f"${2 * seconds:.2f}"
+
+
 def test_an_sft_run_is_judged_by_its_test_loss() -> None:
     """There are no rewards in SFT."""
     facts = summary(a_run((0, 40), method="sft"))
@@ -82,8 +92,9 @@ def test_preemptions_are_seen_in_the_picture(tmp_path: Path) -> None:
 
 def test_the_picture_lies_beside_the_run_where_that_is_a_folder() -> None:
     """Bucket or folder decide where the picture goes."""
-    assert picture_path("/runs", "a-run") == Path("/runs/a-run/report.png")
-    assert picture_path("gs://bucket/runs", "a-run") == Path("a-run-report.png")
+    home = Path("/home/state/a-run")
+    assert picture_path("/runs", "a-run", home=home) == Path("/runs/a-run/report.png")
+    assert picture_path("gs://bucket/runs", "a-run", home=home) == home / "report.png"
 
 
 def test_numbers_for_people() -> None:

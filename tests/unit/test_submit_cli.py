@@ -45,8 +45,9 @@ class User:
     def submits(self, *words: str) -> str:
         return self.types("submit", RECIPE, *THERE, "--checkpoints", self.uri, "--name", "a-run", *words)
 
-    def trained(self, *, end: dict[str, Any] | None = None) -> None:
+    def trained(self, *, end: dict[str, Any] | None = None, price: dict[str, Any] | None = None) -> None:
         events = attempt_events(1, start=0, last=10, total_steps=20, end=end)
+        events[0]["price"] = price
         bucket = open_run(self.uri, "a-run")
         bucket.put("events/0001.jsonl", "".join(json.dumps(event) + "\n" for event in events).encode())
 
@@ -109,6 +110,21 @@ def test_a_detached_run_is_in_the_table_of_all(user: User) -> None:
         "far",
     ]
     assert "managed job 1: GCP (us-central1)" in shown[1]
+
+
+def test_the_closing_table_has_dollars_and_a_picture(user: User, tmp_path: Path) -> None:
+    """What the attempts' machines have cost; the picture lies with this machine's state, and nothing where one stands."""
+    user.cloud = FakeCloud(ends="failed")
+    user.trained(price={"usd_per_h": 360.0})
+    told = json.loads(user.submits("--managed", "--json"))
+    assert told["usd"] == pytest.approx(told["wall_s"] * 0.1)
+    assert told["usd"] > 0
+    shown = user.submits("--managed")
+    assert f"dollars                ${told['usd']:.2f}" in shown
+    assert told["report"] in shown
+    assert Path(told["report"]).is_relative_to(tmp_path / "XDG_STATE_HOME")
+    assert Path(told["report"]).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_submitting_twice_rents_once(user: User) -> None:
