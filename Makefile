@@ -37,7 +37,7 @@ test: setup  ## every test that this machine can run; what it lacks is skipped w
 	$(LAUNCHER) -m pytest tests/e2e -n 2 --dist loadgroup
 
 test-slurm: setup  ## of these, those with a real SkyPilot over a real Slurm, whose jobs lose their machines
-	$(LAUNCHER) -m pytest tests/e2e/test_slurm.py tests/e2e/test_plans.py tests/e2e/test_tasks.py
+	$(LAUNCHER) -m pytest tests/e2e/test_doctor.py tests/e2e/test_slurm.py tests/e2e/test_plans.py tests/e2e/test_tasks.py
 
 test-image: setup  ## of these, those that build the image with podman, push it to a registry here and train in it
 	$(LAUNCHER) -m pytest tests/e2e/test_image.py

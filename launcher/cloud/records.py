@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,10 @@ PHASES: Mapping[str, Phase] = {
     "CANCELLED": "cancelled",
 }
 """Of `ManagedJobStatus` (`sky/jobs/state.py`) and `JobStatus` (`sky/skylet/job_lib.py`); all others are `failed`."""
+STATED = re.compile(r": (en|dis)abled")
+"""A cloud's own line in the report of `sky check`; what is below, with its reasons, is of that cloud."""
+REASON = re.compile(r"^Reason( \[[^]]*\])?: ")
+ENDS_REASON = ("For more info", "Details", "Reason")
 
 
 def enabled_of(
@@ -46,14 +51,16 @@ def enabled_of(
 
 
 def _reason(cloud: str, lines: list[str]) -> str:
-    """The first reason below the cloud's own line."""
-    below = False
+    """The first reason below the cloud's own line, with the commands or the addresses that follow it."""
+    below, found = False, list[str]()
     for line in lines:
-        if "reason" in line.casefold() and below:
-            return line
-        if ": disabled" in line or ": enabled" in line:
+        if found and (not line or line.startswith(ENDS_REASON) or STATED.search(line)):
+            break
+        if STATED.search(line):
             below = line.casefold().startswith(cloud)
-    return "SkyPilot has no credentials for it"
+        elif found or (below and line.startswith("Reason")):
+            found.append(line)
+    return REASON.sub("", " ".join(found)) or "SkyPilot has no credentials for it"
 
 
 def of_cluster(record: Any, job: tuple[int | None, str] | None) -> Standing:

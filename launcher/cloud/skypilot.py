@@ -255,7 +255,7 @@ class SkyPilot:
     def enabled(self, infra: Sequence[str]) -> Mapping[str, str | None]:
         said: list[str] = []
         with _asking(f"check {', '.join(infra)}") as sky:
-            request = sky.check(infra_list=tuple(infra), verbose=False)
+            request = sky.client.sdk.check(tuple(infra), verbose=False)  # `sky.check` is a module
             found = sky.stream_and_get(request, output_stream=Lines(said.append))
         return enabled_of(found, infra, said)
 

@@ -209,17 +209,27 @@ def test_one_cloud_will_do() -> None:
 SKY_CHECK = [
     "Checking credentials to enable clouds for SkyPilot.",
     "\x1b[2m  GCP: disabled \x1b[0m",
-    "    Reason [compute, storage]: Fail to get project id",
+    "    Reason [compute, storage]: Fail to get project id. Run the following commands:",
+    "      $ gcloud init",
+    "      $ gcloud auth application-default login",
+    "    For more info: https://docs.skypilot.co",
+    "    Details: [google.auth.exceptions.DefaultCredentialsError] Not found",
     "  Lambda: enabled [compute]",
+    "  Slurm: disabled ",
+    "    Reason [compute]: ~/.slurm/config does not exist.",
+    "",
+    "To enable a cloud, follow the hints above",
 ]
 
 
 def test_sky_check_s_answer_is_read() -> None:
     """Its result says which clouds, its report why not; as SkyPilot 0.14.1 prints it."""
     found = {"default": {"Lambda": ["compute"], "AWS": ["storage"]}}
-    assert enabled_of(found, ["gcp/us-central1", "lambda", "aws"], SKY_CHECK) == {
-        "gcp": "Reason [compute, storage]: Fail to get project id",
+    assert enabled_of(found, ["gcp/us-central1", "lambda", "aws", "slurm"], SKY_CHECK) == {
+        "gcp": "Fail to get project id. Run the following commands:"
+        " $ gcloud init $ gcloud auth application-default login",
         "lambda": None,
+        "slurm": "~/.slurm/config does not exist.",
         "aws": "SkyPilot has no credentials for it",
     }
 
