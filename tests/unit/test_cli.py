@@ -20,7 +20,9 @@ from launcher.runs.read import Reader
 from launcher.settings import VARIABLES
 from tests.fakes import trainer_program
 from tests.fakes.runs import attempt_events, write_commit, write_events
+from tests.harness import ROOT
 from trainer.bucket import open_run
+from trainer.errors import ExitCode
 from trainer.recipe import default_run_id, load
 
 RECIPE = "zephyr-tiny/dpo"
@@ -101,6 +103,27 @@ def test_the_command_line_is_light() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert not {name.partition(".")[0] for name in ran.stdout.split()} & set(HEAVY)
+
+
+def test_before_the_set_up_it_says_how_to_set_up() -> None:
+    """A Python that has none of the packages; no traceback."""
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); import launcher.__main__",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == ExitCode.USAGE
+    assert ran.stderr.endswith(
+        "has no `click`\n  `make setup` makes the environments; then `. .venv/bin/activate`\n"
+    )
+    assert "Traceback" not in ran.stderr
 
 
 def test_a_done_run_is_told_and_left(launcher: Type, done_run: Path) -> None:
