@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from launcher.local.follow import Answer
+
+WIDTH = 200
+"""Characters of a line in a file: the widest table has 160."""
 
 
 def state_folder() -> Path:
@@ -18,10 +21,16 @@ def state_folder() -> Path:
     return user_state_path("aeolus")
 
 
-def stdout() -> Console:
+def stdout(file: IO[str] | None = None) -> Console:
+    """As wide as the terminal; a file or a pipe folds nothing.
+
+    Args:
+        file: None: what `sys.stdout` is now.
+    """
     from rich.console import Console
 
-    return Console(highlight=False)
+    console = Console(file=file, highlight=False)
+    return console if console.is_terminal else Console(file=file, highlight=False, width=WIDTH)
 
 
 def stderr() -> Console:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from launcher import terminal
 from trainer.errors import ExitCode, UserError
 from trainer.hours import Hours
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from launcher.checkpoints.care import Standing, Survey, Verdict
     from launcher.checkpoints.pull import Pulled
     from trainer.bucket import Bucket
@@ -50,7 +49,7 @@ def list_command(uri: str, step: int | None, as_json: bool) -> None:
         return
     if standings:
         columns = ("step", "kind", "attempt", "created", "files", "size", "world", "engine", "state")
-        _console().print(render.list_table(columns, map(_cells, standings)))
+        terminal.stdout().print(render.list_table(columns, map(_cells, standings)))
     else:
         click.echo("nothing is committed yet")
     if left["files"]:
@@ -77,7 +76,7 @@ def verify(uri: str, step: int | None, final: bool, as_json: bool) -> int:
     if not standings:
         raise UserError(f"nothing is committed in {bucket.uri}, so there is nothing to verify")
     total = sum(standing.manifest.size for standing in standings if standing.manifest)
-    with bar(_console(stderr=True), "verifying", total) as tell:
+    with bar(terminal.stderr(), "verifying", total) as tell:
         verdicts = read_all(bucket, standings, tell)
     bad = any(verdict.state == "broken" for verdict in verdicts)
     if as_json:
@@ -116,7 +115,7 @@ def pull(uri: str, dest: Path, step: int | None, final: bool, as_json: bool) -> 
             f"{chosen.kind} of step {chosen.step} is broken: {chosen.fault}", hint="see `checkpoints list`"
         )
     try:
-        with bar(_console(stderr=True), f"step {chosen.step}", chosen.manifest.size) as tell:
+        with bar(terminal.stderr(), f"step {chosen.step}", chosen.manifest.size) as tell:
             pulled = pulling.pull(bucket, chosen.manifest, dest, tell)
     except KeyboardInterrupt:
         click.echo("cut off; the same command goes on from here", err=True)
@@ -205,7 +204,7 @@ def _show_verdicts(verdicts: Sequence[Verdict]) -> None:
     rows = [
         [*_cells(verdict.standing)[:3], *_cells(verdict.standing)[4:6], verdict.state] for verdict in verdicts
     ]
-    _console().print(render.list_table(("step", "kind", "attempt", "files", "size", "state"), rows))
+    terminal.stdout().print(render.list_table(("step", "kind", "attempt", "files", "size", "state"), rows))
     for verdict in verdicts:
         for reason in verdict.failures:
             click.echo(f"{'gone meanwhile' if verdict.gone else 'broken'}: {reason}")
@@ -237,10 +236,4 @@ def _show_pulled(bucket: Bucket, pulled: Pulled, *, as_json: bool) -> None:
         ("there already", f"{there} files"),
         ("where", f"{pulled.path}" + (" (not complete)" if pulled.failures else "")),
     ]
-    _console().print(render.facts_table(rows, title=bucket.run_id))
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
+    terminal.stdout().print(render.facts_table(rows, title=bucket.run_id))

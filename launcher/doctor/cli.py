@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Self
 
 import click
 
@@ -61,14 +61,13 @@ def doctor(
     return ExitCode.DONE if ready else ExitCode.USAGE
 
 
-def _print(found: list[Finding], out: object, *, ready: bool) -> None:
-    from rich.console import Console
+def _print(found: list[Finding], out: IO[str], *, ready: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=out, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
-    if not console.is_terminal:
-        console = Console(file=out, highlight=False, width=150)  # type: ignore[arg-type]
+    from launcher import terminal
+
+    console = terminal.stdout(out)
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(2):
         table.add_column(no_wrap=True)
@@ -79,7 +78,7 @@ def _print(found: list[Finding], out: object, *, ready: bool) -> None:
         table.add_row(Text(each.status, style=style), each.name, Text(each.said + optional))
         if each.hint and each.status != "ok":
             table.add_row("", "", Text(each.hint, style="dim"))
-    console.print(table)
+    console.print(table, soft_wrap=console.is_terminal)
     missing = [each.name for each in found if each.in_the_way]
     console.print(
         "all that is needed is there" if ready else f"not ready: {', '.join(dict.fromkeys(missing))}"

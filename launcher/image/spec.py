@@ -81,7 +81,7 @@ def name_of(recipe: Recipe, registry: str | None) -> str:
     if "://" in place or not re.fullmatch(r"[a-z0-9.\[\]:_/-]+", place):
         raise UserError(
             f"{registry!r} is no registry",
-            hint="as in ghcr.io/NAME, docker.io/NAME, REGION-docker.pkg.dev/PROJECT/REPOSITORY or HOST:PORT",
+            hint="in lower case: ghcr.io/name, docker.io/name, region-docker.pkg.dev/project/repository or host:port",
         )
     return f"{place}/{NAME}:{recipe.digest[:DIGITS]}"
 

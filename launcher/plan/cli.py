@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 TOP = 12
 """Rows that are shown without `--all`."""
 TOP_REJECTED = 6
-WIDTH = 150
 
 
 @click.command()
@@ -100,13 +99,10 @@ def as_dict(planned: Plan) -> dict[str, Any]:
 
 
 def _print(planned: Plan, *, everything: bool) -> None:
-    from rich.console import Console
-
+    from launcher import terminal
     from launcher.plan import planning
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)  # a file or a pipe folds nothing
+    console = terminal.stdout()
     rows = planned.rows if everything else planned.rows[:TOP]
     if rows:
         console.print(_table(rows))
