@@ -44,6 +44,7 @@ def refusal(found: Plan) -> NoFit:
 
 
 def way_out(rejected: Sequence[Rejected]) -> str:
-    """What the rejections themselves propose, the most frequent first."""
-    ways = [each.way_out for each in rejected if each.way_out]
-    return max(ways, key=ways.count) if ways else "raise the budget or the deadline, or name other GPUs"
+    """What the rejections themselves propose: of what fits but for a limit, else the most frequent."""
+    near = [each for each in rejected if each.fits] or rejected
+    ways = [each.way_out for each in near if each.way_out]
+    return max(ways, key=ways.count) if ways else "name other GPUs"

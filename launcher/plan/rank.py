@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -83,6 +84,8 @@ class Rejected(BaseModel):
     what: str
     why: str
     way_out: str | None = None
+    fits: bool = False
+    """Whether it would do, had it not been for the budget or the deadline."""
 
 
 class Plan(BaseModel):
@@ -159,13 +162,21 @@ def plan(
             rejected.append(Rejected(what=_whose(shape, same), why=sized.message, way_out=sized.hint))
         else:
             rows += _rows(shape, same, sized, asked)
-    fitting = sorted(_within(rows, asked, rejected), key=lambda row: _key(row, asked.by))
+    rows.sort(key=lambda row: _key(row, asked.by))
+    judged = [(row, _over(row, asked)) for row in rows]
+    fitting = [row for row, why in judged if not why]
+    over = [row for row, why in judged if why]
+    refused = [
+        Rejected(what=row.names(), why=why, way_out=_more(over, asked), fits=True)
+        for row, why in judged
+        if why
+    ]
     return Plan(
         recipe=recipe.name,
         workload=workload,
         rows=tuple(fitting),
-        rejected=tuple(rejected),
-        why=_why(fitting, asked),
+        rejected=(*rejected, *refused) if fitting else (*refused, *rejected),
+        why=_why(fitting, asked, refused),
         prices=f"{prices.source}, {prices.as_of.isoformat()}",
         notes=prices.notes,
     )
@@ -275,18 +286,31 @@ def _on_spot(shape: Shape, offer: Offer, sized: _Sized, *, regions: int) -> Row:
     )
 
 
-def _within(rows: Iterable[Row], wishes: Wishes, rejected: list[Rejected]) -> Iterator[Row]:
-    """Those that the budget and the deadline allow."""
-    for row in rows:
-        over: list[str] = []
-        if wishes.budget_usd is not None and row.usd > wishes.budget_usd:
-            over.append(f"${row.usd:,.0f} expected, over the budget of ${wishes.budget_usd:,.0f}")
-        if wishes.deadline_h is not None and row.hours > wishes.deadline_h:
-            over.append(f"{row.hours:.1f} h expected, past the deadline of {wishes.deadline_h:g} h")
-        if over:
-            rejected.append(Rejected(what=row.names(), why="; ".join(over)))
-        else:
-            yield row
+def _over(row: Row, wishes: Wishes) -> str:
+    """Why the budget or the deadline forbids it; empty: they do not."""
+    over: list[str] = []
+    if wishes.budget_usd is not None and row.usd > wishes.budget_usd:
+        over.append(f"${row.usd:,.0f} expected, over the budget of ${wishes.budget_usd:,.0f}")
+    if wishes.deadline_h is not None and row.hours > wishes.deadline_h:
+        over.append(f"{row.hours:.1f} h expected, past the deadline of {wishes.deadline_h:g} h")
+    return "; ".join(over)
+
+
+def _more(over: Iterable[Row], wishes: Wishes) -> str:
+    """The limits that would let the nearest one run: of two that are given, only one is raised if that is enough."""
+
+    def raised(row: Row) -> tuple[int, float, float]:
+        dear = wishes.budget_usd is not None and row.usd > wishes.budget_usd
+        slow = wishes.deadline_h is not None and row.hours > wishes.deadline_h
+        return dear + slow, row.usd if dear else 0.0, row.hours
+
+    least = min(over, key=raised)
+    words = []
+    if wishes.budget_usd is not None and least.usd > wishes.budget_usd:
+        words.append(f"--budget {math.ceil(least.usd)}")
+    if wishes.deadline_h is not None and least.hours > wishes.deadline_h:
+        words.append(f"--deadline {math.ceil(10 * least.hours) / 10:g}h")
+    return f"`{' '.join(words)}` would do for {least.names()}"
 
 
 def _key(row: Row, by: By) -> tuple[float, float, str]:
@@ -294,7 +318,9 @@ def _key(row: Row, by: By) -> tuple[float, float, str]:
     return first, second, row.names()
 
 
-def _why(rows: Sequence[Row], wishes: Wishes) -> str:
+def _why(rows: Sequence[Row], wishes: Wishes, refused: Sequence[Rejected]) -> str:
+    if not rows and refused:
+        return f"all {len(refused)} that fit are too dear or too slow"
     if not rows:
         return "nothing that can be rented will do"
     best = rows[0]

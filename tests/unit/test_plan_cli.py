@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -73,6 +74,22 @@ def test_nothing_that_fits_is_exit_code_two_with_the_way_out(run: CliRunner) -> 
     assert isinstance(result.exception, UserError)
     assert "nothing that can be rented will do" in result.exception.message
     assert plan(run, "dpo_full", "--gpus", "L4:1", "--json").return_value == 2
+
+
+def test_limits_that_nothing_keeps_name_those_that_would(run: CliRunner) -> None:
+    """What fits and is only too dear or too slow comes first, and with that limit the nearest of it is chosen."""
+    words = ("--gpus", "A100-80GB:8")
+    for limits in (("--budget", "5"), ("--deadline", "30m"), ("--budget", "5", "--deadline", "90m")):
+        result = plan(run, "dpo_full", *words, *limits)
+        assert isinstance(result.exception, UserError)
+        assert "that fit are too dear or too slow" in result.exception.message
+        assert "over the budget" in result.stdout or "past the deadline" in result.stdout
+        raised, named = re.fullmatch(r"`(.*)` would do for (.*)", result.exception.hint or "").groups()  # type: ignore[union-attr]
+        given = dict(zip(limits[::2], limits[1::2], strict=True)) | dict([raised.split()])
+        assert (
+            f"chosen {named}: "
+            in plan(run, "dpo_full", *words, *(w for pair in given.items() for w in pair)).stdout
+        )
 
 
 def test_a_data_set_that_nobody_knows_asks_for_its_rows(run: CliRunner) -> None:
