@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import time
 from collections.abc import Sequence
@@ -60,7 +61,21 @@ def main(arguments: Sequence[str] | None = None, *, cloud: Cloud | None = None) 
     sys.exit(code or 0)
 
 
-@click.group(context_settings=CONTEXT)
+class Commands(click.Group):
+    """A command that nobody knows is answered with the nearest one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if near := difflib.get_close_matches(args[0], self.commands, n=1):
+                error.message += f" Did you mean {near[0]}?"
+            raise
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
 def cli() -> None:
     """Post-training that survives losing its machine."""
 
@@ -76,7 +91,7 @@ cli.add_command(submit)
 cli.add_command(watch)
 
 
-@cli.command()
+@cli.command(short_help="The runs that were started from here.")
 @click.option("--all", "everything", is_flag=True, help="Also what SkyPilot has from elsewhere.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list on stdout.")
 @click.pass_obj
@@ -100,7 +115,7 @@ def status(cloud: Cloud | None, everything: bool, as_json: bool) -> None:
         click.echo(f"not all is known: {fault}", err=True)
 
 
-@cli.command()
+@cli.command(short_help="A run's log.")
 @click.argument("run", shell_complete=completion.runs)
 @click.option("-f", "--follow", is_flag=True, help="Stay until it ends.")
 @click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
@@ -124,7 +139,7 @@ def logs(cloud: Cloud | None, run: str, follow: bool, checkpoints: str | None) -
     _cloud(cloud).logs(there, lambda line: click.echo(line, file=out), follow=follow)
 
 
-@cli.command()
+@cli.command(short_help="Stop a run: it saves and commits first.")
 @click.argument("run", shell_complete=completion.runs)
 @click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
 @click.pass_obj
@@ -148,7 +163,7 @@ def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
     return ExitCode.DONE
 
 
-@cli.command()
+@cli.command(short_help="Give back what a run has rented.")
 @click.argument("run", shell_complete=completion.runs)
 @click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
 @click.pass_context

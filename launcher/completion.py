@@ -64,7 +64,7 @@ def infra(_context: click.Context, _parameter: click.Parameter, incomplete: str)
     return _starting(sorted({*OWN, *(cloud for cloud, _ in places)}), incomplete)
 
 
-@click.command(epilog="\b\n" + "\n".join(LINES.values()))
+@click.command(short_help="The script for Tab: bash, zsh, fish.", epilog="\b\n" + "\n".join(LINES.values()))
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:

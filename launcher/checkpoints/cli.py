@@ -22,7 +22,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 step_option = click.option("--step", type=click.IntRange(min=0), help="Of this step only.")
 
 
-@click.group()
+@click.group(short_help="List, verify, fetch and prune what was committed.")
 def checkpoints() -> None:
     """List, verify, fetch and prune what a run has committed.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 STYLES = {"ok": "green", "missing": "red", "failed": "red", "skipped": "dim"}
 
 
-@click.command()
+@click.command(short_help="See whether all is there that a run needs.")
 @click.argument("recipe", required=False, shell_complete=completion.recipes)
 @click.option(
     "--infra",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from launcher.image.builders import Built, Wishes
 
 
-@click.command()
+@click.command(short_help="Build the trainer's image.")
 @click.option("--push", is_flag=True, help="Push it, unless the registry has this tag.")
 @click.option(
     "--registry",

@@ -22,7 +22,7 @@ TOP = 12
 TOP_REJECTED = 6
 
 
-@click.command()
+@click.command(short_help="What fits where, hours, dollars.")
 @click.argument("recipe", default="dpo_full", shell_complete=completion.recipes)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(

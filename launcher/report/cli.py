@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from launcher.runs.read import Run
 
 
-@click.command()
+@click.command(short_help="What a run took, or two beside each other.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [OTHER]", shell_complete=completion.runs)
 @click.option(
     "--html",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COLUMNS = ("run", "state", ">step", ">loss", ">last commit", ">attempts", ">$", "last heard of")
 
 
-@click.command()
+@click.command(short_help="The runs in a bucket, whoever started them.")
 @click.option(
     "--checkpoints",
     metavar="URI",
@@ -37,7 +37,10 @@ def runs(checkpoints: str | None, as_json: bool) -> None:
         click.echo(render.to_json([row.as_dict() for row in rows]))
         return
     if not rows:
-        terminal.stdout().print(f"no run is in {address} yet", markup=False)
+        terminal.stdout().print(
+            f"no run is in {address} yet; `launcher status` has those that were started from this machine",
+            markup=False,
+        )
         return
     terminal.stdout().print(render.list_table(COLUMNS, (_cells(row, now) for row in rows)))
     for row in rows:

@@ -41,7 +41,7 @@ or the deadline is used up, what there is is saved, --resume with a higher one g
 """
 
 
-@click.command(epilog=TRAINING)
+@click.command(epilog=TRAINING, short_help="Train: here, or on rented machines.")
 @click.argument(
     "recipe", required=False, metavar="[RECIPE|TASK]", shell_complete=completion.recipes_and_tasks
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from launcher.watch.source import Seen
 
 
-@click.command()
+@click.command(short_help="Progress, curves, dollars of a run at work.")
 @click.argument("run", shell_complete=completion.runs)
 @click.option("--once", is_flag=True, help="Show how it stands, and come back.")
 @click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")

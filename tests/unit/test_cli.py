@@ -126,6 +126,22 @@ def test_before_the_set_up_it_says_how_to_set_up() -> None:
     assert "Traceback" not in ran.stderr
 
 
+def test_help_has_each_command_on_one_line(launcher: Type) -> None:
+    """In whole words, on a terminal of 80 characters."""
+    usage, _, commands = launcher("--help").out.partition("Commands:\n")
+    assert usage
+    assert commands
+    assert "..." not in commands
+
+
+def test_a_command_that_nobody_knows_is_answered_with_the_nearest(launcher: Type) -> None:
+    """As options are."""
+    answer = launcher("plann")
+    assert answer.code == 2
+    assert answer.err.endswith("No such command 'plann'. Did you mean plan?\n")
+    assert "mean" not in launcher("xyzzy").err
+
+
 def test_a_done_run_is_told_and_left(launcher: Type, done_run: Path) -> None:
     """The same submission of a done run says when it was done and where the model lies, with its report."""
     answer = launcher("submit", RECIPE, "--infra", "local")

@@ -158,6 +158,8 @@ def test_a_name_that_does_not_exist_leads_to_the_nearest() -> None:
     """`zephyr-tiny/dpoo` is `zephyr-tiny/dpo` to anyone who reads it."""
     with pytest.raises(RecipeError, match="did you mean `zephyr-tiny/dpo`"):
         load("zephyr-tiny/dpoo")
+    with pytest.raises(RecipeError, match="did you mean `dpo_full`"):
+        load("dpo_ful")
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,8 @@ def _value(key: str, text: str) -> Any:
 
 def _suggest(source: str) -> str:
     known = names()
-    near = nearest(source.removesuffix(".yaml"), known)
+    short = [name.removeprefix(f"{FAMILY}/") for name in known]
+    near = nearest(source.removesuffix(".yaml"), [*known, *short])
     if near:
         return f"did you mean `{near}`?"
     return (
