@@ -10,6 +10,8 @@ from launcher.report.words import Rows
 
 WIDE_PX, NARROW_PX = 940.0, 340.0
 """Of pictures: of a page's full width, and of a phone of 360 pixels."""
+LONGEST_WORD = 15
+"""Letters of a column's name that are not broken in two."""
 PATTERNS = Markup(
     '<svg width="0" height="0" style="position:absolute" aria-hidden="true" focusable="false"><defs>'
     '<pattern id="p-redone" width="7" height="7" patternUnits="userSpaceOnUse"><rect class="pb-red" width="7"'
@@ -68,7 +70,13 @@ def table(rows: Rows, *, sums: bool = False, swatches: Sequence[str] = (), cards
     names = [name.removeprefix(">") for name in rows.columns]
     kinds = ["n" if name.startswith(">") else None for name in rows.columns]
     head = [
-        tag("th", name, scope="col", class_=kind, role="columnheader")
+        tag(
+            "th",
+            name,
+            scope="col",
+            class_=" ".join(filter(None, (kind, _long(name)))) or None,
+            role="columnheader",
+        )
         for name, kind in zip(names, kinds, strict=True)
     ]
     body = []
@@ -111,6 +119,11 @@ def tiles(figures: Iterable[tuple[str, str, str]]) -> Markup:
 def key(*entries: tuple[str, str]) -> Markup:
     """What patterns mean."""
     return tag("ul", *(tag("li", _swatch(kind), words) for kind, words in entries), class_="key")
+
+
+def _long(name: str) -> str | None:
+    """Of a column whose name may be broken anywhere: a run's, which is no word."""
+    return "long" if max(map(len, name.split()), default=0) > LONGEST_WORD else None
 
 
 def _swatch(kind: str) -> Markup:

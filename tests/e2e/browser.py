@@ -34,8 +34,19 @@ addEventListener("load", () => {{
     const box = each.getBoundingClientRect();
     return box.width && (box.right > {width} + 1 || box.left < -1) && getComputedStyle(each).position !== "absolute";
   }}).map(each => each.tagName + "." + (each.getAttribute("class") || "") + " " + each.textContent.slice(0, 30));
+  const lines = (node, from, to) => {{
+    const range = doc.createRange();
+    range.setStart(node, from); range.setEnd(node, to);
+    return new Set([...range.getClientRects()].map(each => Math.round(each.top))).size;
+  }};
+  const seen = each => getComputedStyle(each.closest("thead") || each).position !== "absolute";
+  const broken = [...doc.querySelectorAll("th, td.n")].filter(seen).flatMap(each => [...each.childNodes])
+    .filter(each => each.nodeType === 3).flatMap(each => [...each.data.matchAll(/\\S+/g)]
+    .filter(word => word[0].length < 16 && lines(each, word.index, word.index + word[0].length) > 1));
+  const cut = [...doc.querySelectorAll(".value")].filter(each => each.scrollWidth > each.clientWidth);
   document.getElementById("seen").textContent = JSON.stringify({{
-    scroll_px: doc.documentElement.scrollWidth, wide: wide.slice(0, 8), headings: doc.querySelectorAll("h1").length,
+    scroll_px: doc.documentElement.scrollWidth, wide: wide.slice(0, 8),
+    cut: [...broken.map(each => each[0]), ...cut.map(each => each.textContent)], headings: doc.querySelectorAll("h1").length,
     shown: [...doc.querySelectorAll("svg.chart")].filter(each => each.getBoundingClientRect().width).length,
   }});
 }});</script></body></html>"""
@@ -49,6 +60,8 @@ class Seen(NamedTuple):
     """Width that it takes in all."""
     wide: list[str]
     """Elements that reach beyond the frame."""
+    cut: list[str]
+    """Words of tables that are broken in two, and figures that reach beyond their tiles."""
     headings: int
     shown: int
     """Pictures that are not hidden."""

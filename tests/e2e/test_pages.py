@@ -56,7 +56,7 @@ def test_a_page_opens_on_a_phone_and_on_a_desk(
 ) -> None:
     """It fits the width, needs no other file, and the console stays silent."""
     seen = chromium.open(pages[name], width=width)
-    assert (seen.complaints, seen.asked_for, seen.wide) == ([], [], [])
+    assert (seen.complaints, seen.asked_for, seen.wide, seen.cut) == ([], [], [], [])
     assert seen.scroll_px <= width
     assert seen.headings == 1
 
@@ -70,12 +70,17 @@ def test_each_picture_is_shown_once(chromium: Browser, pages: dict[str, Path]) -
 def test_the_browser_would_have_told(chromium: Browser, tmp_path: Path) -> None:
     """A page that throws, fetches and is too wide is found out."""
     bad = tmp_path / "bad.html"
-    bad.write_text('<div style="width:500px">wide</div><img src="no.png"><script>throw Error("oh")</script>')
+    bad.write_text(
+        '<div style="width:500px">wide</div><img src="no.png"><script>throw Error("oh")</script>'
+        '<table><tr><th style="width:20px;max-width:20px;overflow-wrap:anywhere">planned</th></tr></table>'
+        '<div class="value" style="width:20px;white-space:nowrap">12 min 34 s</div>'
+    )
     seen = chromium.open(bad, width=360)
     assert seen.scroll_px > 360
     assert seen.wide
     assert any("oh" in line for line in seen.complaints)
     assert seen.asked_for == ["/no.png"]
+    assert seen.cut == ["planned", "12 min 34 s"]
 
 
 def test_dark_is_dark_and_light_is_light(chromium: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
