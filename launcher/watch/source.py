@@ -87,7 +87,8 @@ class Source:
 
     def _stands(self, run: Run, now: float) -> tuple[str, bool, str]:
         if isinstance(self._known, Local):
-            process = self._known.record.process()
+            record = self._known.home.record() or self._known.record  # each recovery is another process
+            process = record.process()
             if process and run.state != "done":
                 return "running", True, f"this machine, pid {process.pid}"
             return standing.stopped(run), False, "this machine"

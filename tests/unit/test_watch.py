@@ -13,11 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
 from launcher.cloud.fake import FakeCloud
 from launcher.cloud.protocol import Phase, Standing
+from launcher.local.process import Home, Record
 from launcher.runs.find import Place
 from launcher.submit import submissions
 from launcher.submit.submissions import Sent
@@ -164,6 +166,26 @@ def test_the_run_is_seen_while_skypilot_is_away(site: Site) -> None:
     seen = site.look()
     assert (seen.state, seen.at_work, seen.fault) == ("running", True, "no API server")
     assert "not all is known: no API server" in drawn(seen)
+
+
+def test_a_recovery_on_this_machine_is_at_work(site: Site) -> None:
+    """It is another process than the one that was at work when somebody began to watch."""
+    home = Home.of(site.state, "a-run", str(site.runs))
+    home.path.mkdir(parents=True)
+    ours = psutil.Process()
+    record = Record(
+        run_id="a-run",
+        recipe="r",
+        checkpoints=str(site.runs),
+        pid=ours.pid,
+        created=ours.create_time() - 3600,
+    )
+    home.remember(record)
+    source = site.source()
+    assert not source.look(site.now).at_work
+    home.remember(record.model_copy(update={"created": ours.create_time()}))
+    seen = source.look(site.now)
+    assert (seen.state, seen.at_work) == ("running", True)
 
 
 def test_a_run_from_elsewhere_that_fell_silent_is_not_at_work(site: Site) -> None:
