@@ -262,9 +262,11 @@ def cancel(home: Home, supervisor: Supervisor) -> None:
 
 def detached_text(supervisor: Supervisor, home: Home) -> str:
     """What somebody who leaves needs to come back."""
+    record = home.record()
+    run = record.run_id if record else "RUN"
     return (
         f"training goes on by itself: pid {supervisor.pid}, log {home.log}\n"
-        "  the same command follows it again; `launcher cancel RUN` stops it"
+        f"  the same command follows it again, and so does `launcher watch {run}`; `launcher cancel {run}` stops it"
     )
 
 

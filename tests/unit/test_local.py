@@ -237,6 +237,7 @@ def test_a_user_who_detaches_leaves_it_running(site: Site) -> None:
     assert (ending.how, ending.exit_code) == ("detached", 0)
     assert str(left.pid) in ending.message
     assert str(site.home.log) in ending.message
+    assert f"`launcher cancel {site.job().run_id}` stops it" in ending.message
 
 
 def test_ctrl_c_while_asking_cancels(site: Site) -> None:
