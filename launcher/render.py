@@ -69,11 +69,13 @@ def facts_table(rows: Iterable[tuple[str, str]], *, title: str) -> Table:
 
 
 def list_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A row a thing; numbers stand to the right where a column's name begins with `>`."""
+    """A row a thing, whose name is kept in one piece to be copied; numbers stand to the right where a column's name
+    begins with `>`.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
+    for nth, column in enumerate(columns):
         side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
-        table.add_column(column.removeprefix(">"), overflow="fold", justify=side)
+        table.add_column(column.removeprefix(">"), overflow="fold", justify=side, no_wrap=nth == 0)
     for row in rows:
         table.add_row(*map(Text, row))  # not markup: names and messages may hold brackets
     return table

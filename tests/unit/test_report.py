@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from launcher.render import change, duration, facts_table, size, to_json
+from launcher.render import change, duration, facts_table, list_table, size, to_json
 from launcher.runs.read import Attempt, Run
 from launcher.runs.report import draw, picture_path, summary
 from tests.fakes.runs import BEGIN, attempt_events
@@ -109,6 +111,19 @@ def test_numbers_for_people() -> None:
         "3.0 GiB",
     ]
     assert change((0.69314, 0.41)) == "0.6931 → 0.4100"
+
+
+def test_a_name_is_not_broken_while_other_words_can_be() -> None:
+    """It is copied from a narrow terminal."""
+    name = "zephyr-tiny-dpo-111a6221"
+    console = Console(width=60, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(
+            list_table(
+                ("run", "where", "last commit", "attempts", "$ so far"), [(name, "this machine", *"123")]
+            )
+        )
+    assert name in captured.get()
 
 
 def test_json_is_strict() -> None:
