@@ -1,8 +1,9 @@
-"""Every engine takes the same steps: DDP, ZeRO 2 and 3, with offload, and QLoRA, on processes of this machine."""
+"""Every engine takes the same steps: DDP, ZeRO 2 and 3, with offload, FSDP 2, and QLoRA, on processes of this machine."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -37,6 +38,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "offload_optimizer": True,
         "offload_parameters": True,
     },
+    "fsdp2": {"processes": 2, "micro_batch": 2, "engine": "fsdp2"},
 }
 LOSS_TOLERANCE = 2e-5
 """Float32 sums in another order, after six steps at a rate of 5e-3; losses are between 0.1 and 6."""
@@ -48,6 +50,12 @@ needs_compiler = pytest.mark.skipif(
     reason=NO_COMPILER,
 )
 Engine = Callable[..., Trained]
+
+
+def kinds(*names: str) -> list[Any]:
+    """Of engines; DeepSpeed's where it can be compiled."""
+    whole = ("ddp", "fsdp2")
+    return [name if name in whole else pytest.param(name, marks=needs_compiler) for name in names]
 
 
 @pytest.fixture(scope="session")
@@ -132,9 +140,8 @@ def test_another_order_would_show(alone: Engine, tmp_path: Path) -> None:
         assert_alike(alone(SFT), other)
 
 
-@needs_compiler
-@pytest.mark.parametrize("kind", ["zero2", "zero3", "offload"])
-def test_zero_takes_ddps_steps(engine: Engine, kind: str) -> None:
+@pytest.mark.parametrize("kind", kinds("zero2", "zero3", "offload", "fsdp2"))
+def test_a_cut_model_takes_ddps_steps(engine: Engine, kind: str) -> None:
     """Whatever is cut or offloaded, samples, losses and the final weights are those of whole replicas."""
     assert_alike(engine("ddp", DPO), engine(kind, DPO))
     whole, cut = final(engine("ddp", DPO)), final(engine(kind, DPO))
@@ -157,12 +164,32 @@ def test_the_config_is_in_the_run(engine: Engine, kind: str) -> None:
     assert (details["engine"], details["world_size"]) == ("zero2" if kind == "zero2" else "zero3", 2)
 
 
-@needs_compiler
-def test_an_export_of_zero_3_is_a_whole_model(engine: Engine) -> None:
+def test_fsdps_config_is_in_the_run(engine: Engine) -> None:
+    """As DeepSpeed's is; and gradients are cut at every micro batch, not kept whole until the last."""
+    trained = engine("fsdp2", DPO)
+    told = trained.of("started")[0]["fsdp"]
+    assert (told["fsdp_config"]["version"], told["fsdp_config"]["reshard_after_forward"]) == (2, True)
+    assert told["accelerator_config"]["gradient_accumulation_kwargs"] == {"sync_each_batch": True}
+    for folder in (trained.checkpoint(3), trained.job.work):
+        assert json.loads((folder / "fsdp.json").read_text()) == told
+    details = next(each for each in pending(trained.job.staging) if each.kind == "checkpoint").details
+    assert (details["fsdp"], details["engine"], details["world_size"]) == (told, "fsdp2", 2)
+
+
+def test_ddp_in_fsdps_place_is_found_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Accelerate runs DDP where it knows no FSDP, as on a CPU, without a word: here the ranks end."""
+    job = ranks_job(tmp_path / "work", SFT, **ENGINES["fsdp2"])
+    assert finish(Workers(job, sys.executable, "tests.training.untold_rank", grace_s=2.0)) == 1
+    assert not job.outcome.exists()
+    assert "FSDP 2 was asked for, and 21 weights are whole on every rank" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", kinds("zero3", "fsdp2"))
+def test_an_export_of_a_cut_model_is_whole(engine: Engine, kind: str) -> None:
     """`final/` is safetensors of every weight, and Transformers loads it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    trained = engine("zero3", DPO)
+    trained = engine(kind, DPO)
     model = AutoModelForCausalLM.from_pretrained(trained.final)
     assert sum(weight.numel() for weight in model.parameters()) == trained.of("started")[0]["parameters"]
     ids = AutoTokenizer.from_pretrained(trained.final)("A hammer is a tool.", return_tensors="pt")
@@ -170,21 +197,22 @@ def test_an_export_of_zero_3_is_a_whole_model(engine: Engine) -> None:
     assert not list(trained.final.glob("*.pt"))
 
 
-@needs_compiler
-@pytest.mark.parametrize("kind", ["zero2", "zero3"])
-def test_a_checkpoint_of_zero_is_put_together(tmp_path: Path, engine: Engine, kind: str) -> None:
+@pytest.mark.parametrize("kind", kinds("zero2", "zero3", "fsdp2"))
+def test_a_checkpoint_of_parts_is_put_together(tmp_path: Path, engine: Engine, kind: str) -> None:
     """From the ranks' parts alone, the tensors of `final/`."""
     trained = engine(kind, DPO)
     consolidate(trained.checkpoint(6), tmp_path / "out")
     mine, theirs = load_file(tmp_path / "out" / "model.safetensors"), final(trained)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert not [path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".pt", ".pth")]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in trained.final.iterdir()
+    }
 
 
-@needs_compiler
-def test_an_adapter_of_zero_3_is_put_together(tmp_path: Path) -> None:
-    """Without the base, under the names that PEFT reads."""
+@pytest.mark.parametrize("kind", kinds("zero3", "fsdp2"))
+def test_an_adapter_of_a_cut_model_is_put_together(tmp_path: Path, kind: str) -> None:
+    """Without the base, under the names that PEFT reads; after an evaluation."""
     from peft import load_peft_weights
 
     lora = (
@@ -193,8 +221,11 @@ def test_an_adapter_of_zero_3_is_put_together(tmp_path: Path) -> None:
         "lora_target_modules=[q_proj, v_proj]",
         "max_steps=1",
         "save_steps=1",
+        "eval_strategy=steps",
+        "eval_steps=1",
     )
-    trained = run(ranks_job(tmp_path / "work", SFT, *lora, **ENGINES["zero3"]))
+    trained = run(ranks_job(tmp_path / "work", SFT, *lora, **ENGINES[kind]))
+    assert 0 < trained.of("eval")[0]["eval_loss"] < 10
     consolidate(trained.checkpoint(1), tmp_path / "out")
     mine = load_peft_weights(str(tmp_path / "out"), device="cpu")
     theirs = load_file(trained.job.work / "adapter" / "adapter_model.safetensors")
@@ -202,9 +233,7 @@ def test_an_adapter_of_zero_3_is_put_together(tmp_path: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize(
-    "kind", ["ddp", *(pytest.param(kind, marks=needs_compiler) for kind in ("zero2", "offload"))]
-)
+@pytest.mark.parametrize("kind", kinds("ddp", "zero2", "offload"))
 def test_a_resume_on_the_same_shape_is_exact(tmp_path: Path, engine: Engine, kind: str) -> None:
     """From the middle of an epoch on, every step and the final weights have the same bits."""
     whole = engine(kind, DPO)
@@ -218,9 +247,7 @@ def kept_by(trained: Trained) -> Path:
     return max(trained.job.staging.glob("reference-*/"))
 
 
-@pytest.mark.parametrize(
-    "kind", ["ddp", *(pytest.param(each, marks=needs_compiler) for each in ENGINES if each != "ddp")]
-)
+@pytest.mark.parametrize("kind", kinds(*ENGINES))
 def test_ranks_share_the_references_pass(alone: Engine, engine: Engine, kind: str) -> None:
     """Whatever cuts the policy, its log-probabilities before the first step are those of one process."""
     whole, shared = (load_values(kept_by(each) / VALUES) for each in (alone(DPO), engine(kind, DPO)))
@@ -229,8 +256,7 @@ def test_ranks_share_the_references_pass(alone: Engine, engine: Engine, kind: st
         np.testing.assert_allclose(shared[data], pairs, rtol=0, atol=1e-4, equal_nan=True)
 
 
-@needs_compiler
-@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+@pytest.mark.parametrize("kind", kinds("zero2", "zero3", "fsdp2"))
 def test_a_pass_before_training_leaves_no_trace(tmp_path: Path, engine: Engine, kind: str) -> None:
     """An attempt that finds the log-probabilities makes no engine for them, and takes the same steps to the bit."""
     whole = engine(kind, DPO)
@@ -241,10 +267,12 @@ def test_a_pass_before_training_leaves_no_trace(tmp_path: Path, engine: Engine, 
     assert again.trajectory == whole.trajectory
 
 
-@needs_compiler
-def test_a_killed_run_of_zero_3_ends_as_if_undisturbed(tmp_path: Path, engine: Engine) -> None:
+@pytest.mark.parametrize("kind", kinds("zero3", "fsdp2"))
+def test_a_killed_run_of_a_cut_model_ends_as_if_undisturbed(
+    tmp_path: Path, engine: Engine, kind: str
+) -> None:
     """SIGKILL of all ranks after the commit of step 3: the next attempt repeats what was lost, with the same bits."""
-    job = ranks_job(tmp_path / "killed", DPO, **ENGINES["zero3"])
+    job = ranks_job(tmp_path / "killed", DPO, **ENGINES[kind])
     workers = start(job)
     try:
         wait_for_step(job, workers, 4)
@@ -252,19 +280,17 @@ def test_a_killed_run_of_zero_3_ends_as_if_undisturbed(tmp_path: Path, engine: E
         workers.kill()
     assert workers.poll() == -signal.SIGKILL
     assert not job.outcome.exists()
-    whole = engine("zero3", DPO)
-    again = run(
-        ranks_job(tmp_path / "again", DPO, resume_from=job.staging / "checkpoint-3", **ENGINES["zero3"])
-    )
+    whole = engine(kind, DPO)
+    again = run(ranks_job(tmp_path / "again", DPO, resume_from=job.staging / "checkpoint-3", **ENGINES[kind]))
     assert again.trajectory == whole.trajectory[3:]
     assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(again).items())
 
 
-@needs_compiler
-def test_a_run_of_zero_3_that_lacks_only_its_export_is_exported(tmp_path: Path, engine: Engine) -> None:
+@pytest.mark.parametrize("kind", kinds("zero3", "fsdp2"))
+def test_a_cut_run_that_lacks_only_its_export_is_exported(tmp_path: Path, engine: Engine, kind: str) -> None:
     """Killed during the export, the next attempt takes no step, gathers the last checkpoint, and writes the same."""
-    whole = engine("zero3", DPO)
-    again = run(ranks_job(tmp_path / "work", DPO, resume_from=whole.checkpoint(6), **ENGINES["zero3"]))
+    whole = engine(kind, DPO)
+    again = run(ranks_job(tmp_path / "work", DPO, resume_from=whole.checkpoint(6), **ENGINES[kind]))
     assert again.of("step") == again.of("saved") == []
     assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(again).items())
 

@@ -33,6 +33,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "zero3 x 1": {"processes": 1, "micro_batch": 4, "engine": "zero3"},
     "zero3, optimizer": {**TWO, "engine": "zero3", "offload_optimizer": True},
     "zero3, all": {**TWO, "engine": "zero3", "offload_optimizer": True, "offload_parameters": True},
+    "fsdp2": {**TWO, "engine": "fsdp2"},
+    "fsdp2 x 4": {"processes": 4, "micro_batch": 1, "engine": "fsdp2"},
+    "fsdp2 x 1": {"processes": 1, "micro_batch": 4, "engine": "fsdp2"},
     "zero2, optimizer": {"processes": 1, "micro_batch": 4, "engine": "zero2", "offload_optimizer": True},
 }
 Whole = Callable[..., Trained]
@@ -90,11 +93,19 @@ PAIRS = [
     ("zero3", "zero3, all"),
     ("zero3, all", "zero3"),
     ("zero3, all", "single"),
+    ("fsdp2", "zero3"),
+    ("zero3", "fsdp2"),
+    ("fsdp2", "single"),
+    ("ddp", "fsdp2"),
 ]
 
 
-@needs_compiler
-@pytest.mark.parametrize(("one", "other"), PAIRS, ids=[" to ".join(pair) for pair in PAIRS])
+def named(pair: tuple[str, str]) -> Any:
+    marks = [needs_compiler] if any(shape.startswith("zero") for shape in pair) else []
+    return pytest.param(*pair, marks=marks, id=" to ".join(pair))
+
+
+@pytest.mark.parametrize(("one", "other"), map(named, PAIRS))
 def test_a_run_goes_on_in_another_form(tmp_path: Path, whole: Whole, one: str, other: str) -> None:
     """10 steps under the one and 10 under the other are 20 under the one."""
     before = whole(one)
@@ -115,6 +126,16 @@ def test_a_converted_run_is_converted_again(tmp_path: Path, whole: Whole) -> Non
     assert again.outcome.status == "done"
 
 
+def test_fsdp_goes_on_on_any_number_of_processes(tmp_path: Path, whole: Whole) -> None:
+    """On 2, then 4, then 1, then 2: each brings what the one before has saved."""
+    before = whole("fsdp2")
+    folder = before.checkpoint(5)
+    for step, shape in ((5, "fsdp2 x 4"), (10, "fsdp2 x 1"), (15, "fsdp2")):
+        after = trained(tmp_path / shape, shape, resume_from=folder)
+        assert_goes_on(before, after, step)
+        folder = after.checkpoint(step + 5)
+
+
 @needs_compiler
 def test_a_converted_checkpoint_of_the_last_step_is_exported(tmp_path: Path, whole: Whole) -> None:
     """Killed during the export under ZeRO 3, a run ends on one process with the same model."""
@@ -128,11 +149,11 @@ def test_a_converted_checkpoint_of_the_last_step_is_exported(tmp_path: Path, who
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
 
 
-@needs_compiler
-def test_an_adapter_goes_on_under_zero_3_and_back(tmp_path: Path, whole: Whole) -> None:
+@pytest.mark.parametrize("shape", [pytest.param("zero3", marks=needs_compiler), "fsdp2"])
+def test_an_adapter_goes_on_in_parts_and_back(tmp_path: Path, whole: Whole, shape: str) -> None:
     """LoRA: the optimizer has the adapter's matrices only; the base is loaded from where it was."""
     before = whole("single", *LORA)
-    sharded = trained(tmp_path / "sharded", "zero3", *LORA, resume_from=before.checkpoint(HALF))
+    sharded = trained(tmp_path / "sharded", shape, *LORA, resume_from=before.checkpoint(HALF))
     assert_goes_on(before, sharded)
     back = trained(tmp_path / "back", "single", *LORA, resume_from=sharded.checkpoint(15))
     assert_goes_on(before, back, 15)

@@ -165,7 +165,7 @@ def _evaluation(run: Run, workload: Workload) -> float:
     full = batches.rows(run.recipe, workload.model_copy(update={"rows": workload.test_rows}))
     passes = math.ceil(full / (each * run.layout.processes))
     seconds = _forward_only(run, micro)
-    if run.layout.engine == "zero3":
+    if run.layout.cuts_parameters:
         gathers = traffic.gathers(run) - 1  # none for a backward pass
         between = gathers * traffic.collective(run, HALF * run.architecture.parameters)
         seconds += traffic.exposed(between, seconds)
@@ -197,8 +197,8 @@ def _tested(run: Run, workload: Workload) -> int:
 
 
 def _gathered(run: Run, seconds: float) -> float:
-    """What a forward pass of so many seconds waits for under ZeRO 3: one gather of the parameters."""
-    if run.layout.engine != "zero3":
+    """What a forward pass of so many seconds waits for where they are cut: one gather of the parameters."""
+    if not run.layout.cuts_parameters:
         return 0.0
     between = traffic.exposed(traffic.collective(run, HALF * run.architecture.parameters), seconds)
     return between + traffic.parameters_from_host(run, 1) / traffic.gathers(run)

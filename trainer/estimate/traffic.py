@@ -1,6 +1,6 @@
 """Seconds of moving bytes: between GPUs, between GPU and host, and through the optimizer.
 
-ZeRO 3 gathers the parameters for the forward pass and again for the backward pass, and reduces and scatters the
+ZeRO 3, and FSDP 2 alike, gathers the parameters for the forward pass and again for the backward pass, and reduces and scatters the
 gradients of every micro batch: 3 times the parameters, where data parallelism moves 2 (ZeRO, arXiv:1910.02054,
 section 7). A gather or a scatter of B bytes over n takes each GPU B x (n - 1) / n
 (https://github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md); between nodes as much passes through a node's network.
@@ -46,7 +46,7 @@ def between_gpus(run: Run, accumulation: int) -> float:
     gradients = adapters.trainable(run.recipe, run.architecture)
     parameters = HALF * run.architecture.parameters
     match run.layout.engine:
-        case "zero3":
+        case "zero3" | "fsdp2":
             micro = gathers(run) * collective(run, parameters) + collective(run, HALF * gradients)
             return accumulation * micro
         case "zero2":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from trainer.errors import NoFit
 from trainer.fit import words
-from trainer.fit.result import Fit
+from trainer.fit.result import NAMES, Fit
 from trainer.fit.ways import LARGEST_MICRO_BATCH, Room, Tried, has_bf16, largest_divisor, rank, tries
-from trainer.fit.wishes import attention_of, checkpointing_of, reference_of
+from trainer.fit.wishes import attention_of, checkpointing_of, engine_of, reference_of
 from trainer.hardware import Shape, gpu_of, usable_gib
 from trainer.memory import Architecture, Layout, Usage, staged_host, usage
 from trainer.memory.precision import needs_bf16
@@ -79,7 +79,7 @@ def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> 
         processes=nodes,
         nodes=nodes,
         micro_batch=micro,
-        engine="ddp" if nodes > 1 else "single",
+        engine=engine_of(recipe, several=nodes > 1),
         attention=attention_of(recipe) or "sdpa",
         activation_checkpointing=checkpointing_of(recipe) is not False,  # TRL's default is on
         reference=reference_of(recipe),
@@ -106,6 +106,10 @@ def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> 
         host=host,
         reasons=(
             "1 process" if nodes == 1 else f"{nodes} processes, one for each node",
+            *(
+                [f"{NAMES[layout.engine]}: `engine: {recipe.engine}`, as the recipe says"]
+                * bool(recipe.engine)
+            ),
             words.why_micro(recipe, share=share, micro=micro),
             f"accumulation {share // micro}: {nodes} x {micro} x {share // micro} = {recipe.global_batch_size}",
             f"{shape.cores} threads each: {shape.cores} cores for 1",

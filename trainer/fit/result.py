@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.memory import Layout, Usage
 
-NAMES = {"single": "one GPU", "ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+NAMES = {"single": "one GPU", "ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
 
 class Fit(Layout):
@@ -30,7 +30,7 @@ class Fit(Layout):
         """For a table: `ZeRO-3, micro batch 4 x 2, no offload`."""
         batch = f"micro batch {self.micro_batch} x {self.accumulation}"
         if self.use_cpu:
-            return f"CPU, {batch}"
+            return ", ".join(["CPU", *[NAMES[self.engine]] * self.is_sharded, batch])
         recomputed = [] if self.activation_checkpointing else ["no checkpointing"]
         return ", ".join([NAMES[self.engine], batch, *recomputed, self.offload_words()])
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from trainer.errors import NoFit
-from trainer.fit.wishes import attention_of, checkpointing_of, reference_of
+from trainer.fit.wishes import attention_of, checkpointing_of, engine_of, reference_of
 from trainer.hardware import Gpu, Shape, gpu_of
 from trainer.memory import Architecture, Attention, Engine, Layout, Usage, usage
 from trainer.memory.optimizers import optimizer_of
@@ -24,11 +24,13 @@ FLASH_CAPABILITY = (8, 0)
 RECOMPUTED = 4 / 3
 """Time of a step with activation checkpointing: one more forward pass, a third of what a step computes
 (arXiv:2205.05198, section 5)."""
-ENGINE_TIME = {"single": 1.0, "ddp": 1.0, "zero2": 1.02, "zero3": 1.1}
+ENGINE_TIME = {"single": 1.0, "ddp": 1.0, "zero2": 1.02, "zero3": 1.1, "fsdp2": 1.1}
 """Own assumption, to rank by; ZeRO 3 sends half as much again as DDP and ZeRO 2 (arXiv:1910.02054, section 7)."""
-TOKENS_LOST = {"single": 256, "ddp": 256, "zero2": 256, "zero3": 1024}
+TOKENS_LOST = {"single": 256, "ddp": 256, "zero2": 256, "zero3": 1024, "fsdp2": 1024}
 """Own assumption, to rank by: the tokens that could have been computed in the time that a micro batch costs by itself,
 in launches of kernels and, under ZeRO 3, in waiting for parameters."""
+CUTS_PARAMETERS: Engine = "zero3"
+"""Of ZeRO 3 and FSDP 2, which do the same, the one that is taken where the recipe is silent."""
 DEFAULT_LENGTH = 1024
 
 Way = tuple[Engine, bool, bool]
@@ -138,7 +140,8 @@ def largest_divisor(whole: int, *, at_most: int) -> int:
 
 def _ways(recipe: Recipe, shape: Shape) -> list[Way]:
     """What the recipe's `offload` names, or all."""
-    ways = _possible(recipe, several=shape.gpus > 1)
+    several = shape.gpus > 1
+    ways = _possible(recipe, several=several) if recipe.engine is None else _named(recipe, several=several)
     if recipe.offload is None:
         return ways
     wanted = {"none": (False, False), "optimizer": (True, False), "all": (True, True)}[recipe.offload]
@@ -160,11 +163,26 @@ def _possible(recipe: Recipe, *, several: bool) -> list[Way]:
         return ways
     second: list[Way] = [] if is_lora(recipe) else [("zero2", False, False)]
     if several:
-        ways += [*second, ("zero3", False, False)]
+        ways += [*second, (CUTS_PARAMETERS, False, False)]
     if optimizer_of(str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER))).offloads:
         ways += [(engine, True, False) for engine, _, _ in second]
         ways += [("zero3", True, False), ("zero3", True, True)]
     return ways
+
+
+def _named(recipe: Recipe, *, several: bool) -> list[Way]:
+    """The engine that the recipe names; of DeepSpeed's, with offload after without."""
+    engine = engine_of(recipe, several=several)
+    steps = optimizer_of(str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER))).offloads
+    if engine == "fsdp2" and not steps:
+        raise NoFit(
+            f"recipe {recipe.name}: `optim: {recipe.trainer_args['optim']}` steps no weights that FSDP 2 has cut",
+            hint=f"take `optim: {DEFAULT_OPTIMIZER}`, or leave out `engine: fsdp2`",
+        )
+    ways: list[Way] = [(engine, False, False)]
+    if engine in ("zero2", "zero3") and steps:
+        ways.append((engine, True, False))
+    return [*ways, ("zero3", True, True)] if engine == "zero3" and steps else ways
 
 
 def _checkpointings(recipe: Recipe) -> tuple[bool, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.memory import Attention, Reference
+from trainer.memory import Attention, Engine, Reference
 from trainer.memory.precision import is_lora
 from trainer.recipe import Recipe
 
@@ -18,6 +18,13 @@ def reference_of(recipe: Recipe) -> Reference:
     if is_lora(recipe):
         return "precomputed" if said else "adapters_off"
     return "model" if said is False else "precomputed"
+
+
+def engine_of(recipe: Recipe, *, several: bool) -> Engine:
+    """The engine that the recipe names, or whole replicas; of one process DDP is that process."""
+    if recipe.engine in (None, "ddp"):
+        return "ddp" if several else "single"
+    return recipe.engine
 
 
 def checkpointing_of(recipe: Recipe) -> bool | None:

@@ -49,6 +49,8 @@ def _why_engine(choice: Choice, recipe: Recipe) -> str:
     if recipe.offload and layout.offload_optimizer:
         return f"{name}: `offload: {recipe.offload}`, as the recipe says"
     passed = _passed_over(choice)
+    if recipe.engine:
+        return f"{name}: `engine: {recipe.engine}`, as the recipe says" + (f"; {passed}" if passed else "")
     return f"{name}: {passed}" if passed else f"{name}: each GPU holds all that it needs"
 
 
@@ -181,6 +183,8 @@ def too_large(
 def _without(recipe: Recipe) -> list[str]:
     """What the recipe asks for and could do without."""
     changes = []
+    if recipe.engine:
+        changes.append(f"leave out `engine: {recipe.engine}`")
     if recipe.offload == "none":
         changes.append("leave out `offload: none`")
     if checkpointing_of(recipe) is False:

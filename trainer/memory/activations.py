@@ -154,7 +154,7 @@ def _adapters(case: Case) -> float:
     if case.lora is None:
         return 0.0
     lora, precision = case.lora, case.precision
-    between = (precision.computed if precision.autocast else precision.trained) * lora.rank
+    between = (precision.computed if precision.autocast else precision.adapter) * lora.rank
     return sum(_adapter_input(case, lora, name) + between for name in lora.targets)
 
 
@@ -162,10 +162,10 @@ def _adapter_input(case: Case, lora: Lora, name: str) -> float:
     """A copy for each matrix if it is cast to the matrix' dtype or dropped out; else what is kept anyhow, once."""
     precision = case.precision
     width = case.architecture.linears[name].inputs
-    in_hand = precision.trained == precision.computed == precision.stream and not lora.dropout
+    in_hand = precision.adapter == precision.computed == precision.stream and not lora.dropout
     if in_hand and (name == "o_proj" or _shares(name, lora.targets)):
         return 0.0
-    kept = precision.computed if precision.autocast else precision.trained
+    kept = precision.computed if precision.autocast else precision.adapter
     return kept * width + _mask(case, name)
 
 

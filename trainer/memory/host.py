@@ -103,9 +103,7 @@ def staging(case: Case) -> Term:
 def _read_bytes(case: Case) -> int:
     """Of a weight, as it is read."""
     loaded = BYTES[loaded_dtype(case.recipe, case.architecture)]
-    return (
-        loaded if case.lora or case.layout.engine.startswith("zero") else max(loaded, case.precision.weights)
-    )
+    return loaded if case.lora or case.layout.is_zero else max(loaded, case.precision.weights)
 
 
 def _pinned(size: float) -> float:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Engine = Literal["single", "ddp", "zero2", "zero3"]
+Engine = Literal["single", "ddp", "zero2", "zero3", "fsdp2"]
 Attention = Literal["flash_attention_2", "sdpa", "eager"]
 Reference = Literal["none", "model", "adapters_off", "precomputed"]
 GIB = 2**30
@@ -27,7 +27,7 @@ class Layout(Frozen):
     """Sequences (SFT) or pairs (DPO) that a process takes at a time."""
     engine: Engine
     """`single` and `ddp` hold the whole state in every process; ZeRO 2 shards gradients and optimizer, ZeRO 3 the
-    parameters too (arXiv:1910.02054, section 5)."""
+    parameters too (arXiv:1910.02054, section 5), as FSDP 2 does (arXiv:2304.11277)."""
     offload_optimizer: bool = False
     """Optimizer state and fp32 masters in host memory, stepped by the CPU (ZeRO-Offload, arXiv:2101.06840)."""
     offload_parameters: bool = False
@@ -44,7 +44,7 @@ class Layout(Frozen):
             raise ValueError(f"{self.processes} processes on {self.nodes} nodes")
         if (self.engine == "single") != (self.processes == 1) and self.engine in ("single", "ddp"):
             raise ValueError(f"{self.engine} with {self.processes} processes")
-        if self.offload_optimizer and not self.engine.startswith("zero"):
+        if self.offload_optimizer and not self.is_zero:
             raise ValueError(f"{self.engine} offloads nothing: DeepSpeed does")
         if self.offload_parameters and not (self.engine == "zero3" and self.offload_optimizer):
             raise ValueError("parameters are offloaded under ZeRO 3 only, after the optimizer")
@@ -57,12 +57,27 @@ class Layout(Frozen):
     @property
     def state_shards(self) -> int:
         """In how many parts gradients, masters and optimizer state are cut."""
-        return self.processes if self.engine.startswith("zero") else 1
+        return self.processes if self.is_sharded else 1
 
     @property
     def parameter_shards(self) -> int:
         """In how many parts the parameters are cut."""
-        return self.processes if self.engine == "zero3" else 1
+        return self.processes if self.cuts_parameters else 1
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds a part of the state only."""
+        return self.engine not in ("single", "ddp")
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed trains."""
+        return self.engine in ("zero2", "zero3")
+
+    @property
+    def cuts_parameters(self) -> bool:
+        """Whether the parameters too are cut, and gathered as they are needed."""
+        return self.engine in ("zero3", "fsdp2")
 
 
 class Term(Frozen):

@@ -29,7 +29,7 @@ def head(case: Case, tokens: Tokens) -> Term:
     """The backward pass of TRL's head: gradients summed in float32, then cast, beside a tile of logits."""
     precision, hidden_size = case.precision, case.architecture.hidden_size
     hidden = tokens.total * (hidden_size * _summed(precision.stream) + STATISTICS_BYTES)
-    weight = 0 if case.lora else case.architecture.embedding_parameters * _summed(precision.gradients)
+    weight = 0 if case.lora else case.architecture.embedding_parameters * _summed(precision.arriving)
     tile = _tile(case, tokens) + _whole_logits(case, tokens)
     why = f"the head's backward pass: a tile of {tile / 2**20:,.0f} MiB, float32 gradients of {tokens.total:,} tokens"
     return term("work space", tile + hidden + weight, why + " and of the head's weights")
@@ -121,8 +121,8 @@ def _layer_gradients(case: Case) -> float:
     if case.lora is not None:
         return 0.0
     linears = case.architecture.linears.values()
-    if case.layout.engine.startswith("zero"):
-        return sum(each.weights for each in linears) * float(case.precision.gradients)
+    if case.layout.is_sharded:
+        return sum(each.weights for each in linears) * float(case.precision.arriving)
     return max(each.weights for each in linears) * float(case.precision.gradients)
 
 

@@ -38,10 +38,22 @@ class Precision(NamedTuple):
     """Of an element of an optimizer that keeps its state in the precision of what it steps."""
     autocast: bool
     """torch casts the inputs of matrix products to `compute`; DeepSpeed casts the model, and nothing after."""
+    gathers_cast: bool = False
+    """FSDP 2 keeps weights as they are and gathers them in `compute`, adapters too: their gradients come in it."""
 
     @property
     def computed(self) -> int:
         return BYTES[self.compute]
+
+    @property
+    def arriving(self) -> int:
+        """Of a gradient, as the backward pass makes it."""
+        return self.computed if self.gathers_cast else self.gradients
+
+    @property
+    def adapter(self) -> int:
+        """Of a trained weight, as a forward pass without autocast has it."""
+        return self.computed if self.gathers_cast else self.trained
 
     @property
     def casts(self) -> bool:
@@ -82,9 +94,9 @@ def trains_in_float32(recipe: Recipe, engine: Engine, *, has_half: bool) -> bool
     """Whether the weights are loaded in float32 whatever the recipe's `dtype` is.
 
     Mixed precision keeps the weights that are trained in float32 (arXiv:1710.03740, section 3.1): a step of 5e-7
-    is lost in bf16's 8 bits. DeepSpeed makes those copies itself; one process, or DDP, has only the weights.
+    is lost in bf16's 8 bits. DeepSpeed makes those copies itself; one process, DDP and FSDP 2 have only the weights.
     """
-    return has_half and not is_lora(recipe) and not engine.startswith("zero")
+    return has_half and not is_lora(recipe) and engine not in ("zero2", "zero3")
 
 
 def precision(
@@ -93,8 +105,10 @@ def precision(
     """Of a recipe under an engine."""
     half = half_precision(recipe, has_bf16=has_bf16)
     loaded = loaded_dtype(recipe, architecture)
-    if engine.startswith("zero"):
+    if engine in ("zero2", "zero3"):
         return _sharded(half or loaded)
+    if engine == "fsdp2":
+        return _gathered(recipe, half, loaded)
     if is_lora(recipe):
         return _adapter(recipe, half, loaded)
     weights: Dtype = "float32" if half else loaded
@@ -111,6 +125,27 @@ def _sharded(compute: Dtype) -> Precision:
     size = BYTES[compute]
     masters = 4 if size < 4 else 0
     return Precision(compute, size, size, 8.0 * size, size, size, masters, 4, autocast=False)
+
+
+def _gathered(recipe: Recipe, half: Dtype | None, loaded: Dtype) -> Precision:
+    """FSDP 2: what is trained stays in float32 and is its own master; whatever is gathered is cast first
+    (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html, `MixedPrecisionPolicy`).
+    """
+    kept = BYTES["float32" if half and not is_lora(recipe) else loaded]
+    trained = 4 if is_lora(recipe) else kept
+    compute = half or loaded
+    return Precision(
+        compute=compute,
+        stream=BYTES[compute],
+        weights=kept,
+        projection_bits=8.0 * kept,
+        trained=trained,
+        gradients=trained,
+        masters=0,
+        state=trained,
+        autocast=False,
+        gathers_cast=half is not None,
+    )
 
 
 def _adapter(recipe: Recipe, half: Dtype | None, loaded: Dtype) -> Precision:

@@ -1,4 +1,4 @@
-"""What DeepSpeed and the communication take beside the shards."""
+"""What DeepSpeed, FSDP and the communication take beside the shards."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ eight with NVLink; https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env
 
 def gathered(case: Case) -> Term:
     """Whole parameters on their way through a layer: the policy's, and the reference's two layers at a time."""
+    if case.layout.engine == "fsdp2":
+        return _gathered_by_layer(case)
     if case.layout.engine != "zero3":
         return term("gathered", 0, "parameters are not cut")
     architecture, each = case.architecture, case.precision.weights
@@ -33,9 +35,23 @@ def gathered(case: Case) -> Term:
     return term("gathered", (live + second) * each, why)
 
 
+def _gathered_by_layer(case: Case) -> Term:
+    """FSDP 2: a layer, the buffer that it came in, and that of the next one, which is on its way; and the head, which
+    Accelerate has stay from the end of the forward pass on
+    (https://github.com/pytorch/pytorch/blob/main/torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, `unshard`).
+    """
+    architecture, each = case.architecture, case.precision.computed
+    models = 2 if case.layout.reference == "model" else 1
+    live = models * (3 * architecture.layer_parameters + architecture.embedding_parameters)
+    why = f"three times a layer, and the head, {live / 1e9:,.2f} billion parameters x {each} bytes"
+    return term("gathered", live * each, why)
+
+
 def buckets(case: Case) -> Term:
     """Gradients on their way to the GPU that keeps them: a bucket, and the reduced copy of it."""
-    if not case.layout.engine.startswith("zero"):
+    if case.layout.engine == "fsdp2":
+        return _reduced_by_layer(case)
+    if not case.layout.is_zero:
         return term("buckets", 0, "no ZeRO")
     size = REDUCE_BUCKET * case.precision.computed
     largest = max(case.architecture.embedding_parameters, 0) if case.lora is None else 0
@@ -43,6 +59,18 @@ def buckets(case: Case) -> Term:
     beyond = max(0, largest - REDUCE_BUCKET) * case.precision.computed
     why = f"a bucket of {REDUCE_BUCKET / 1e9:.1f} billion x {case.precision.computed} bytes, and what is sent of it"
     return term("buckets", size + sent + beyond, why)
+
+
+def _reduced_by_layer(case: Case) -> Term:
+    """FSDP 2: a layer's gradients as they are sent, and the layer's before it, which may still be sent
+    (`_fsdp_collectives.py` beside it, `foreach_reduce`).
+    """
+    architecture, each = case.architecture, case.precision.computed
+    largest = max(architecture.layer_parameters, architecture.embedding_parameters)
+    if case.lora:
+        largest = case.lora.parameters // architecture.num_hidden_layers
+    why = f"the gradients of two layers, {largest / 1e9:,.3f} billion parameters each, x {each} bytes"
+    return term("buckets", 2 * largest * each, why)
 
 
 def nccl(case: Case) -> Term:

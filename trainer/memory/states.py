@@ -70,10 +70,14 @@ def model_bytes(architecture: Architecture, precision: Precision) -> float:
 
 
 def parameters(case: Case) -> Term:
-    """The model, a part of it under ZeRO 3, or nothing once it is offloaded (arXiv:1910.02054, section 5.3)."""
+    """The model, a part of it under ZeRO 3 and FSDP 2, or nothing once it is offloaded (arXiv:1910.02054, section 5.3)."""
     count, precision = case.architecture.parameters, case.precision
     size = model_bytes(case.architecture, precision)
-    whole = _never_cut(case) * precision.weights if case.layout.parameter_shards > 1 else 0.0
+    whole = (
+        _never_cut(case) * precision.weights
+        if case.layout.is_zero and case.layout.parameter_shards > 1
+        else 0.0
+    )
     if case.layout.offload_parameters:
         return term("parameters", whole, "on the host, but for norms and biases, which every GPU keeps")
     each = f"{8 * size / count:.2f} bits" if is_quantised(case.recipe) else f"{precision.weights} bytes"
@@ -83,12 +87,15 @@ def parameters(case: Case) -> Term:
 
 def adapter(case: Case) -> Term:
     """LoRA's matrices and the modules that are trained whole; ZeRO 3 leaves matrices below 1e5 elements whole, so
-    none are counted as cut.
+    none are counted as cut; FSDP 2 cuts all.
     """
-    size = case.trained * case.precision.trained if case.lora else 0.0
+    shards = case.layout.processes if case.layout.engine == "fsdp2" else 1
+    size = case.trained * case.precision.trained / shards if case.lora else 0.0
     rank = case.lora.rank if case.lora else 0
     return term(
-        "adapter", size, f"rank {rank}: {case.trained / 1e6:,.1f} million x {case.precision.trained} bytes"
+        "adapter",
+        size,
+        f"rank {rank}: {case.trained / 1e6:,.1f} million x {case.precision.trained} bytes{_over(shards)}",
     )
 
 
@@ -133,7 +140,7 @@ def reference(case: Case) -> Term:
 
 def reference_bytes(case: Case) -> int:
     """Of a weight of the reference: DeepSpeed casts it as it casts the policy."""
-    if case.layout.engine.startswith("zero"):
+    if case.layout.is_zero:
         return case.precision.weights
     return BYTES[loaded_dtype(case.recipe, case.architecture)]
 

@@ -120,6 +120,8 @@ class Recipe(_Frozen):
     """Sequences (SFT) or pairs (DPO) per optimizer step over all GPUs; a shape never changes it."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """The most that one process takes at a time; None leaves it to the fit."""
+    engine: Literal["ddp", "zero2", "zero3", "fsdp2"] | None = None
+    """What shares the state out to processes; None leaves it to the fit."""
     offload: Literal["none", "optimizer", "all"] | None = None
     """What is kept in the host's memory: the optimizer, or all with the parameters; None leaves it to the fit."""
     max_prompt_length: int | None = Field(default=None, gt=0)
@@ -138,6 +140,7 @@ class Recipe(_Frozen):
     @model_validator(mode="after")
     def _trainable(self) -> Self:
         self._check_model()
+        self._check_engine()
         self._check_batch()
         self._check_trainer_args()
         return self
@@ -161,6 +164,24 @@ class Recipe(_Frozen):
             raise RecipeError(
                 f"recipe {self.name}: `{quantised[0]}: true` freezes the model, and no LoRA is trained on it",
                 hint="add `use_peft: true`",
+            )
+
+    def _check_engine(self) -> None:
+        """What no machine could run."""
+        if self.engine is None:
+            return
+        quantised = [key for key in ("load_in_4bit", "load_in_8bit") if self.model_args.get(key)]
+        if quantised and self.engine != "ddp":
+            raise RecipeError(
+                f"recipe {self.name}: `engine: {self.engine}` cuts weights, and with `{quantised[0]}: true` they are "
+                "packed by bitsandbytes, which nothing cuts",
+                hint=f"leave out `engine`, or `{quantised[0]}`",
+            )
+        wanted = {"optimizer": ("zero2", "zero3"), "all": ("zero3",)}.get(self.offload or "none")
+        if wanted and self.engine not in wanted:
+            raise RecipeError(
+                f"recipe {self.name}: `engine: {self.engine}` does not do `offload: {self.offload}`",
+                hint=f"take `engine: {wanted[-1]}`, or leave out one of them",
             )
 
     def _check_batch(self) -> None:
@@ -218,7 +239,9 @@ class Recipe(_Frozen):
         ]
 
     def _trajectory(self) -> dict[str, Any]:
-        unused = {"name", "micro_batch_size", "offload", "max_test_samples", "trainer_args", "model_args"}
+        unused = {
+            "name", "micro_batch_size", "engine", "offload", "max_test_samples", "trainer_args", "model_args",
+        }  # fmt: skip
         data = self.model_dump(mode="json", exclude=unused | (set() if self.init else {"tiny"}))
         data["model_name_or_path"] = _portable(self.model_name_or_path)
         for source in (*data["dataset_mixture"]["datasets"], *data["dataset_mixture"]["test_datasets"]):

@@ -27,6 +27,7 @@ OURS = {
     "dataset_mixture": Field("dict"),
     "global_batch_size": Field("int"),
     "micro_batch_size": Field("int | None"),
+    "engine": Field("str | None", choices=("ddp", "zero2", "zero3", "fsdp2")),
     "offload": Field("str | None", choices=("none", "optimizer", "all")),
     "max_prompt_length": Field("int | None"),
     "truncation_side": Field("str | None", choices=("left", "right")),

@@ -87,7 +87,7 @@ def meeting() -> Meeting:
 def environment(
     job: Job, environ: Mapping[str, str] = os.environ, *, local_rank: int = 0, at: Meeting = DEFAULT_MEETING
 ) -> dict[str, str]:
-    """Of one rank, with torchrun's variables if there are several or DeepSpeed, which wants them of one too.
+    """Of one rank, with torchrun's variables if there are several, or an engine that wants them of one too.
 
     Threads are fixed because sums split over other numbers of threads differ in the last bits.
     """
@@ -101,13 +101,13 @@ def environment(
         ours["PYTORCH_ALLOC_CONF"] = environ.get("PYTORCH_ALLOC_CONF", EXPANDABLE)
     else:
         ours["OMP_WAIT_POLICY"] = environ.get("OMP_WAIT_POLICY", PASSIVE)
-    if job.fit.use_cpu and job.fit.engine.startswith("zero"):
+    if job.fit.use_cpu and job.fit.is_zero:
         ours |= {
             "DS_ACCELERATOR": "cpu",
             "ACCELERATE_TORCH_DEVICE": "cpu",
             "ACCELERATE_USE_DEEPSPEED": "true",
         }
-    if job.fit.processes > 1 or job.fit.engine.startswith("zero"):
+    if job.fit.engine != "single":
         ours |= _rank_variables(job, local_rank, at)
     return {**environ, **ours}
 
@@ -148,8 +148,7 @@ class Workers:
         self._grace_s, self._clock = grace_s, clock
         self._failed_at: float | None = None
         self._exit_code: int | None = None
-        together = job.fit.processes > 1 or job.fit.engine.startswith("zero")
-        at = at or (meeting() if together else DEFAULT_MEETING)
+        at = at or (meeting() if job.fit.engine != "single" else DEFAULT_MEETING)
         self._ranks = [
             subprocess.Popen(
                 leashed(command(job_file, python, program)), env=environment(job, local_rank=rank, at=at)

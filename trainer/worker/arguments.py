@@ -32,7 +32,7 @@ def training_arguments(config_class: Any, job: Job) -> Any:
     for key, reason in REFUSED.items():
         if settings.get(key):
             raise RecipeError(f"`{key}` cannot be used: {reason}", hint=f"take `{key}` out of the recipe")
-    config = engine.deepspeed_config(job.recipe, job.fit, has_bf16=has_bf16(job.fit))
+    config = engine.config(job.recipe, job.fit, has_bf16=has_bf16(job.fit))
     settings = {**_defaults(settings, job.fit), **_fitted(job), **settings, **_owned(job)}
     settings |= engine.settings(config, job.fit)
     engine.start(job, config)

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trainer.job import STAGED_SUFFIX, Job, Staged, mark_staged, write_atomically
 from trainer.worker import engine, resume
+from trainer.worker.arguments import has_bf16
 from trainer.worker.channel import Channel
 from trainer.worker.pace import GIB, Pace, peaks
 from trainer.worker.resume import Identity
@@ -40,7 +41,7 @@ class Progress(TrainerCallback):
         self._about = about
         self._samples = samples
         self._seen = Seen()
-        self._config: dict[str, Any] | None = None
+        self._config = engine.config(job.recipe, job.fit, has_bf16=has_bf16(job.fit))
         self._pace = Pace()
         self._since = 0.0
 
@@ -48,7 +49,6 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, *, model: Any, **_: Any
     ) -> None:
         state.compute_steps(args, state.max_steps)  # a resumed state brings the old intervals
-        self._config = args.deepspeed
         model.register_forward_pre_hook(self._seen.hook, with_kwargs=True)
         if args.world_size > 1:
             dist.barrier()  # until all are here, a signal ends each at once; from here on they stop together
@@ -106,7 +106,8 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero:
             resume.write(self._job.staging / folder, self._about)
             if self._config:
-                write_atomically(self._job.staging / folder / engine.FILE, json.dumps(self._config, indent=2))
+                file = self._job.staging / folder / f"{engine.config_name(self._job.fit)}.json"
+                write_atomically(file, json.dumps(self._config, indent=2))
             files = filter(Path.is_file, (self._job.staging / folder).rglob("*"))
             size = sum(path.stat().st_size for path in files)
         if state.is_local_process_zero:
@@ -151,8 +152,8 @@ class Progress(TrainerCallback):
         self._since = time.perf_counter()
 
     def _engine(self) -> dict[str, Any]:
-        """DeepSpeed's config, if it trains."""
-        return {"deepspeed": self._config} if self._config else {}
+        """DeepSpeed's config or FSDP's, if one trains."""
+        return {engine.config_name(self._job.fit): self._config} if self._config else {}
 
     def _waiting(self) -> int:
         """Staged checkpoints, by name only: the uploader may remove a marker while we look."""

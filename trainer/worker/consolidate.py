@@ -7,18 +7,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.errors import ModelError, UserError
+from trainer.worker.reshard.folder import INDEX, MODEL, OPTIMIZER, Folder
 
 log = logging.getLogger(__name__)
 SHARD = "5GB"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OF_THE_RUN = (
     "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin", "aeolus.json",
-    "deepspeed.json", "latest", "global_step*", "zero_to_fp32.py", "*.partial", "README.md",
+    "deepspeed.json", "latest", "global_step*", "fsdp.json", MODEL, OPTIMIZER, "zero_to_fp32.py", "*.partial", "README.md",
 )  # fmt: skip
 """What a checkpoint has and a model has not."""
 
@@ -31,21 +32,23 @@ def consolidate(checkpoint: Path, into: Path) -> None:
     """
     shutil.copytree(checkpoint, into, ignore=shutil.ignore_patterns(*OF_THE_RUN), dirs_exist_ok=True)
     if (checkpoint / "latest").is_file():
-        _from_parts(checkpoint, into)
+        _write(checkpoint, into, _parts_of_deepspeed)
+    elif (checkpoint / MODEL / INDEX).is_file():
+        _write(checkpoint, into, _chunks_of_fsdp)
     elif not any(into.glob("*.safetensors")):
         raise UserError(f"the checkpoint {checkpoint.name} holds no weights as safetensors")
     if not (into / ADAPTER_CONFIG).is_file():
         _add_generation_config(into)
 
 
-def _from_parts(checkpoint: Path, into: Path) -> None:
-    """DeepSpeed's parts are read through memory maps, and put together file by file."""
+def _write(checkpoint: Path, into: Path, lazy: Callable[..., dict[str, Any]]) -> None:
+    """What the ranks wrote is read through memory maps, and put together file by file."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards  # type: ignore[import-not-found,unused-ignore]
     from safetensors.torch import save_file  # type: ignore[import-not-found,unused-ignore]
 
     adapter = (checkpoint / ADAPTER_CONFIG).is_file()
-    weights = _lazy(checkpoint, trained_only=adapter)
+    weights = lazy(checkpoint, trained_only=adapter)
     dtype = getattr(torch, _dtype(checkpoint)) if not adapter else None
     if adapter:
         weights = {_adapter_name(name): weight for name, weight in weights.items()}
@@ -65,7 +68,7 @@ def _from_parts(checkpoint: Path, into: Path) -> None:
         (into / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _lazy(checkpoint: Path, *, trained_only: bool) -> dict[str, Any]:
+def _parts_of_deepspeed(checkpoint: Path, *, trained_only: bool) -> dict[str, Any]:
     """By name, each to be read by `contiguous()`; of weights that are tied the first."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -75,6 +78,30 @@ def _lazy(checkpoint: Path, *, trained_only: bool) -> dict[str, Any]:
             str(checkpoint), exclude_frozen_parameters=trained_only, lazy_mode=True
         )
     return dict(_first_of_each(found.items()))
+
+
+class _Stored(NamedTuple):
+    """A tensor that is read by `contiguous()`."""
+
+    folder: Folder
+    name: str
+
+    @property
+    def shape(self) -> Any:
+        return self.folder.tensors[self.name].size
+
+    @property
+    def dtype(self) -> Any:
+        return self.folder.tensors[self.name].properties.dtype
+
+    def contiguous(self) -> Any:
+        return self.folder.tensor(self.name)
+
+
+def _chunks_of_fsdp(checkpoint: Path, **_: bool) -> dict[str, Any]:
+    """By name, each to be read by `contiguous()`; of an adapter nothing else is there."""
+    folder = Folder(checkpoint / MODEL)
+    return {folder.paths[name][-1]: _Stored(folder, name) for name in folder.tensors}
 
 
 def _first_of_each(weights: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:

@@ -11,7 +11,7 @@ import trl.trainer.dpo_trainer
 from trl import DPOConfig, DPOTrainer
 
 from trainer.job import Job, Outcome
-from trainer.worker import chat, data, model, reference, sources, training
+from trainer.worker import chat, data, fsdp, model, reference, sources, training
 from trainer.worker.arguments import training_arguments
 from trainer.worker.channel import Channel
 from trainer.worker.engine import Sharded
@@ -35,7 +35,7 @@ class PreparedDPOTrainer(Ordered, Sharded, Resharded, DPOTrainer):
 
     def __init__(self, *, reference: Reference | None, **settings: Any) -> None:
         self.reference = reference
-        with _no_hash():
+        with _as_wanted(has_reference=reference is not None):
             super().__init__(**settings)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, _batch_size: int) -> Any:
@@ -75,14 +75,22 @@ class PreparedDPOTrainer(Ordered, Sharded, Resharded, DPOTrainer):
 
 
 @contextmanager
-def _no_hash() -> Iterator[None]:
-    """TRL's hash of all weights in float32, a minute of each start for 7B, names a cache that is not used here."""
-    theirs = trl.trainer.dpo_trainer.hash_module
-    trl.trainer.dpo_trainer.hash_module = lambda _model: ""
+def _as_wanted(*, has_reference: bool) -> Iterator[None]:
+    """What TRL does at its start and we do otherwise.
+
+    Its hash of all weights in float32, a minute of each start for 7B, names a cache that is not used here. Under FSDP it
+    loads a second model for the reference's pass, which `fsdp.frozen` does without; of a second model that is wanted it
+    makes one unit.
+    """
+    ours = {"hash_module": lambda _model: "", "prepare_fsdp": fsdp.layer_by_layer}
+    if has_reference:
+        ours["create_model_from_path"] = lambda *_, **__: None
+    theirs = {name: getattr(trl.trainer.dpo_trainer, name) for name in ours}
+    vars(trl.trainer.dpo_trainer).update(ours)
     try:
         yield
     finally:
-        trl.trainer.dpo_trainer.hash_module = theirs
+        vars(trl.trainer.dpo_trainer).update(theirs)
 
 
 def chosen_tokens(inputs: Any) -> Any:

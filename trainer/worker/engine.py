@@ -1,4 +1,4 @@
-"""What a fit makes of DeepSpeed: its config as a value, the settings that bring it in, and its sharded state.
+"""What a fit makes of DeepSpeed and FSDP: a config as a value, the settings that bring it in, and sharded state.
 
 Processes and their environment are the supervisor's (`trainer.supervisor.workers`). One process and DDP need nothing
 here: Accelerate finds the ranks' variables, and takes nccl on GPUs and gloo on the CPU.
@@ -6,6 +6,7 @@ here: Accelerate finds the ranks' variables, and takes nccl on GPUs and gloo on 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -19,10 +20,10 @@ from trainer.memory.precision import half_precision
 from trainer.memory.sharding import MAX_LIVE, PREFETCH, REDUCE_BUCKET
 from trainer.memory.states import DEFAULT_OPTIMIZER
 from trainer.recipe import Recipe
+from trainer.worker import fsdp
 from trainer.worker.compiled import compile_host_adam, compile_host_communication
 
 log = logging.getLogger(__name__)
-FILE = "deepspeed.json"
 NEVER_CUT = 10**5
 """Elements below which ZeRO 3 leaves a parameter whole, as `trainer.memory.states` counts them."""
 ON_THE_HOST = {"adamw_torch", "adamw_torch_fused", "adamw_hf", "adagrad"}
@@ -35,8 +36,16 @@ NEVER = 10**9
 """Steps between two lines that DeepSpeed prints of itself."""
 
 
-def is_sharded(fit: Fit) -> bool:
-    return fit.engine.startswith("zero")
+def config(recipe: Recipe, fit: Fit, *, has_bf16: bool) -> dict[str, Any] | None:
+    """Of DeepSpeed, or of FSDP; None where whole replicas train."""
+    if fit.engine == "fsdp2":
+        return fsdp.config(fit)
+    return deepspeed_config(recipe, fit, has_bf16=has_bf16)
+
+
+def config_name(fit: Fit) -> str:
+    """`deepspeed` or `fsdp`: in events and manifests; with `.json`, its file."""
+    return "fsdp" if fit.engine == "fsdp2" else "deepspeed"
 
 
 def deepspeed_config(recipe: Recipe, fit: Fit, *, has_bf16: bool) -> dict[str, Any] | None:
@@ -45,7 +54,7 @@ def deepspeed_config(recipe: Recipe, fit: Fit, *, has_bf16: bool) -> dict[str, A
     Sizes are those that `trainer.memory` counts with. There is no `optimizer`: it is made by Transformers, so that
     norms and biases keep their own group without weight decay.
     """
-    if not is_sharded(fit):
+    if not fit.is_zero:
         return None
     half = half_precision(recipe, has_bf16=has_bf16)
     clip = recipe.trainer_args.get("max_grad_norm", DEFAULT_MAX_GRAD_NORM)
@@ -109,10 +118,12 @@ def _host(fit: Fit) -> dict[str, Any]:
 def settings(config: dict[str, Any] | None, fit: Fit) -> dict[str, Any]:
     """What of TRL's arguments brings the engine in.
 
-    On the CPU (in tests) Accelerate knows no DeepSpeed, so its state is made before: `start`.
+    On the CPU (in tests) Accelerate knows neither, so its state is made before: `start`.
     """
     if config is None:
         return {"use_cpu": fit.use_cpu}
+    if fit.engine == "fsdp2":
+        return {"use_cpu": fit.use_cpu, **copy.deepcopy(config)}  # Transformers writes into it
     if not fit.use_cpu:
         return {"use_cpu": False, "deepspeed": config}
     return {"use_cpu": False, "deepspeed": config, "accelerator_config": {"use_configured_state": True}}
@@ -127,7 +138,11 @@ def start(job: Job, config: dict[str, Any] | None) -> None:
     if config is None:
         return
     if os.environ.get("RANK", "0") == "0":
-        write_atomically(job.work / FILE, json.dumps(config, indent=2))
+        write_atomically(job.work / f"{config_name(job.fit)}.json", json.dumps(config, indent=2))
+    if job.fit.engine == "fsdp2":
+        if job.fit.use_cpu:
+            fsdp.start()
+        return
     if job.fit.use_cpu:
         from accelerate import PartialState
 
@@ -138,15 +153,18 @@ def start(job: Job, config: dict[str, Any] | None) -> None:
 
 
 def whole_weights(trainer: Any, fit: Fit) -> dict[str, Any] | None:
-    """Under ZeRO 3: the trained model's weights on the host of rank 0, gathered a parameter at a time; every rank has
-    to call it. None where the model has its weights itself.
+    """Where parameters are cut: the trained model's weights on the host of rank 0, gathered a parameter at a time; every
+    rank has to call it. None where the model has its weights itself.
     """
-    if fit.engine != "zero3":
+    if not fit.cuts_parameters:
         return None
     from peft import PeftModel
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     adapter = isinstance(trainer.model, PeftModel)
+    if fit.engine == "fsdp2":
+        return fsdp.gathered(trainer.model, trained_only=adapter)
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     gathered: dict[str, Any] | None = trainer.deepspeed._zero3_consolidated_16bit_state_dict(  # noqa: SLF001
         exclude_frozen_parameters=adapter
     )
@@ -156,7 +174,7 @@ def whole_weights(trainer: Any, fit: Fit) -> dict[str, Any] | None:
 
 def load_only(trainer: Any, folder: Path, fit: Fit, *, steps: int) -> None:
     """Bring the weights of a run's last checkpoint, after so many steps, into the trainer's model; none is taken."""
-    if is_sharded(fit) or trainer.converted:
+    if fit.is_sharded or trainer.converted:
         trainer._prepare_for_training(  # noqa: SLF001 (what `train` begins with: its model is whole only in parts)
             steps, trainer.get_train_dataloader(), str(folder)
         )
@@ -165,11 +183,17 @@ def load_only(trainer: Any, folder: Path, fit: Fit, *, steps: int) -> None:
 
 
 class Sharded:
-    """For a TRL trainer: a checkpoint of DeepSpeed's is its ranks' parts, and no model beside them."""
+    """For a TRL trainer: a checkpoint of DeepSpeed's or FSDP's is its ranks' parts, and no model beside them."""
+
+    def _prepare_for_training(self: Any, *arguments: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments)  # type: ignore[misc]
+        if self.args.fsdp:
+            fsdp.check(self.model)
+        return prepared
 
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Transformers would save all parts here, and again with the optimizer."""
-        if not (self.is_deepspeed_enabled and _internal_call):
+        if not (_internal_call and (self.is_deepspeed_enabled or self.is_fsdp_enabled)):
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         elif self.args.should_save:
             for config in [self.model.config, *getattr(self.model, "peft_config", {}).values()]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from trainer.job import Job
 from trainer.memory.precision import half_precision
+from trainer.worker import fsdp
 from trainer.worker.arguments import has_bf16
 from trainer.worker.channel import Channel
 from trainer.worker.data import DEFAULT_MAX_LENGTH, Tokens
@@ -210,7 +211,7 @@ def _exchange(batches: list[Batch], mine: list[torch.Tensor], values: Pairs, arg
 def _frozen(trainer: Any) -> Iterator[Any]:
     """The policy before its first step, ready for a forward pass, and left as it was; no random number is drawn.
 
-    DeepSpeed's parts are put together by an engine without an optimizer, as TRL does it.
+    DeepSpeed's parts are put together by an engine without an optimizer, as TRL does it; FSDP has a second set of them.
     """
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     training = trainer.model.training
@@ -220,9 +221,12 @@ def _frozen(trainer: Any) -> Iterator[Any]:
             from trl.models.utils import prepare_deepspeed
 
             engine = prepare_deepspeed(trainer.model, trainer.accelerator)
+        ready = engine or trainer.model
+        if trainer.is_fsdp_enabled:
+            ready = fsdp.frozen(trainer.model, trainer.accelerator)
         trainer.model.eval()
         try:
-            yield engine or trainer.model
+            yield ready
         finally:
             if engine is not None:
                 engine.destroy()  # its hooks would gather for the next engine too

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from trainer.errors import DataError, ModelError, UserError
 from trainer.job import Job, write_atomically
 from trainer.worker.data import Tokens
+from trainer.worker.reshard.folder import INDEX, MODEL, OPTIMIZER, Folder
 
 log = logging.getLogger(__name__)
 FILE = "aeolus.json"
@@ -76,6 +77,15 @@ def check(folder: Path, mine: Identity) -> Identity:
     _need(folder, FILE)
     theirs = Identity.model_validate_json((folder / FILE).read_text())
     _need(folder, *_files(theirs))
+    if theirs.engine == "fsdp2":
+        _need(
+            folder,
+            *(
+                f"{part}/{file}"
+                for part in (MODEL, OPTIMIZER)
+                for file in sorted(Folder(folder / part).files)
+            ),
+        )
     if theirs.data != mine.data:
         raise DataError(
             f"the training data changed: {theirs.tokens} tokens ({theirs.data}) when the run began, "
@@ -101,11 +111,13 @@ def _need(folder: Path, *names: str) -> None:
 
 
 def _files(theirs: Identity) -> list[str]:
-    """What an engine leaves, as patterns; DeepSpeed's every rank its part."""
+    """What an engine leaves, as patterns; DeepSpeed's and FSDP's every rank its part."""
     ranks = range(theirs.world_size)
     rng = ["rng_state.pth"] if theirs.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     common = ["scheduler.pt", "trainer_state.json", *rng]
-    if not theirs.engine.startswith("zero"):
+    if theirs.engine == "fsdp2":
+        return [*(f"{each}/{INDEX}" for each in (MODEL, OPTIMIZER)), *common]
+    if theirs.engine not in ("zero2", "zero3"):
         return ["optimizer.pt", "*model*.safetensors", *common]
     parts = [f"global_step*/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks]
     if theirs.engine == "zero3":

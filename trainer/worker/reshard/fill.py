@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from trainer.errors import UserError
-from trainer.worker.reshard.saved import WEIGHTS, Saved
+from trainer.worker.reshard.saved import WEIGHTS, Saved, local
 from trainer.worker.reshard.stepped import Stepped, Target
 
 ADAGRAD = {"DeepSpeedCPUAdagrad": {"sum": "exp_avg_sq"}, "Adagrad": {"exp_avg_sq": "sum"}}
@@ -52,13 +52,13 @@ def fill(target: Target, saved: Saved) -> int:
             state = _state(stepped, saved, kind)
             target.optimizer.state[stepped.tensor] = state
             tensors = [stepped.tensor, *filter(torch.is_tensor, state.values())]
-            total += sum(each.numel() * each.element_size() for each in tensors)
+            total += sum(local(each).nbytes for each in tensors)
     _set_rates(target, saved.rates)
     return total
 
 
 def _copy(key: str, stepped: Stepped, saved: Saved, into: Any) -> None:
-    flat = into.view(-1)
+    flat = local(into).view(-1)
     for part in stepped.parts:
         saved.copy(key, part.name, part.start, flat[part.offset : part.offset + part.size])
 

@@ -11,14 +11,14 @@ class Form(NamedTuple):
     """Checkpoints of one form are loaded by the engine itself, bit for bit."""
 
     engine: str
-    """`zero2`, `zero3`, or `whole` replicas, of which it does not matter how many there are."""
+    """`zero2`, `zero3`, `fsdp2`, or `whole` replicas, of which it does not matter how many there are."""
     ranks: int
     offload: tuple[bool, bool]
     """Of optimizer and parameters: other code steps the same numbers there, and counts its steps otherwise."""
 
     @classmethod
     def of(cls, one: Identity) -> Form:
-        if not one.engine.startswith("zero"):
+        if one.engine in ("single", "ddp"):
             return cls("whole", 1, (False, False))
         return cls(one.engine, one.world_size, (one.offload_optimizer, one.offload_parameters))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from trainer.worker.reshard.chunks import Chunks
 from trainer.worker.reshard.fill import fill
 from trainer.worker.reshard.layout import converts
 from trainer.worker.reshard.parts import Parts
@@ -67,10 +68,11 @@ def bring(trainer: Any, folder: Path, theirs: Identity, mine: Identity) -> None:
     began = time.monotonic()
     ready = target(trainer, mine.engine)
     saved: Saved
-    if theirs.engine.startswith("zero"):
+    if theirs.engine in ("zero2", "zero3"):
         saved = Parts(folder, theirs)
     else:
-        saved = Whole(folder, aliases(trainer.model, ready.names))
+        kind = Chunks if theirs.engine == "fsdp2" else Whole
+        saved = kind(folder, aliases(trainer.model, ready.names))
     size = fill(ready, saved)
     settle(trainer, mine.engine, step=step(folder), scale=saved.loss_scale)
     log.info(
@@ -87,7 +89,7 @@ def kept_precision(model: Any) -> Iterator[None]:
     trained = {name: each.dtype for name, each in model.named_parameters() if each.requires_grad}
     yield
     for name, parameter in model.named_parameters():
-        if name in trained:
+        if trained.get(name, parameter.dtype) != parameter.dtype:
             parameter.data = parameter.data.to(trained[name])
 
 

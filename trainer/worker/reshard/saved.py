@@ -80,5 +80,10 @@ def own_keys(states: Sequence[tuple[dict[str, Any], int]]) -> tuple[tuple[str, .
     return tuple(sorted(own)), None
 
 
+def local(tensor: Any) -> Any:
+    """What this rank has of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def single(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if getattr(value, "ndim", 0) == 0}

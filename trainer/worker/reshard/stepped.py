@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 
@@ -15,7 +16,9 @@ class Part(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """A tensor that the optimizer steps, contiguous; what no part covers pads it."""
+    """A tensor that the optimizer steps, contiguous, or a DTensor, of which this rank has a part; what no part
+    covers pads it.
+    """
 
     tensor: Any
     first: str
@@ -56,8 +59,24 @@ def target(trainer: Any, engine: str) -> Target:
     filled = [group for group in optimizer.param_groups if group["params"]]
     groups = [Group(group, [names[each] for each in group["params"]]) for group in filled]
     trained = [each for group in filled for each in group["params"]]
-    stepped = [Stepped(each, names[each], [Part(names[each], 0, each.numel(), 0)]) for each in trained]
+    part_of = _rows if engine == "fsdp2" else _all_of
+    stepped = [Stepped(each, names[each], part_of(each, names[each])) for each in trained]
     return Target(optimizer, groups, stepped)
+
+
+def _all_of(weight: Any, name: str) -> list[Part]:
+    return [Part(name, 0, weight.numel(), 0)]
+
+
+def _rows(weight: Any, name: str) -> list[Part]:
+    """Of a weight that FSDP 2 cut: the rows that this rank has, if it has any."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    if tuple(shape[1:]) != tuple(weight.shape[1:]):
+        raise RuntimeError(f"{name} is not cut by rows: {weight.placements}")
+    size = math.prod(shape)
+    return [Part(name, offset[0] * math.prod(shape[1:]), size, 0)] if size else []
 
 
 def _stage_3(zero: Any, names: dict[Any, str]) -> Target:
@@ -107,7 +126,7 @@ def _within(name: str, at: int, count: int, begin: int, size: int) -> Part | Non
 
 def settle(trainer: Any, engine: str, *, step: int, scale: float | None) -> None:
     """Once all of the optimizer's tensors are filled: bring the weights that the model computes with up to them."""
-    if not engine.startswith("zero"):
+    if engine not in ("zero2", "zero3"):
         scaler = trainer.accelerator.scaler
         if scaler is not None and scale is not None:
             scaler.load_state_dict(scaler.state_dict() | {"scale": scale})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Whole:
         groups = [group for group in written["param_groups"] if group["params"]]
         numbers = [number for group in groups for number in group["params"]]
         self._files = _files(folder)
-        self._names = {each[0]: _written_as(each, self._files) for each in order}
+        self._names = {each[0]: written_as(each, self._files) for each in order}
         self._states = {
             each[0]: written["state"].get(number, {}) for each, number in zip(order, numbers, strict=True)
         }
@@ -37,7 +37,7 @@ class Whole:
         if odd:
             raise cannot_cut(odd)
         self.rates = tuple(float(group["lr"]) for group in groups)
-        self.loss_scale = _scale(folder / "scaler.pt")
+        self.loss_scale = scale_of(folder / "scaler.pt")
 
     def count(self, name: str) -> int | None:
         written = self._names.get(name)
@@ -74,7 +74,7 @@ def _files(folder: Path) -> dict[str, Any]:
     return {weight: file for file in opened for weight in file.keys()}  # noqa: SIM118 (it is no dict)
 
 
-def _written_as(names: Iterable[str], files: dict[str, Any]) -> str | None:
+def written_as(names: Iterable[str], files: Mapping[str, Any]) -> str | None:
     """Under which name a parameter is in the files: one of its own, or as PEFT writes an adapter's."""
     for name in names:
         without = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(f".{ADAPTER}", "")
@@ -84,5 +84,6 @@ def _written_as(names: Iterable[str], files: dict[str, Any]) -> str | None:
     return None
 
 
-def _scale(path: Path) -> float | None:
+def scale_of(path: Path) -> float | None:
+    """Of float16's losses, as Accelerate keeps it."""
     return float(mapped(path)["scale"]) if path.is_file() else None
