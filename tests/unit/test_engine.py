@@ -1,4 +1,4 @@
-"""What a fit makes of DeepSpeed, compared whole."""
+"""What a fit makes of DeepSpeed and of FSDP, compared whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from trainer.fit import Fit
 from trainer.recipe import Recipe, load
-from trainer.worker.engine import deepspeed_config, settings
+from trainer.worker.engine import config, config_name, deepspeed_config, settings
 
 
 def recipe(**trainer_args: Any) -> Recipe:
@@ -156,6 +156,36 @@ def test_clipping_is_the_recipes(said: float, expected: float) -> None:
     found = deepspeed_config(recipe(max_grad_norm=said), fit("zero3"), has_bf16=True)
     assert found is not None
     assert found["gradient_clipping"] == expected
+
+
+FSDP = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "reshard_after_forward": True,
+    "state_dict_type": "SHARDED_STATE_DICT",
+    "cpu_offload": False,
+    "cpu_ram_efficient_loading": False,
+    "activation_checkpointing": False,
+}
+
+
+def test_fsdp() -> None:
+    """Layer by layer, a checkpoint of parts, gradients cut at every micro batch; on the CPU in a state made before."""
+    cut = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    found = config(recipe(), fit("fsdp2"), has_bf16=True)
+    assert found == {"fsdp": True, "fsdp_config": FSDP, "accelerator_config": cut}
+    assert settings(found, fit("fsdp2")) == {"use_cpu": False, **found}
+    on_cpu = config(recipe(), fit("fsdp2", use_cpu=True), has_bf16=False)
+    assert on_cpu == {**found, "accelerator_config": {**cut, "use_configured_state": True}}
+    assert (config_name(fit("fsdp2")), config_name(fit("zero3"))) == ("fsdp", "deepspeed")
+
+
+def test_transformers_cannot_write_into_the_config() -> None:
+    """It adds its own defaults to the mapping that it is given; the run keeps what was decided."""
+    found = config(recipe(), fit("fsdp2"), has_bf16=True)
+    settings(found, fit("fsdp2"))["fsdp_config"]["xla"] = False
+    assert found is not None
+    assert found["fsdp_config"] == FSDP
 
 
 def test_on_the_cpu_accelerate_is_given_a_state_that_knows_deepspeed() -> None:

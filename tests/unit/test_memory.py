@@ -77,6 +77,31 @@ def test_zero_3_cuts_sixteen_bytes_for_each_weight() -> None:
     assert terms["reference"] == pytest.approx(2 * BILLIONS / 8)
 
 
+def test_fsdp_2_cuts_the_same_sixteen_bytes() -> None:
+    """Float32 weights that are their own masters, float32 gradients and AdamW's two numbers, where ZeRO 3 has 2 + 2 + 12;
+    on their way are layers in bf16, and no buckets of a fixed size.
+    """
+    terms, theirs = gpu(recipe(), layout("fsdp2")), gpu(recipe(), layout("zero3"))
+    assert terms["parameters"] == pytest.approx(4 * BILLIONS / 8)
+    states = ("parameters", "gradients", "masters", "optimizer")
+    assert sum(terms.get(name, 0) for name in states) == pytest.approx(
+        sum(theirs[name] for name in states), rel=1e-3
+    )
+    layer, head = mistral().layer_parameters, mistral().embedding_parameters
+    assert terms["gathered"] == pytest.approx(2 * 2 * (3 * layer + head) / 1e9)
+    assert terms["buckets"] == pytest.approx(2 * 2 * layer / 1e9)
+    assert terms["gathered"] + terms["buckets"] < theirs["gathered"] + theirs["buckets"]
+
+
+def test_fsdp_2_cuts_an_adapter_too() -> None:
+    """The frozen base in the recipe's dtype, the adapter in float32, both over all GPUs."""
+    lora = recipe(model={"use_peft": True, "lora_r": 8})
+    terms, whole = gpu(lora, layout("fsdp2")), gpu(lora, layout("ddp"))
+    assert terms["parameters"] == pytest.approx(whole["parameters"] / 8)
+    assert terms["adapter"] == pytest.approx(whole["adapter"] / 8)
+    assert terms["optimizer"] == pytest.approx(whole["optimizer"] / 8)
+
+
 def test_zero_2_keeps_whole_parameters() -> None:
     """And TRL a whole reference beside them."""
     terms = gpu(recipe(), layout("zero2"))
@@ -258,7 +283,8 @@ def test_three_checkpoints_wait_in_memory() -> None:
 
 def test_every_term_says_why() -> None:
     """A number with no reason is not believed."""
-    for how in (layout("zero3", offload_optimizer=True), layout("single"), layout("zero2"), layout("ddp")):
+    whole, cut = (layout("single"), layout("ddp")), (layout("zero2"), layout("fsdp2"))
+    for how in (layout("zero3", offload_optimizer=True), *whole, *cut):
         for side in usage(recipe(), mistral(), how):
             assert all(each.why for each in side.terms)
             assert side.gib == pytest.approx(sum(each.gib for each in side.terms))
@@ -285,7 +311,7 @@ layouts = st.builds(
     lambda engine, micro, attention, checkpointing: layout(
         engine, micro_batch=micro, attention=attention, activation_checkpointing=checkpointing
     ),
-    st.sampled_from(["single", "ddp", "zero2", "zero3"]),
+    st.sampled_from(["single", "ddp", "zero2", "zero3", "fsdp2"]),
     st.integers(1, 16),
     st.sampled_from(["flash_attention_2", "sdpa", "eager"]),
     st.booleans(),

@@ -326,3 +326,28 @@ def test_a_recipe_survives_json(arguments: dict[str, Any]) -> None:
     copied = Recipe.model_validate_json(original.model_dump_json())
     assert copied == original
     assert copied.digest() == original.digest()
+
+
+FOUR_BITS = {"use_peft": True, "load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"engine": "fsdp2", "offload": "optimizer"}, "`engine: fsdp2` does not do `offload: optimizer`"),
+        ({"engine": "zero2", "offload": "all"}, "`engine: zero2` does not do `offload: all`"),
+        ({"engine": "fsdp2", "model_args": FOUR_BITS}, "packed by bitsandbytes, which nothing cuts"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(keys: dict[str, Any], told: str) -> None:
+    """By any machine, so by the recipe."""
+    with pytest.raises(RecipeError, match=told) as refused:
+        recipe(**keys)
+    assert "leave out" in str(refused.value.hint)
+
+
+def test_an_engine_is_no_part_of_what_is_trained(write: Any) -> None:
+    """A run that goes on under another one is the same run; a name that nobody knows has a nearest one."""
+    assert recipe(engine="fsdp2").digest() == recipe(engine="zero3").digest() == recipe().digest()
+    with pytest.raises(RecipeError, match=r"`engine: fsdp` must be one of .*did you mean `fsdp2`"):
+        load(write(engine="fsdp"))

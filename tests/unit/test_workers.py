@@ -97,6 +97,13 @@ def test_deepspeed_wants_a_rank_of_one_process_too(tmp_path: Path) -> None:
     assert "DS_ACCELERATOR" not in added(job(tmp_path, engine="zero3", use_cpu=False))
 
 
+def test_fsdp_wants_a_rank_of_one_process_too(tmp_path: Path) -> None:
+    """It cuts over a group of processes, if of one; Accelerate is told that it is no DeepSpeed."""
+    alone = added(job(tmp_path, engine="fsdp2"), at=Meeting(port=1))
+    assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1")
+    assert not {"DS_ACCELERATOR", "ACCELERATE_USE_DEEPSPEED"} & alone.keys()
+
+
 def test_settings_can_be_anothers(tmp_path: Path) -> None:
     """What the environment says already stays."""
     assert environment(job(tmp_path), {"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
