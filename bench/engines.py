@@ -32,6 +32,7 @@ RECIPE = (
     "max_train_samples=200",
     "max_test_samples=4",
     "global_batch_size=8",
+    "micro_batch_size=8",
     "max_length=128",
     f"max_steps={STEPS}",
     f"save_steps={SAVE}",

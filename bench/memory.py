@@ -40,6 +40,8 @@ class Step(NamedTuple):
     micro_batch: int
     length: int = 1024
     optim: str = "adamw_torch_fused"
+    ranks: int = 1
+    """Of FSDP 2, of which the first is followed; 1 is a single process."""
 
 
 CASES = (
@@ -56,6 +58,9 @@ CASES = (
     Step("sft", 4, "bfloat16", False, True, "sdpa", 1, 512, "rmsprop"),
     Step("sft", 4, "bfloat16", False, True, "eager", 2, 4096),
     Step("dpo", 32, "bfloat16", False, True, "sdpa", 8),
+    Step("sft", 8, "float32", True, True, "sdpa", 2, ranks=8),
+    Step("sft", 8, "float32", True, False, "sdpa", 2, ranks=8),
+    Step("sft", 32, "float32", True, True, "sdpa", 2, ranks=8),
 )
 
 
@@ -72,7 +77,7 @@ def recipe_of(step: Step) -> Recipe:
         method=step.method,  # type: ignore[arg-type]
         model_name_or_path=MODEL,
         dataset_mixture=Mixture(datasets=(DataSource(id="none"),)),
-        global_batch_size=step.micro_batch,
+        global_batch_size=step.micro_batch * step.ranks,
         trainer_args={"max_length": step.length, "bf16": step.mixed, "optim": step.optim},
         model_args={"dtype": step.dtype},
     )
@@ -84,15 +89,15 @@ def case_of(step: Step) -> Case:
     architecture = Architecture(**{**whole.model_dump(), "num_hidden_layers": step.layers})
     layout = Layout.model_validate(
         {
-            "processes": 1,
+            "processes": step.ranks,
             "micro_batch": step.micro_batch,
-            "engine": "single",
+            "engine": "single" if step.ranks == 1 else "fsdp2",
             "attention": step.attention,
             "activation_checkpointing": step.checkpointing,
             "reference": "model" if step.method == "dpo" else "none",
         }
     )
-    return Case.of(recipe_of(step), architecture, layout, has_bf16=False, on_cpu=True)
+    return Case.of(recipe_of(step), architecture, layout, has_bf16=step.ranks > 1, on_cpu=True)
 
 
 def build(step: Step, dtype: Any) -> Any:
@@ -126,6 +131,31 @@ def optimizer_of(step: Step, model: Any) -> Any:
     return torch.optim.AdamW(model.parameters(), fused=True)
 
 
+def mesh_of(step: Step) -> Any:
+    """Of so many ranks, which are not there: what they send takes no time, and its memory."""
+    if step.ranks == 1:
+        return None
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=step.ranks)
+    return init_device_mesh("cpu", (step.ranks,))
+
+
+def cut(model: Any, mesh: Any) -> Any:
+    """As Accelerate cuts it (`fsdp2_prepare_model`): each layer, the embedding, the last norm with the head, the rest."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    half = torch.bfloat16
+    how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(half, half, half)}
+    for each in (*model.model.layers, model.model.embed_tokens):
+        fully_shard(each, **how, reshard_after_forward=True)
+    fully_shard([model.model.norm, model.lm_head], **how, reshard_after_forward=False)
+    return fully_shard(model, **how)
+
+
 def stand_in_for_triton() -> None:
     """What the kernels do on a GPU, as far as memory goes: nothing."""
     from trl.kernels import chunked_logprob
@@ -139,20 +169,28 @@ def measure(step: Step) -> tuple[float, dict[str, float]]:
     """GiB at the peak of two steps of two micro batches each, and of what."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.distributed._tools.mem_tracker import MemTracker
 
     stand_in_for_triton()
     dtype = torch.float32 if step.dtype == "float32" else torch.bfloat16
+    mesh = mesh_of(step)
     with FakeTensorMode():
         model = build(step, dtype).train()
         reference = build(step, dtype).eval() if step.method == "dpo" else None
+        if mesh is not None:
+            cut(model, mesh)
         if step.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = optimizer_of(step, model)
         rows = step.micro_batch * (2 if reference else 1)
         ids = torch.randint(0, 32000, (rows, step.length))
-        tracker = MemTracker()
-        tracker.track_external(*(each for each in (model, optimizer, reference, ids) if each is not None))
+        if mesh is None:
+            tracker = MemTracker()
+            tracker.track_external(*(each for each in (model, optimizer, reference, ids) if each is not None))
+        else:
+            tracker = FSDPMemTracker(model, optimizer)
+            tracker.track_inputs((ids,))
         with tracker:
             for turn in range(2):
                 one_step(step, model, reference, ids)
@@ -172,7 +210,7 @@ def one_step(step: Step, model: Any, reference: Any, ids: Any) -> None:
     """A micro batch in TRL's order: the policy's forward pass, the reference's, the backward pass."""
     import torch
 
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.mixed):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.mixed and step.ranks == 1):
         output = model(input_ids=ids, labels=ids, fused_lm_head=True)
     loss = output.loss
     if reference is not None:
@@ -189,7 +227,7 @@ def row(number: int) -> str:
     measured, shares = measure(step)
     terms = {each.name: each.gib for each in device_terms(case_of(step)) if each.gib >= 0.005}
     predicted = sum(terms.values())
-    kind = "mixed" if step.mixed else step.dtype
+    kind = f"FSDP2 on {step.ranks}" if step.ranks > 1 else "mixed" if step.mixed else step.dtype
     name = f"{step.method}, {step.layers} layers, {kind}, {step.attention}, {step.optim}"
     name += f", {'checkpointed' if step.checkpointing else 'all kept'}, {step.micro_batch} x {step.length}"
     print(f"  {number}: {terms}\n     {shares}  {time.monotonic() - started:.0f} s", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +30,13 @@ beta: {beta}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, and another with another beta."""
+    """A run, and another with another beta, under FSDP 2."""
     work = tmp_path_factory.mktemp("export")
-    for number, beta in enumerate((0.1, 0.5), start=1):
+    for number, (beta, overrides) in enumerate(((0.1, ()), (0.5, ("engine=fsdp2",))), start=1):
         recipe = work / f"beta-{beta}.yaml"
         recipe.write_text(RECIPE.format(beta=beta))
-        with TrainerRun(recipe, str(work / "runs"), f"run-{number}", work / f"work-{number}") as run:
+        name, at = f"run-{number}", work / f"work-{number}"
+        with TrainerRun(recipe, str(work / "runs"), name, at, overrides=overrides) as run:
             assert run.wait() == 0, run.log
     return work / "runs"
 
@@ -74,6 +76,21 @@ def test_a_checkpoint_is_exported(runs: Path, tmp_path: Path) -> None:
     mine, theirs = (
         load_file(each / "model.safetensors") for each in (tmp_path / "run-1-final", runs / "run-1" / "final")
     )
+    assert all((mine[name] == theirs[name]).all() for name in theirs)
+
+
+def test_a_checkpoint_of_fsdp_is_exported(runs: Path, tmp_path: Path) -> None:
+    """The engine that the recipe names trains, says so, leaves its config in the bucket, and parts that are put together."""
+    assert RunView(str(runs), "run-2").events("started")[0]["fsdp"]["fsdp"] is True
+    [config] = runs.glob("run-2/checkpoints/step-*40/*/fsdp.json")
+    assert json.loads(config.read_text())["fsdp_config"]["version"] == 2
+    assert not list(runs.glob("run-2/checkpoints/*/*/*.safetensors"))
+    done = exported(str(runs / "run-2"), "--step", "40", "--into", "model", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    mine, theirs = (
+        load_file(each / "model.safetensors") for each in (tmp_path / "model", runs / "run-2" / "final")
+    )
+    assert mine.keys() == theirs.keys()
     assert all((mine[name] == theirs[name]).all() for name in theirs)
 
 

@@ -31,7 +31,9 @@ SHAPED = {"SHAPED": json.dumps({"processes": 2, "engine": "zero3"})}
 
 @needs_compiler
 def test_a_run_that_loses_two_processes_ends_on_one(tmp_path: Path) -> None:
-    """SIGKILL under ZeRO 3 on two: the next attempt, whose fit is one process, converts what was committed."""
+    """SIGKILL under ZeRO 3 on two, whose config is in the bucket: the next attempt, whose fit is one process, converts what
+    was committed.
+    """
     recipe, checkpoints = tmp_path / "recipe.yaml", str(tmp_path / "runs")
     recipe.write_text(RECIPE)
     view, whole = RunView(checkpoints, "lost"), RunView(checkpoints, "whole")
@@ -44,6 +46,7 @@ def test_a_run_that_loses_two_processes_ends_on_one(tmp_path: Path) -> None:
         assert two.alive, two.log
         two.lose_machine()
     committed = view.committed_steps()[0]
+    assert any(each.key.endswith("/deepspeed.json") for each in view.bucket.list("checkpoints/"))
     with TrainerRun(recipe, checkpoints, "lost", tmp_path / "one") as one:
         assert one.wait() == ExitCode.DONE, one.log
     with TrainerRun(recipe, checkpoints, "whole", tmp_path / "undisturbed") as undisturbed:
