@@ -144,7 +144,10 @@ def mesh_of(step: Step) -> Any:
 
 
 def cut(model: Any, mesh: Any) -> Any:
-    """As Accelerate cuts it (`fsdp2_prepare_model`): each layer, the embedding, the last norm with the head, the rest."""
+    """As Accelerate cuts it (`fsdp2_prepare_model`): each layer, and the embedding. Its third kind of unit, the last norm
+    with the head, is the rest here, as the tracker knows none of several modules: both stay gathered until the backward
+    pass has passed them.
+    """
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -152,7 +155,6 @@ def cut(model: Any, mesh: Any) -> Any:
     how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(half, half, half)}
     for each in (*model.model.layers, model.model.embed_tokens):
         fully_shard(each, **how, reshard_after_forward=True)
-    fully_shard([model.model.norm, model.lm_head], **how, reshard_after_forward=False)
     return fully_shard(model, **how)
 
 

@@ -37,6 +37,7 @@ NOISE = (
     "No device id is provided via `init_process_group`",
     "Could not find a config file in",  # PEFT asks the Hub about the base, which may be a GGUF file
     "Gradient accumulation steps mismatch",  # Accelerate's plugin is told 1, as the Trainer accumulates itself
+    "prefer `fsdp_config['activation_checkpointing']`",  # FSDP 2 gathers a layer once for both, see `fsdp.config`
     "lr_scheduler.step()` before `optimizer.step()",
 )
 """Beginnings or parts of messages of the stack's packages that a user can do nothing about."""

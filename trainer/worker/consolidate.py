@@ -17,6 +17,7 @@ from trainer.worker.reshard.folder import INDEX, MODEL, OPTIMIZER, Folder
 log = logging.getLogger(__name__)
 SHARD = "5GB"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HEAD = "lm_head.weight"
 OF_THE_RUN = (
     "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin", "aeolus.json",
     "deepspeed.json", "latest", "global_step*", "fsdp.json", MODEL, OPTIMIZER, "zero_to_fp32.py", "*.partial", "README.md",
@@ -99,9 +100,14 @@ class _Stored(NamedTuple):
 
 
 def _chunks_of_fsdp(checkpoint: Path, **_: bool) -> dict[str, Any]:
-    """By name, each to be read by `contiguous()`; of an adapter nothing else is there."""
+    """By name, each to be read by `contiguous()`; of an adapter nothing else is there. A head that is the embedding once
+    more is written twice by FSDP, and not here.
+    """
     folder = Folder(checkpoint / MODEL)
-    return {folder.paths[name][-1]: _Stored(folder, name) for name in folder.tensors}
+    found = {folder.paths[name][-1]: _Stored(folder, name) for name in folder.tensors}
+    if json.loads((checkpoint / "config.json").read_text()).get("tie_word_embeddings"):
+        found.pop(HEAD, None)
+    return found
 
 
 def _first_of_each(weights: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:

@@ -26,7 +26,8 @@ def config(fit: Fit) -> dict[str, Any]:
             "state_dict_type": "SHARDED_STATE_DICT",  # Transformers would gather all of it on rank 0
             "cpu_offload": False,
             "cpu_ram_efficient_loading": False,
-            "activation_checkpointing": False,  # `gradient_checkpointing` says it, as for every engine
+            # `gradient_checkpointing` says it, as for every engine: no layer is gathered more often for it.
+            "activation_checkpointing": False,
         },
         # Accelerate would keep whole gradients on every rank from one micro batch to the next.
         "accelerator_config": accelerator,
@@ -61,12 +62,16 @@ def check(model: Any) -> None:
 
 
 def gathered(model: Any, *, trained_only: bool) -> dict[str, Any]:
-    """Whole weights on the host of rank 0, gathered one by one; every rank has to call it, and gets none."""
+    """Whole weights on the host of rank 0, gathered one by one; every rank has to call it, and the others get none. Of
+    weights that are tied the first.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     whole: dict[str, Any] = get_model_state_dict(model, options=options)
-    return whole
+    once = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once.keys()
+    return {name: weight for name, weight in whole.items() if name not in tied}
 
 
 def layer_by_layer(model: Any, accelerator: Any) -> Any:
