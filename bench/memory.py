@@ -128,6 +128,8 @@ def optimizer_of(step: Step, model: Any) -> Any:
 
     if step.optim == "rmsprop":
         return torch.optim.RMSprop(model.parameters(), foreach=True)
+    if step.ranks > 1:  # of a fused step on parts the tracker counts what is not there
+        return torch.optim.AdamW(model.parameters(), foreach=False)
     return torch.optim.AdamW(model.parameters(), fused=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.training.ranks import finish, ranks_job
 from tests.training.test_engines import needs_compiler
 from trainer.job import Outcome
 from trainer.supervisor.workers import Workers
+from trainer.worker.reshard.folder import INDEX, Folder
 from trainer.worker.reshard.layout import converts
 from trainer.worker.reshard.parts import Piece, pieces_of_stage_2, pieces_of_stage_3
 from trainer.worker.reshard.resharded import seed_anew
@@ -88,11 +90,32 @@ def test_float32_masters_of_bf16_weights_go_into_every_form(tmp_path: Path) -> N
     assert (code, outcome.status, outcome.message) == (0, "done", "")
 
 
+def test_rows_of_float32_weights_go_where_they_lie(tmp_path: Path) -> None:
+    """FSDP 2 on 4 ranks, with rows that they cannot share evenly and weights of which one has none: what is read, and what
+    is filled into other parts, has the bits that torch puts together, and a step later too.
+    """
+    job = ranks_job(tmp_path / "work", "zephyr-tiny/sft", processes=4, engine="fsdp2", micro_batch=2)
+    code = finish(Workers(job, sys.executable, "tests.training.cut_ranks"))
+    outcome = Outcome.model_validate_json(job.outcome.read_text())
+    assert (code, outcome.status, outcome.message) == (0, "done", "")
+
+
+def test_an_index_runs_no_code(tmp_path: Path) -> None:
+    """It is a pickle, which could."""
+    (tmp_path / INDEX).write_bytes(pickle.dumps(print))
+    with pytest.raises(pickle.UnpicklingError, match=r"a checkpoint's index has no builtins.print"):
+        Folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("one", "other", "converted"),
     [
         (identity("single", 1), identity("ddp", 4), False),
         (identity("zero3", 2), identity("zero3", 2), False),
+        (identity("fsdp2", 2), identity("fsdp2", 2), False),
+        (identity("fsdp2", 2), identity("fsdp2", 4), True),
+        (identity("fsdp2", 2), identity("zero3", 2), True),
+        (identity("fsdp2", 1), identity("single", 1), True),
         (identity("zero3", 2), identity("zero3", 4), True),
         (identity("zero3", 2), identity("zero2", 2), True),
         (identity("zero3", 1), identity("single", 1), True),

@@ -298,6 +298,7 @@ def test_every_term_says_why() -> None:
         {"engine": "ddp", "offload_optimizer": True},
         {"engine": "zero2", "offload_optimizer": True, "offload_parameters": True},
         {"engine": "zero3", "offload_parameters": True},
+        {"engine": "fsdp2", "offload_optimizer": True},
         {"nodes": 3},
     ],
 )
