@@ -123,13 +123,9 @@ class Bench:
             self.kept[engine] = job.staging / f"checkpoint-{SAVE}"
 
     def prepare(self, engine: str, ranks: int) -> None:
-        """With the checkpoint; and without, where no run that was trained has told."""
-        if ranks == RANKS:
-            bare = statistics.median(ran.prepared_s() for ran in self.whole[engine])
-        else:
-            bare = self._left(engine, ranks, None)
-        took = self._left(engine, ranks, self.kept[engine]) - bare
-        self.restored.setdefault((engine, ranks), []).append(took)
+        """Without the checkpoint and with it, one after the other."""
+        bare, full = (self._left(engine, ranks, folder) for folder in (None, self.kept[engine]))
+        self.restored.setdefault((engine, ranks), []).append(full - bare)
 
     def _left(self, engine: str, ranks: int, folder: Path | None) -> float:
         """Seconds to prepare, in a run that ends with it."""
