@@ -26,7 +26,7 @@ RECOMPUTED = 4 / 3
 (arXiv:2205.05198, section 5)."""
 ENGINE_TIME = {"single": 1.0, "ddp": 1.0, "zero2": 1.02, "zero3": 1.1, "fsdp2": 1.1}
 """Own assumption, to rank by; ZeRO 3 sends half as much again as DDP and ZeRO 2 (arXiv:1910.02054, section 7), and so does
-FSDP 2: on two processes of a CPU a step took both as much work, to 3 % (`bench/engines.md`)."""
+FSDP 2: on two processes of a CPU a step took both as much work, to 5 % (`bench/engines.md`)."""
 TOKENS_LOST = {"single": 256, "ddp": 256, "zero2": 256, "zero3": 1024, "fsdp2": 1024}
 """Own assumption, to rank by: the tokens that could have been computed in the time that a micro batch costs by itself,
 in launches of kernels and, where they are cut, in waiting for parameters."""
