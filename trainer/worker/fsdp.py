@@ -7,8 +7,6 @@ from typing import Any
 
 from trainer.fit import Fit
 
-FILE = "fsdp.json"
-
 
 def config(fit: Fit) -> dict[str, Any]:
     """Transformers' arguments (https://huggingface.co/docs/transformers/fsdp). Layers are the model's own
