@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, *, cloud: Cloud | None = None) 
 
 
 class Commands(click.Group):
-    """A command that nobody knows is answered with the nearest one."""
+    """A command that nobody knows is answered with the nearest one, as newer versions of click do by themselves."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -70,8 +70,9 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            if near := difflib.get_close_matches(args[0], self.commands, n=1):
-                error.message += f" Did you mean {near[0]}?"
+            near = difflib.get_close_matches(args[0], self.commands, n=1)
+            if near and "Did you mean" not in error.format_message():
+                error.message += f" Did you mean '{near[0]}'?"
             raise
 
 

@@ -138,7 +138,7 @@ def test_a_command_that_nobody_knows_is_answered_with_the_nearest(launcher: Type
     """As options are."""
     answer = launcher("plann")
     assert answer.code == 2
-    assert answer.err.endswith("No such command 'plann'. Did you mean plan?\n")
+    assert answer.err.endswith("No such command 'plann'. Did you mean 'plan'?\n")
     assert "mean" not in launcher("xyzzy").err
 
 
