@@ -17,7 +17,8 @@ from typing import Any, Literal, get_args
 from trainer.thinning import MOST, VALUES, Lines
 
 Kind = Literal[
-    "claimed",  # recipe, fit, shape, node, price (usd_per_h, market, cloud, region), plan: what was promised, limits
+    "claimed",  # recipe, fit, shape, node, price (usd_per_h, market, cloud, region), plan: what was promised, limits,
+    # booted: from when on the machine is paid; only where that is before the claim
     "restored",  # step, from_attempt, files, bytes, seconds; or step 0 with the reason
     "rejected",  # step, reason: a checkpoint that did not verify
     "started",  # total_steps, samples; the workers are about to take the first step

@@ -28,7 +28,7 @@ class Limits(BaseModel):
 
 
 class Spent(NamedTuple):
-    """What attempts have taken, from their claims to what was heard of them last."""
+    """What attempts have taken, from when on they are paid to what was heard of them last."""
 
     hours: float
     usd: float
@@ -59,11 +59,17 @@ def of_attempt(events: Events) -> Spent:
     """What one attempt took; a clock that was set back makes it no shorter than its longest reading."""
     if not events:
         return Spent(0.0, 0.0, 0.0)
-    claimed = next(iter(of_kind(events, "claimed")), events[0])
-    last = max(map(_time, events))
-    hours = max(0.0, (last - _time(claimed)).total_seconds() / 3600)
+    claimed = _claim(events)
+    hours = _since_claim_h(events) + boot_s(claimed) / 3600
     usd_per_h = (claimed.get("price") or {}).get("usd_per_h")
     return Spent(hours, 0.0, hours) if usd_per_h is None else Spent(hours, hours * usd_per_h, 0.0)
+
+
+def boot_s(claimed: Event) -> float:
+    """Seconds before its claim that an attempt is paid for: since its machine booted, where the claim tells of that."""
+    if not (booted := claimed.get("booted")):
+        return 0.0
+    return max(0.0, (_time(claimed) - datetime.fromisoformat(booted)).total_seconds())
 
 
 def of_run(attempts: Iterable[Events]) -> Spent:
@@ -77,7 +83,7 @@ def age_h(attempts: Sequence[Events], now: datetime) -> float:
     claims = [_time(event) for events in attempts for event in of_kind(events, "claimed")]
     if not claims:
         return 0.0
-    return max((now - claims[0]).total_seconds() / 3600, of_run(attempts).hours)
+    return max((now - claims[0]).total_seconds() / 3600, sum(map(_since_claim_h, attempts)))
 
 
 def standing(limits: Limits, *, usd: float, hours: float) -> list[Limit]:
@@ -96,18 +102,30 @@ def standing(limits: Limits, *, usd: float, hours: float) -> list[Limit]:
     return found
 
 
-def used_up(attempts: Sequence[Events], limits: Limits, now: datetime) -> Limit | None:
-    """The limit that leaves another attempt nothing; None if there is something left.
+def used_up(
+    attempts: Sequence[Events], limits: Limits, now: datetime, *, boot_usd: float = 0.0
+) -> Limit | None:
+    """The limit that leaves another attempt nothing, after what its own boot has cost; None if there is something left.
 
     A run that stopped for a limit stopped before it, to have time to save: the same limit, or a lower one, is used up.
     """
     stopped = {
         event["what"]: event["limit"] for events in attempts[-1:] for event in of_kind(events, "stopped")
     }
-    for each in standing(limits, usd=of_run(attempts).usd, hours=age_h(attempts, now)):
+    for each in standing(limits, usd=of_run(attempts).usd + boot_usd, hours=age_h(attempts, now)):
         if each.share >= 1.0 or each.of <= stopped.get(each.what, 0.0):
             return each
     return None
+
+
+def _since_claim_h(events: Events) -> float:
+    if not events:
+        return 0.0
+    return max(0.0, (max(map(_time, events)) - _time(_claim(events))).total_seconds() / 3600)
+
+
+def _claim(events: Events) -> Event:
+    return next(iter(of_kind(events, "claimed")), events[0])
 
 
 def _time(event: Event) -> datetime:

@@ -10,6 +10,7 @@ KINDS = {
     "useful_s": "useful",
     "redone_s": "redone",
     "setup_s": "setup",
+    "boot_s": "boot",
     "restore_s": "restore",
     "evaluation_s": "evaluation",
     "stall_s": "stall",

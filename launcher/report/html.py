@@ -20,6 +20,8 @@ PATTERNS = Markup(
     ' d="M-1 7L7 -1M-1 1L1 -1M5 7L7 5"/></pattern>'
     '<pattern id="p-setup" width="6" height="6" patternUnits="userSpaceOnUse"><rect class="pb-plain" width="6"'
     ' height="6"/><circle class="pd" cx="1.5" cy="1.5" r="1"/><circle class="pd" cx="4.5" cy="4.5" r="1"/></pattern>'
+    '<pattern id="p-boot" width="8" height="6" patternUnits="userSpaceOnUse"><rect class="pb-plain" width="8"'
+    ' height="6"/><path class="pl" d="M0 5L4 1L8 5"/></pattern>'
     '<pattern id="p-restore" width="5" height="5" patternUnits="userSpaceOnUse"><rect class="pb-plain" width="5"'
     ' height="5"/><path class="pl" d="M0 2.5H5"/></pattern>'
     '<pattern id="p-evaluation" width="5" height="5" patternUnits="userSpaceOnUse"><rect class="pb-plain" width="5"'

@@ -10,6 +10,7 @@ from launcher.report.html import WIDE_PX, facts, key, page, picture, section, ta
 from launcher.report.panels import Panel, compared, panels
 from launcher.report.svg import Markup, joined, tag
 from launcher.runs.account import Account
+from launcher.runs.hours import NAMES
 from launcher.runs.read import Run
 
 CURVES = (
@@ -80,6 +81,7 @@ def _panel(panel: Panel) -> Markup:
 
 def _timeline(account: Account, title: str = "When and where") -> Markup:
     kinds = (
+        ("boot", NAMES["boot_s"]),
         ("setup", "set-up and restore"),
         ("useful", "useful steps"),
         ("redone", "steps lost, redone later"),
@@ -126,6 +128,4 @@ def _memory(account: Account) -> Markup | None:
 
 
 def _parts() -> list[tuple[str, str]]:
-    from launcher.runs.hours import NAMES
-
     return [(NAMES[name], kind) for name, kind in bars.KINDS.items()]

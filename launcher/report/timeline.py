@@ -26,12 +26,13 @@ class Part(NamedTuple):
 
 
 def parts(attempt: AttemptAccount) -> Iterator[Part]:
-    """Set-up, useful steps with their evaluations and saves, steps that were lost, and what came last."""
+    """Boot, set-up, useful steps with their evaluations and saves, steps that were lost, and what came last."""
     spent = attempt.hours
     begin = spent.setup_s + spent.restore_s
     between = spent.evaluation_s + spent.stall_s
     steps = spent.useful_s + spent.redone_s
     share = spent.useful_s / steps if steps else 1.0
+    yield Part("boot", spent.boot_s, f"boot until the claim {duration(spent.boot_s)}")
     yield Part("setup", begin, f"set-up {duration(spent.setup_s)}, restore {duration(spent.restore_s)}")
     yield Part("useful", spent.useful_s + between * share, "useful steps, with evaluations and saves")
     yield Part(

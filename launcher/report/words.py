@@ -11,8 +11,8 @@ from launcher.runs.account import Account, AttemptAccount
 from launcher.runs.hours import NAMES
 
 NOT_COUNTED = (
-    "An attempt is paid from its claim to the last that was heard of it. What a machine costs before, while it boots"
-    " and installs, and after, until it is given back, is not in here."
+    "An attempt is paid from its claim to the last that was heard of it; on a machine that SkyPilot rented within the"
+    " hour before, from that machine's boot. What it costs afterwards, until it is given back, is not in here."
 )
 
 
@@ -79,7 +79,7 @@ def attempts(account: Account) -> Rows:
     )
     columns = ("attempt", "where", "market", ">$/h", ">paid time", ">$", ">steps", ">lost", "end")
     return Rows(
-        "Each attempt, from its claim to the last that was heard of it",
+        "Each attempt, from its machine's boot or its claim to the last that was heard of it",
         columns,
         (*rows, (*every, account.state)),
     )
@@ -142,7 +142,7 @@ def promised(account: Account) -> Rows | None:
     host = [one.host.measured_gib for one in account.attempts if one.host.measured_gib]
     hours = account.wall_s / 3600
     facts = (
-        ("hours, from claim to end", plan.get("hours"), hours, "{:.2f}"),
+        ("hours, in all", plan.get("hours"), hours, "{:.2f}"),
         ("dollars", plan.get("usd"), account.usd, "{:.2f}"),
         ("$/h, of paid time", plan.get("usd_per_h"), account.usd / (account.hours.paid_s / 3600) if account.usd else None, "{:.2f}"),
         ("seconds of a step", plan.get("step_s"), sum(step_s) / len(step_s) if step_s else None, "{:.2f}"),

@@ -52,13 +52,14 @@ class AttemptAccount:
     usd_per_h: float | None
     usd: float | None
     began: str
-    """UTC, ISO 8601; so is `ended`, the last that was heard of it."""
+    """From when on it is paid: `hours.boot_s` before its claim. UTC, ISO 8601; so is `ended`, the last that was heard
+    of it."""
     ended: str
     how: str
     """How it ended, in a word or two; `at work`, or `lost` for a machine that vanished."""
     message: str
     waited_s: float
-    """Since the attempt before it was heard of last; 0 for the first."""
+    """From the last that was heard of the attempt before until it began; 0 for the first."""
     start_step: int
     last_step: int
     lost_steps: int
@@ -92,7 +93,7 @@ class Account:
     step: int
     total_steps: int | None
     wall_s: float
-    """From the first claim to the last event."""
+    """From when on the first attempt is paid to the last event."""
     provisioning_s: float
     """Between attempts: nobody had a machine."""
     lost_steps: int
@@ -167,6 +168,7 @@ def account(run: Run, *, now: float | None = None) -> Account:
 def _attempt(run: Run, attempt: Attempt, *, until: float | None) -> AttemptAccount:
     before = [each for each in run.attempts if each.number < attempt.number]
     claim, cost = attempt.claim, money.paid(attempt, until=until)
+    began = attempt.began - attempt.boot_s
     price = claim.get("price") or {}
     end = attempt.end or {}
     return AttemptAccount(
@@ -179,11 +181,11 @@ def _attempt(run: Run, attempt: Attempt, *, until: float | None) -> AttemptAccou
         market=cost.market,
         usd_per_h=cost.usd_per_h,
         usd=cost.usd,
-        began=_iso(attempt.began),
+        began=_iso(began),
         ended=_iso(attempt.ended if until is None else until),
         how=how(run, attempt),
         message=str(end.get("message", "")),
-        waited_s=max(0.0, attempt.began - before[-1].ended) if before else 0.0,
+        waited_s=max(0.0, began - before[-1].ended) if before else 0.0,
         start_step=attempt.start,
         last_step=attempt.step,
         lost_steps=attempt.step - useful_until(run, attempt),

@@ -21,6 +21,8 @@ class Hours:
     """Steps that the run was built on."""
     redone_s: float = 0.0
     """Steps that were lost with the machine, so that a later attempt had to take them again."""
+    boot_s: float = 0.0
+    """From the machine's boot to the claim: boot, image, installation; 0 where that is not known to be paid."""
     restore_s: float = 0.0
     """Bringing the checkpoint from the bucket."""
     setup_s: float = 0.0
@@ -50,6 +52,7 @@ NAMES = {
     "useful_s": "useful steps",
     "redone_s": "steps lost and redone",
     "setup_s": "set-up",
+    "boot_s": "boot until the claim",
     "restore_s": "restore",
     "evaluation_s": "evaluation",
     "stall_s": "checkpoint stall",
@@ -75,7 +78,7 @@ def hours(run: Run, attempt: Attempt, *, until: float | None = None) -> Hours:
         attempt: as its events tell it.
         until: unix time, seconds: now, if it is at work.
     """
-    paid_s = max(0.0, (attempt.ended if until is None else until) - attempt.began)
+    held_s = attempt.paid_s(until) - attempt.boot_s
     training = Training(attempt)
     useful_s = training.seconds_until(useful_until(run, attempt))
     restore_s = sum(float(event.get("seconds", 0)) for event in of_kind(attempt.events, "restored"))
@@ -83,14 +86,14 @@ def hours(run: Run, attempt: Attempt, *, until: float | None = None) -> Hours:
         useful_s=useful_s,
         redone_s=training.seconds_until(attempt.step) - useful_s,
         restore_s=restore_s,
-        setup_s=max(0.0, _setup_s(attempt, paid_s) - restore_s),
+        setup_s=max(0.0, _setup_s(attempt, held_s) - restore_s),
         evaluation_s=total(attempt, "eval", "seconds"),
         stall_s=total(attempt, "saved", "stall_s"),
         upload_s=_after_training_s(attempt),
     )
-    if parts.paid_s > paid_s > 0:  # clocks that disagree by a little: the parts are shares of what was paid
-        parts = Hours(*(part * paid_s / parts.paid_s for part in astuple(parts)))
-    return parts + Hours(other_s=max(0.0, paid_s - parts.paid_s))
+    if parts.paid_s > held_s > 0:  # clocks that disagree by a little: the parts are shares of what was paid
+        parts = Hours(*(part * held_s / parts.paid_s for part in astuple(parts)))
+    return parts + Hours(boot_s=attempt.boot_s, other_s=max(0.0, held_s - parts.paid_s))
 
 
 def total(attempt: Attempt, kind: Kind, key: str) -> float:
@@ -129,9 +132,9 @@ class Training:
         return self._seconds[after - 1] + share * (self._seconds[after] - self._seconds[after - 1])
 
 
-def _setup_s(attempt: Attempt, paid_s: float) -> float:
+def _setup_s(attempt: Attempt, held_s: float) -> float:
     began = next(iter(of_kind(attempt.events, "started")), None)
-    return _since(attempt.events[0], began) if began else paid_s
+    return _since(attempt.events[0], began) if began else held_s
 
 
 def _after_training_s(attempt: Attempt) -> float:

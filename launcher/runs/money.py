@@ -1,7 +1,7 @@
 """What a run has cost: each attempt's hours at its own price. The one place where dollars are counted.
 
-An attempt is counted from its claim to what was heard of it last. The minutes before, in which a machine boots and
-installs, are paid too, but no run knows of them.
+An attempt is counted from its claim, or from its machine's boot where the claim tells of that, to what was heard of it
+last. The minutes until the machine is given back are paid too, but no run knows of them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def paid(attempt: Attempt, *, until: float | None = None, usd_per_h: float | Non
     """
     price = attempt.claim.get("price") or {}
     own = price.get("usd_per_h")
-    seconds = max(0.0, (attempt.ended if until is None else until) - attempt.began)
-    return Paid(seconds, usd_per_h if own is None else float(own), price.get("market"))
+    return Paid(attempt.paid_s(until), usd_per_h if own is None else float(own), price.get("market"))
 
 
 def bill(run: Run, *, now: float | None = None, usd_per_h: float | None = None) -> Bill:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, urlsplit
 
 from trainer.events import Event, of_kind, parse
+from trainer.spent import boot_s
 
 if TYPE_CHECKING:
     from trainer.bucket import Bucket
@@ -54,6 +55,15 @@ class Attempt:
     def claim(self) -> Event:
         """Its machine, its fit and its price; empty if nothing of it was written."""
         return next(iter(of_kind(self.events, "claimed")), {})
+
+    @cached_property
+    def boot_s(self) -> float:
+        """Seconds before its claim that it is paid for."""
+        return boot_s(self.claim)
+
+    def paid_s(self, until: float | None = None) -> float:
+        """Seconds that it is paid for, until then (unix time, seconds), or until it was heard of last."""
+        return self.boot_s + max(0.0, (self.ended if until is None else until) - self.began)
 
     @cached_property
     def start(self) -> int:

@@ -33,7 +33,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     bucket, folder = tmp_path_factory.mktemp("bucket"), tmp_path_factory.mktemp("pages")
     write_journey(bucket / LONG, journey())
     write_journey(bucket / "direct", journey((Leg("lambda/us-east-1", "on demand", 22.32, 478, "done"),)))
-    write_journey(bucket / "at-work", journey((*LEGS[:2], LEGS[2]._replace(end=None, usd_per_h=None))))
+    write_journey(
+        bucket / "at-work", journey((*LEGS[:2], LEGS[2]._replace(end=None, usd_per_h=None, boot_s=240)))
+    )
     write_events(bucket / "plain", attempt_events(1, start=0, last=30, total_steps=40))
     write_events(bucket / "no-step", attempt_events(1, start=0, last=0, total_steps=40))
     runs = {name: read(bucket, name) for name in (LONG, "direct", "at-work", "plain", "no-step")}

@@ -56,6 +56,8 @@ class Leg(NamedTuple):
     gap_s: float = 0.0
     """Since the attempt before."""
     step_s: float = 7.5
+    boot_s: float = 0.0
+    """Of `gap_s` at the most; 0: its claim does not tell of a boot."""
 
 
 LEGS = (
@@ -89,6 +91,7 @@ class Journey:
         self._say(
             "claimed", 0, run="fake", method=self._method, recipe=f"zephyr-7b/{self._method}_full",
             shape={**SHAPE, "node": f"{cloud}-node"}, fit=_fit(), price=price, plan=plan,
+            **({"booted": (self._now - timedelta(seconds=leg.boot_s)).isoformat()} if leg.boot_s else {}),
         )  # fmt: skip
         start, size = self._committed, 55_000_000_000
         facts = (

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from launcher.runs.account import account
 from launcher.runs.read import Reader
 from tests.faults.test_supervisor import RECIPE
 from tests.harness import ROOT, RunView, wait_until
 from trainer.errors import ExitCode
-from trainer.spent import Limits, of_attempt
+from trainer.spent import Limits, boot_s, of_attempt
 from trainer.supervisor.preemption import Notice
+from trainer.supervisor.price import CLUSTER
 from trainer.supervisor.request import Request
 from trainer.supervisor.supervise import run
-from trainer.variables import BUDGET_USD, DEADLINE_H, USD_PER_H
+from trainer.variables import BUDGET_USD, DEADLINE_H, PRICES, USD_PER_H
 
 TOTAL_STEPS = 12
 A_DOLLAR_A_SECOND = "3600"
@@ -99,6 +104,51 @@ def test_a_budget_of_two_attempts_stops_the_run_and_a_higher_one_ends_it_unchang
     assert ends
     assert end
     assert [(file.path, file.xxh3) for file in ends.files] == [(file.path, file.xxh3) for file in end.files]
+
+
+def boots(monkeypatch: pytest.MonkeyPatch, *, ago_s: float) -> None:
+    """This machine is one that SkyPilot rented, for a dollar a second, so long ago."""
+    listed = {"infra": "lambda/here", "gpus": "None:0", "market": "on demand", "usd_per_h": 3600}
+    monkeypatch.delenv(USD_PER_H)
+    monkeypatch.setenv(CLUSTER, json.dumps({"cloud": "Lambda", "region": "here"}))
+    monkeypatch.setenv(PRICES, json.dumps([listed]))
+    booted = time.time() - ago_s
+    monkeypatch.setattr(psutil, "boot_time", lambda: booted)
+
+
+def test_a_budget_is_kept_with_the_boot_in_it(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At work for less than the budget alone would have paid for; the same machine's next attempt pays its boot no more."""
+    view = RunView(request_.checkpoints, request_.run_id)
+    boots(monkeypatch, ago_s=1000)
+    waits(monkeypatch, for_ever=True)
+    budget, a_minute = 1006.0, 1 / 60
+    assert run(under(request_, budget_usd=budget, deadline_h=a_minute), Notice()) == ExitCode.LIMIT
+    (stopped,) = view.events("stopped")
+    assert stopped["what"] == "budget"
+    paid_s = boot_s(view.events("claimed")[0])
+    assert paid_s > 1000
+    assert stopped["usd"] == pytest.approx(
+        stopped["hours"] * 3600 + paid_s, abs=1
+    )  # told one after the other
+    assert stopped["hours"] * 3600 < budget <= stopped["usd"]
+
+    assert run(under(request_, budget_usd=budget), Notice()) == ExitCode.LIMIT
+    waits(monkeypatch, for_ever=False)
+    assert run(under(request_, budget_usd=10_000), Notice()) == ExitCode.DONE
+    assert ["booted" in claimed for claimed in view.events("claimed")] == [True, False, False]
+    told = account(Reader(view.bucket, "r").read())
+    assert told.hours.boot_s == pytest.approx(paid_s)
+    assert told.usd == pytest.approx(told.hours.paid_s)
+
+
+def test_a_boot_that_has_cost_the_budget_starts_nothing(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the fetching of the model."""
+    view = RunView(request_.checkpoints, request_.run_id)
+    boots(monkeypatch, ago_s=1000)
+    assert run(under(request_, budget_usd=900), Notice()) == ExitCode.LIMIT
+    assert [event["kind"] for event in view.events()] == ["claimed", "limit", "stopped"]
 
 
 def test_limits_are_no_part_of_the_run_s_identity(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,18 +21,18 @@ USD_PER_S_OF_A_NODE = 0.5
 BOTH_USD_PER_H = 2 * USD_PER_S_OF_A_NODE * 3600
 BUDGET = 8.0
 """Of which two nodes have 8 s, and one would have 16."""
-RENTED = {
-    CLUSTER: json.dumps({"cloud": "Lambda", "region": "here"}),
+PRICED = {
+    CLUSTER: json.dumps({"cloud": "Kubernetes", "region": "here"}),
     PRICES: json.dumps(
-        [{"infra": "lambda/here", "gpus": "None:0", "market": "on demand", "usd_per_h": BOTH_USD_PER_H}]
+        [{"infra": "kubernetes/here", "gpus": "None:0", "market": "on demand", "usd_per_h": BOTH_USD_PER_H}]
     ),
 }
-"""As the launcher tells each node: the price is of all of them."""
+"""As the launcher tells each node: the price is of all of them. On a cloud, this machine's own boot might count."""
 
 
 def both_stop(recipe: Path, checkpoints: str, told: Mapping[str, str]) -> list[str]:  # noqa: F811
     """Their logs, once each has ended as one whose limit is used up."""
-    with nodes(recipe, checkpoints, "limited", step_s=0.5, told={**RENTED, **told}) as both:
+    with nodes(recipe, checkpoints, "limited", step_s=0.5, told={**PRICED, **told}) as both:
         codes = [node.wait(60) for node in both]
         logs = [node.log for node in both]
     assert codes == [ExitCode.LIMIT, ExitCode.LIMIT] == [79, 79], "\n".join(logs)
@@ -72,7 +72,7 @@ def test_a_budget_of_both_stops_both_and_a_higher_one_ends_the_run_unchanged(
     again = [event["kind"] for event in view.events() if event["attempt"] == 2]
     assert again == ["claimed", "limit", "stopped"]
 
-    with nodes(recipe, checkpoints, "limited", told={**RENTED, BUDGET_USD: str(100 * BUDGET)}) as both:
+    with nodes(recipe, checkpoints, "limited", told={**PRICED, BUDGET_USD: str(100 * BUDGET)}) as both:
         assert [node.wait(60) for node in both] == [ExitCode.DONE] * 2, both[0].log + both[1].log
     assert [event["step"] for event in view.events("restored")] == [0, last]  # attempts 1 and 3
     assert all(len(tellings) == 1 for tellings in view.steps().values())

@@ -15,6 +15,7 @@ from tests.fakes.journeys import BEGIN, LEGS, PLAN, Leg, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
 from trainer.bucket import open_run
 from trainer.events import Event
+from trainer.spent import of_run
 
 
 def run_of(*attempts: list[Event], finished: str | None = None) -> Run:
@@ -22,8 +23,9 @@ def run_of(*attempts: list[Event], finished: str | None = None) -> Run:
     return Run("a-run", "/runs/a-run", made, (), finished)
 
 
-def claim(at_s: float, **price: object) -> Event:
-    return {"kind": "claimed", "method": "dpo", "time": moment(at_s), "attempt": 1, "price": price}
+def claim(at_s: float, *, boot_s: float = 0.0, **price: object) -> Event:
+    booted = {"booted": moment(at_s - boot_s)} if boot_s else {}
+    return {"kind": "claimed", "method": "dpo", "time": moment(at_s), "attempt": 1, "price": price, **booted}
 
 
 def moment(at_s: float) -> str:
@@ -66,6 +68,18 @@ def test_an_unknown_price_is_said_and_not_guessed() -> None:
     assert (bill.usd, bill.unpriced_s, bill.on_demand_usd) == (10.0, 1800, 10.0)
     assert money.bill(run_of([claim(0), told("step", 60, step=1)])).usd is None
     assert money.bill(run, usd_per_h=4.0).usd == 12.0
+
+
+def test_dollars_begin_with_the_machine_s_boot() -> None:
+    """Ten minutes of it for an hour at work, also for the one that is at work; the node counts the same."""
+    run = run_of(
+        [claim(0, boot_s=600, usd_per_h=12.0), told("step", 3600, step=1)],
+        [claim(7200, boot_s=300, usd_per_h=12.0), told("step", 7500, step=2)],
+    )
+    bill = money.bill(run)
+    assert (bill.seconds, bill.usd) == (4800, pytest.approx(16.0))
+    assert bill.usd == pytest.approx(of_run([attempt.events for attempt in run.attempts]).usd)
+    assert money.bill(run, now=BEGIN.timestamp() + 7800).usd == pytest.approx(17.0)
 
 
 def test_a_run_without_attempts_costs_nothing_known() -> None:
@@ -163,6 +177,17 @@ def test_parts_never_add_up_to_more_than_was_paid() -> None:
     assert spent.setup_s == pytest.approx(5.0)
 
 
+def test_a_boot_is_paid_and_is_no_useful_time() -> None:
+    """A part of its own, as long as it was, whether or not the other clocks agree; set-up begins with the claim."""
+    run = run_of([claim(0, boot_s=60, usd_per_h=1.0), told("started", 10, step=0), told("step", 20, step=1, train_s=30.0)])  # fmt: skip
+    spent = hours(run, run.attempts[0])
+    assert spent.paid_s == pytest.approx(80.0) == pytest.approx(money.paid(run.attempts[0]).seconds)
+    assert (spent.boot_s, spent.setup_s) == (60.0, pytest.approx(5.0))
+    assert spent.goodput == pytest.approx(15 / 80)
+    waits = run_of([claim(0, boot_s=60, usd_per_h=1.0), told("failed", 9, message="", exit_code=75)])
+    assert hours(waits, waits.attempts[0]) == Hours(boot_s=60, setup_s=9)
+
+
 def test_logs_of_before_are_read_too() -> None:
     """Without `train_s` the times of the steps tell."""
     run = run_of(attempt_events(1, start=0, last=5, total_steps=5))
@@ -199,6 +224,24 @@ def test_a_journey_over_three_clouds_is_told_in_full(three_clouds: Run) -> None:
     assert told.wall_s == pytest.approx(told.hours.paid_s + told.provisioning_s)
     assert told.plan == PLAN
     assert (told.state, told.lost_steps, told.commits) == ("done", 101, 10)
+
+
+def test_boots_shorten_the_time_without_a_machine(three_clouds: Run) -> None:
+    """What was waiting is paid; all parts still add up to the whole, which begins with the first boot."""
+    boots = (300.0, 540.0, 100.0, 600.0)
+    legs = tuple(leg._replace(boot_s=boot_s) for leg, boot_s in zip(LEGS, boots, strict=True))
+    without, told = account(three_clouds), account(run_of(*journey(legs), finished="then"))
+    assert [round(one.waited_s) for one in told.attempts] == [0, 0, 160, 900]
+    assert told.hours.boot_s == pytest.approx(sum(boots))
+    assert told.hours.paid_s == pytest.approx(without.hours.paid_s + sum(boots))
+    assert told.wall_s == pytest.approx(told.hours.paid_s + told.provisioning_s)
+    assert told.wall_s == pytest.approx(without.wall_s + boots[0])
+    assert told.usd == pytest.approx(
+        (without.usd or 0) + sum(leg.usd_per_h * leg.boot_s / 3600 for leg in legs if leg.usd_per_h)
+    )
+    assert told.goodput == pytest.approx(told.hours.useful_s / told.hours.paid_s)
+    first = told.as_dict()["attempts"][0]
+    assert (first["began"], first["hours"]["boot_s"]) == ("2026-03-14T08:55:00+00:00", 300.0)
 
 
 def test_memory_is_held_against_the_fit(three_clouds: Run) -> None:

@@ -46,6 +46,7 @@ class Site:
         usd_per_h: float | None = 10.0,
         claimed_h: float = 0.0,
         save_s: float = 0.0,
+        boot_h: float = 0.0,
     ) -> None:
         self.told = Told(save_s)
         self.notice = Notice()
@@ -54,7 +55,7 @@ class Site:
         self.watch = Watch(
             Limits(**limits),
             self.told,
-            usd_per_h=usd_per_h,
+            claimed=attempt(claimed_h, usd_per_h=usd_per_h, boot_h=boot_h)[0],
             earlier=lambda: earlier,
             now=lambda: self.wall,
             clock=lambda: self.seconds,
@@ -116,6 +117,24 @@ def test_what_is_spent_already_is_known_at_the_claim() -> None:
     assert not Site({"budget_usd": 11}, attempt(0, 1), claimed_h=2).watch.reached
 
 
+def test_a_budget_counts_from_the_machine_s_boot_and_a_deadline_from_the_claim() -> None:
+    """Half an hour of booting at $10 an hour leaves an hour and a half of $20, and two hours of two."""
+    site = Site({"budget_usd": 20}, boot_h=0.5)
+    assert site.watch.usd == pytest.approx(5)
+    assert not site.after(1.49)
+    assert site.after(1.5)
+    late = Site({"deadline_h": 2}, boot_h=0.5)
+    assert not late.after(1.99)
+    assert late.after(2.0)
+
+
+def test_a_boot_that_uses_up_the_budget_is_known_at_the_claim() -> None:
+    """With what earlier attempts took, their own boots included."""
+    earlier = attempt(0, 1, boot_h=0.5)
+    assert Site({"budget_usd": 20}, earlier, claimed_h=2, boot_h=0.5).watch.reached
+    assert not Site({"budget_usd": 21}, earlier, claimed_h=2, boot_h=0.5).watch.reached
+
+
 def test_a_wall_clock_that_jumps_during_the_attempt_changes_nothing() -> None:
     """Neither a year forward, which would end the run, nor back, which would keep it for ever."""
     for jump in (timedelta(days=365), -timedelta(days=365)):
@@ -163,7 +182,7 @@ def test_without_limits_nobody_asks_for_earlier_events() -> None:
     watch = Watch(
         Limits(),
         Told(),
-        usd_per_h=1.0,
+        claimed=attempt(0)[0],
         earlier=lambda: pytest.fail("asked"),
         now=lambda: datetime.now(UTC),
         clock=lambda: 0.0,

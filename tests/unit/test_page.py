@@ -15,7 +15,7 @@ from launcher.report.html import PATTERNS
 from launcher.report.panels import Curve, Panel, panels
 from launcher.report.svg import moments, plain, tag, ticks
 from launcher.runs.account import account
-from launcher.runs.read import Reader, Run
+from launcher.runs.read import Attempt, Reader, Run
 from tests.fakes.journeys import LEGS, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
 from trainer.bucket import open_run
@@ -98,6 +98,20 @@ def test_parts_are_told_apart_without_colour() -> None:
     named = [found[1] for found in patterns.values() if found]
     assert len(set(named)) == len(named)
     assert all(f'id="{name}"' in PATTERNS for name in named)
+
+
+def test_a_boot_is_shown_as_a_part() -> None:
+    """On the bar of its attempt and of all, in both pages' tables, and in the keys."""
+    leg = LEGS[0]._replace(last=478, end="done", boot_s=600)
+    booted = Run("b", "/b", (Attempt(1, tuple(journey((leg,))[0])),), (), "then")
+    one = account(booted)
+    drawn = timeline.draw(one, 940)
+    assert "attempt 1: boot until the claim 10 min 00 s" in drawn
+    assert 'class="part boot"' in bars.time_bar(one.hours, 940)
+    assert ("boot until the claim", "10 min 00 s") in [row[:2] for row in words.spent(one).rows]
+    assert "boot until the claim" in [row[0] for row in words.compared((one, one)).rows]
+    said = checked(page.of_run(booted, one, made="now")).words
+    assert said.count("boot until the claim") == 2
 
 
 def test_the_timeline_has_a_lane_for_each_place(run: Run) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from launcher.cloud.skypilot import UNPRICED
 from tests.servers.metadata import MetadataServer
 from tests.unit.test_orders import _no_settings, order  # noqa: F401 (a fixture, used by being there)
 from trainer.hardware import Shape
 from trainer.supervisor.metadata import HOST_VARIABLE
-from trainer.supervisor.price import CLUSTER, Price, plan_here, price_here
+from trainer.supervisor.price import CLUSTER, OWN, Price, plan_here, price_here, rented
 from trainer.variables import PLAN, PRICES, USD_PER_H
 
 A100 = Shape(accelerator="A100", count=8, memory_gib=39.6, cores=96, host_memory_gib=680, node="n")
@@ -107,6 +108,30 @@ def test_a_machine_of_one_s_own_costs_what_its_owner_says(
 ) -> None:
     """Nothing said is no price, and what cannot be read neither: no run fails of it."""
     assert price_here(CPU, environ=given) == Price(usd_per_h=usd_per_h)
+
+
+@pytest.mark.parametrize(
+    ("here", "is_rented"),
+    [
+        (environ("GCP", "us-central1"), True),
+        (environ("Lambda", "us-east-1"), True),
+        (environ("Slurm", "cluster"), False),
+        (environ("Kubernetes", "context"), False),
+        (environ("SSH", "pool"), False),
+        (environ("RunPod", "CA"), False),
+        ({**environ("GCP", "us-central1"), USD_PER_H: "3"}, False),
+        ({}, False),
+        ({CLUSTER: "nonsense"}, False),
+    ],
+)
+def test_a_rented_machine_is_a_whole_one_of_a_cloud(here: dict[str, str], is_rented: bool) -> None:
+    """None of one's own, by its place or by its owner's price; nor a container, whose host booted for others too."""
+    assert rented(here) is is_rented
+
+
+def test_launcher_and_node_agree_on_whose_machines_are_rented() -> None:
+    """What the launcher finds no prices for is nobody's to rent."""
+    assert set(UNPRICED) == OWN
 
 
 def test_google_s_own_server_is_asked() -> None:

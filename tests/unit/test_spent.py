@@ -13,14 +13,17 @@ from trainer.spent import Limits, Spent, age_h, of_attempt, of_run, standing, us
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def attempt(*hours: float, usd_per_h: float | None = 10.0, end: Event | None = None) -> list[Event]:
-    """Claimed at the first hour, heard of at the others."""
+def attempt(
+    *hours: float, usd_per_h: float | None = 10.0, end: Event | None = None, boot_h: float = 0.0
+) -> list[Event]:
+    """Claimed at the first hour, heard of at the others, on a machine that booted so long before."""
     kinds = ["claimed", *["step"] * (len(hours) - 1)]
     events: list[Event] = [
         {"kind": kind, "time": (BEGIN + timedelta(hours=at)).isoformat()}
         for kind, at in zip(kinds, hours, strict=True)
     ]
     events[0]["price"] = {"usd_per_h": usd_per_h, "market": None, "cloud": None, "region": None}
+    events[0] |= {"booted": at(hours[0] - boot_h).isoformat()} if boot_h else {}
     return [*events, {**events[-1], **end}] if end else events
 
 
@@ -38,6 +41,11 @@ def at(hours: float) -> datetime:
         (attempt(0, 3, usd_per_h=0.0), Spent(3, 0, 0)),
         (attempt(0, 2, 1), Spent(2, 20, 0)),
         (attempt(5, 1), Spent(0, 0, 0)),
+        (attempt(1, 3, boot_h=0.5), Spent(2.5, 25, 0)),
+        (attempt(1, boot_h=0.5), Spent(0.5, 5, 0)),
+        (attempt(1, 3, boot_h=0.5, usd_per_h=None), Spent(2.5, 0, 2.5)),
+        (attempt(5, 1, boot_h=0.5), Spent(0.5, 5, 0)),
+        (attempt(1, 3, boot_h=-0.5), Spent(2, 20, 0)),
     ],
     ids=[
         "no events",
@@ -47,10 +55,15 @@ def at(hours: float) -> datetime:
         "free",
         "set back",
         "set back before its claim",
+        "from its boot",
+        "its boot alone",
+        "boot without a price",
+        "boot, and set back before its claim",
+        "a boot after its claim",
     ],
 )
 def test_an_attempt_costs_its_hours_at_its_own_price(events: list[Event], spent: Spent) -> None:
-    """From its claim to what was heard last; a clock that is set back earns nothing."""
+    """From its claim, or its machine's boot, to what was heard last; a clock that is set back earns nothing."""
     assert of_attempt(events) == pytest.approx(spent)
 
 
@@ -72,6 +85,12 @@ def test_a_machine_whose_clock_is_behind_does_not_turn_the_deadline_back() -> No
     assert age_h([attempt(0, 1), attempt(5, 7)], at(-100)) == pytest.approx(3)
 
 
+@pytest.mark.parametrize("now_h", [2, -100])
+def test_a_deadline_begins_with_the_first_claim_and_not_with_a_boot(now_h: float) -> None:
+    """The wall clock may be right or wrong: a boot is paid for, and no more than that."""
+    assert age_h([attempt(0, 2, boot_h=0.5)], at(now_h)) == pytest.approx(2)
+
+
 @pytest.mark.parametrize(
     ("limits", "now_h", "what"),
     [
@@ -89,6 +108,13 @@ def test_a_limit_is_used_up_by_all_attempts_together(
     """Two attempts of one and of two hours at $10."""
     found = used_up([attempt(0, 1), attempt(5, 7)], Limits(**limits), at(now_h))
     assert (found.what if found else None) == what
+
+
+@pytest.mark.parametrize(("budget", "goes_on"), [(24.0, False), (25.0, False), (26.0, True)])
+def test_boots_use_up_a_budget(budget: float, goes_on: bool) -> None:
+    """Two hours at $10 after a quarter of an hour, and a quarter of an hour that the next attempt has cost already."""
+    run = [attempt(0, 2, boot_h=0.25)]
+    assert (used_up(run, Limits(budget_usd=budget), at(3), boot_usd=2.5) is None) is goes_on
 
 
 @pytest.mark.parametrize(("budget", "goes_on"), [(9.0, False), (10.0, False), (10.5, True)])

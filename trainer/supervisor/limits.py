@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from trainer import spent
+from trainer.events import Event
 from trainer.spent import Events, Limit, Limits
 from trainer.supervisor.preemption import Notice
 
@@ -43,28 +44,38 @@ class Watch:
         limits: Limits,
         tell: Teller,
         *,
-        usd_per_h: float | None,
+        claimed: Event,
         earlier: Callable[[], Sequence[Events]] = tuple,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Right after the claim; `earlier` is asked for the earlier attempts' events only if there are limits."""
+        """Right after the claim.
+
+        Args:
+            limits: the run's.
+            tell: who is told.
+            claimed: this attempt's claim: its price, and its machine's boot, which a budget counts and a deadline not.
+            earlier: the earlier attempts' events; asked for only if there are limits.
+            now: the wall clock.
+            clock: seconds, by a clock that nobody sets.
+        """
         self._limits = limits
         self._tell = tell
-        self._usd_per_h = usd_per_h
+        self._usd_per_h = usd_per_h = (claimed.get("price") or {}).get("usd_per_h")
         self._clock = clock
         self._claimed_at = clock()
         self._told: set[tuple[str, float]] = set()
         attempts = earlier() if limits else ()
         before = spent.of_run(attempts)
-        self._usd_before, self._age_before_h = before.usd, spent.age_h(attempts, now())
+        boot_usd = spent.of_attempt([claimed]).usd
+        self._usd_before, self._age_before_h = before.usd + boot_usd, spent.age_h(attempts, now())
         self.reached: Limit | None = None
         """The limit that ended this attempt, or that left it nothing."""
         if limits.budget_usd is not None and usd_per_h is None:
             tell.warned(UNPRICED.format(budget=limits.budget_usd))
         if limits.budget_usd is not None and before.unpriced_h:
             tell.warned(UNCOUNTED.format(hours=before.unpriced_h))
-        if limits and (gone := spent.used_up(attempts, limits, now())):
+        if limits and (gone := spent.used_up(attempts, limits, now(), boot_usd=boot_usd)):
             self._reach(gone)
 
     @property

@@ -50,7 +50,7 @@ class Narrator:
         self._listening = threading.Lock()
         self._print_every = int(recipe.trainer_args.get("logging_steps") or DEFAULT_LOGGING_STEPS) or 1
 
-    def claimed(
+    def claimed(  # noqa: PLR0913 (what a claim tells)
         self,
         shape: Shape,
         planned: Fit,
@@ -59,7 +59,9 @@ class Narrator:
         price: Price | None = None,
         plan: Event | None = None,
         limits: Limits | None = None,
-    ) -> None:
+        booted: str | None = None,
+    ) -> Event:
+        """`booted`: from when on the machine is paid (UTC, ISO 8601), if that is before now."""
         event = self._events.add(
             "claimed",
             run=uri,
@@ -70,8 +72,10 @@ class Narrator:
             price=(price or Price()).model_dump(),
             plan=plan,
             limits=(limits or Limits()).model_dump(),
+            **({"booted": booted} if booted else {}),
         )
         log.info("attempt %d of %s on %s: %s", event["attempt"], uri, shape, "; ".join(planned.reasons))
+        return event
 
     def warned(self, message: str) -> None:
         """What the user should know of this attempt, once."""

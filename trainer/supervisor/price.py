@@ -22,6 +22,10 @@ from trainer.variables import PLAN, PRICES, USD_PER_H
 
 log = logging.getLogger(__name__)
 CLUSTER = "SKYPILOT_CLUSTER_INFO"
+OWN = frozenset({"kubernetes", "slurm", "ssh", "vsphere"})
+"""Where machines of one's own are."""
+CONTAINERS = frozenset({"runpod", "vast"})
+"""Clouds that rent containers: what boots there is a host that others pay for too."""
 Market = Literal["spot", "on demand"]
 LookUp = Callable[[str], str | None]
 """A key of Google's metadata server to its value; None where there is none."""
@@ -85,6 +89,12 @@ def price_here(shape: Shape, *, environ: Mapping[str, str] = os.environ, look: L
         cloud=cloud,
         region=region,
     )
+
+
+def rented(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether SkyPilot rented this machine, so that somebody pays for it from its boot on."""
+    cloud, _ = _place(environ)
+    return cloud not in {None, *OWN, *CONTAINERS} and not environ.get(USD_PER_H)
 
 
 def plan_here(environ: Mapping[str, str] = os.environ) -> dict[str, Any] | None:

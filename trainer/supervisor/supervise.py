@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 from trainer.bucket import Bucket, open_run
 from trainer.bucket import attempt as attempts
@@ -23,6 +23,7 @@ from trainer.memory import checkpoint_bytes
 from trainer.recipe.architecture import architecture_for
 from trainer.spent import Limits
 from trainer.supervisor import publish, record
+from trainer.supervisor.boot import booted_here
 from trainer.supervisor.claimed import Claimed
 from trainer.supervisor.heartbeat import Heartbeat
 from trainer.supervisor.limits import Watch
@@ -88,14 +89,21 @@ def _take_part(request: Request, bucket: Bucket, team: Team, notice: Notice, pyt
     ):
         narrator = Narrator(events, request.recipe, mine.work / STEPS, window=lambda: notice.window)
         price = price_here(team.shape)
-        narrator.claimed(
-            team.shape, planned, bucket.uri, price=price, plan=plan_here(), limits=request.limits
+        before = cache(partial(record.events_before, bucket, attempt.number))
+        booted = None if team.node.rank else booted_here(team.shape.node, before)
+        claimed = narrator.claimed(
+            team.shape,
+            planned,
+            bucket.uri,
+            price=price,
+            plan=plan_here(),
+            limits=request.limits,
+            booted=booted,
         )
         if not attempt.exclusive:
             narrator.warned(attempts.NOT_EXCLUSIVE)
-        before = partial(record.events_before, bucket, attempt.number)
         kept = Limits() if team.node.rank else request.limits  # node 0 watches for all
-        limits = Watch(kept, narrator, usd_per_h=price.usd_per_h, earlier=before)
+        limits = Watch(kept, narrator, claimed=claimed, earlier=before)
         try:
             return Claimed(
                 request,
