@@ -177,7 +177,7 @@ class LosesItsMachine(Exception):
 class Trainer:
     """As much of TRL's trainer as the pass asks for; a pair's values are sums of its token ids."""
 
-    is_deepspeed_enabled = False
+    is_deepspeed_enabled = is_fsdp_enabled = False
 
     def __init__(self, job: Job, *, batches: int) -> None:
         self.args = SimpleNamespace(

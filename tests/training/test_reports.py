@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import wait_until
 from tests.servers.stores import MemoryBucket
 from tests.training.jobs import SMALL, make_job, train
 from trainer.supervisor.mirror import Mirror
@@ -76,8 +77,11 @@ def test_wandb_is_one_run_told_its_steps(tmp_path: Path, offline: None) -> None:
     wandb.finish()  # as the end of a process does: another process writes the file
     (file,) = first.job.reports.glob("wandb/offline-run-*/*.wandb")
     assert file.name == f"run-{reports.run_id(first.job)}.wandb"
-    steps = [int(row["_step"]) for row in wandb_history(file) if "train/loss" in row]
-    assert steps == [1, 2, 3, 4]
+
+    def steps() -> list[int]:
+        return [int(row["_step"]) for row in wandb_history(file) if "train/loss" in row]
+
+    wait_until(lambda: steps() == [1, 2, 3, 4], "the four steps to be in W&B's file")
 
 
 def test_a_runs_id_is_its_own(tmp_path: Path) -> None:

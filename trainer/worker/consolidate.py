@@ -20,7 +20,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEAD = "lm_head.weight"
 OF_THE_RUN = (
     "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin", "aeolus.json",
-    "deepspeed.json", "latest", "global_step*", "fsdp.json", MODEL, OPTIMIZER, "zero_to_fp32.py", "*.partial", "README.md",
+    "deepspeed.json", "latest", "global_step*", "fsdp.json", MODEL, OPTIMIZER, "zero_to_*.py", "*.partial", "README.md",
 )  # fmt: skip
 """What a checkpoint has and a model has not."""
 
