@@ -34,7 +34,7 @@ test: setup  ## every test that this machine can run; what it lacks is skipped w
 	$(LAUNCHER) -m pytest tests/unit tests/faults -n 2
 	$(TRAINER) -m pytest tests/unit -n 2 -k "$(SAME_IN_BOTH)"
 	$(TRAINER) -m pytest tests/training -n 2
-	$(LAUNCHER) -m pytest tests/e2e -n 2 --dist loadgroup
+	$(LAUNCHER) -m pytest tests/e2e -n 2
 
 test-slurm: setup  ## of these, those with a real SkyPilot over a real Slurm, whose jobs lose their machines
 	$(LAUNCHER) -m pytest tests/e2e/test_doctor.py tests/e2e/test_slurm.py tests/e2e/test_plans.py tests/e2e/test_tasks.py

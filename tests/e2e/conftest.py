@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from tests.e2e.lab.lab import Lab
+
+WITH_LAB = ("test_slurm.py", "test_plans.py", "test_tasks.py", "test_doctor.py")
 
 
 @pytest.fixture(scope="session")
@@ -28,15 +30,24 @@ def lab() -> Iterator[Lab]:
         yield made
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs the laboratory may wait for SkyPilot longer than other tests may run, and all of it has one worker;
-    whatever else is here has another, as much of that time nothing is computed.
-    """
+    """What needs the laboratory comes last, and may wait for SkyPilot longer than other tests may run."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in here:
-        needs_lab = "lab" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("lab" if needs_lab else "others"))
-        if needs_lab:
+        if "lab" in getattr(item, "fixturenames", ()):
+            if item.path.name not in WITH_LAB:
+                raise pytest.UsageError(f"{item.path.name} needs the laboratory: name it in WITH_LAB")
             item.add_marker(pytest.mark.timeout(3600))
     items.sort(key=lambda item: "lab" in getattr(item, "fixturenames", ()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `-n 2` one process has all that waits for SkyPilot, and another all the rest beside it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByNeed(LoadScopeScheduling):  # type: ignore[misc,unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            return "lab" if nodeid.partition("::")[0].endswith(WITH_LAB) else "others"
+
+    return ByNeed(config, log)
