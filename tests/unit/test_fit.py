@@ -230,8 +230,8 @@ def test_full_dpo_of_7b_fits_eight_of_40_gb(host_gib: float, cores: int) -> None
 
 
 def test_offload_goes_as_far_as_it_must() -> None:
-    """Two GPUs of 40 GB cannot hold the state of 7B; their host can."""
-    planned = fit(dpo(), shape(2, 24, "A100", 680.0), architecture())
+    """Four GPUs of 40 GB cannot hold the state of 7B; their host can."""
+    planned = fit(dpo(), shape(4, 48, "A100", 680.0), architecture())
     assert (planned.offload_optimizer, planned.offload_parameters) == (True, False)
     assert any("ZeRO-3 needs" in reason for reason in planned.reasons)
 
@@ -250,7 +250,7 @@ def test_notus_own_setting_is_had_on_request() -> None:
 def test_a_recipe_may_forbid_offload() -> None:
     """It is then said that leaving it out would do."""
     with pytest.raises(NoFit, match="leave out `offload: none`"):
-        fit(dpo(offload="none"), shape(2, 24, "A100", 680.0), architecture())
+        fit(dpo(offload="none"), shape(4, 48, "A100", 680.0), architecture())
 
 
 def test_a_host_too_small_for_what_is_offloaded_is_refused() -> None:
@@ -288,7 +288,7 @@ def test_a_refusal_has_what_is_needed_what_is_there_and_what_would_do() -> None:
     with pytest.raises(NoFit) as caught:
         fit(dpo(use_peft=True, lora_r=16, offload="none"), small, architecture())
     assert "GiB of each GPU; RTX5090:1 has 11.8 to give (parameters 13.5 GiB" in caught.value.message
-    assert caught.value.hint == "take L4:1 or RTX5090:2, or leave out `offload: none`"
+    assert caught.value.hint == "take L4:1, or leave out `offload: none`"
 
 
 def test_a_refusal_names_how_many_of_the_same_would_do() -> None:

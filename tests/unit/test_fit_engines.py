@@ -1,4 +1,4 @@
-"""Which engine a fit takes: the one that a recipe names, or else the first that needs no offload."""
+"""The engine that a recipe names is the one that the fit takes."""
 
 from __future__ import annotations
 
@@ -60,12 +60,3 @@ def test_the_cpu_has_the_named_engine_too() -> None:
     planned = fit(recipe(8).model_copy(update={"engine": "fsdp2"}), shape(0), None)
     assert (planned.engine, planned.words()) == ("fsdp2", "CPU, FSDP2, micro batch 8 x 1")
     assert "FSDP2: `engine: fsdp2`, as the recipe says" in planned.reasons
-
-
-def test_fsdp_is_taken_where_it_spares_an_offload() -> None:
-    """Four GPUs of 40 GB are too small for ZeRO-3 by what it needs on the way; eight are not, and keep to it."""
-    planned = fit(dpo(), shape(4, 48, "A100", 680.0), architecture())
-    assert (planned.engine, planned.offload_optimizer) == ("fsdp2", False)
-    assert any("ZeRO-3 needs" in reason for reason in planned.reasons)
-    eight = fit(dpo(precompute_ref_log_probs=False), shape(8, 96, "A100", 680.0), architecture())
-    assert eight.engine == "zero3"

@@ -30,10 +30,10 @@ FSDP 2: on two processes of a CPU a step took both as much work, to 5 % (`bench/
 TOKENS_LOST = {"single": 256, "ddp": 256, "zero2": 256, "zero3": 1024, "fsdp2": 1024}
 """Own assumption, to rank by: the tokens that could have been computed in the time that a micro batch costs by itself,
 in launches of kernels and, where they are cut, in waiting for parameters."""
-LAST_RESORT: Engine = "fsdp2"
-"""Before anything is offloaded, and only then: FSDP 2 does what ZeRO 3 does and neither was measured to be the faster
-(`bench/engines.md`), but on the way it is predicted to take less, of 7B on eight GPUs some 1.5 GiB, which nothing has shown on a
-GPU yet (`bench/memory.md`)."""
+CUTS_PARAMETERS: Engine = "zero3"
+"""Of ZeRO 3 and FSDP 2, which do the same, the one that is taken where the recipe is silent. Neither was measured to be the
+faster (`bench/engines.md`); FSDP 2 is predicted to take less on the way, of 7B on eight GPUs some 1.5 GiB, which nothing
+has shown on a GPU yet (`bench/memory.md`)."""
 DEFAULT_LENGTH = 1024
 
 Way = tuple[Engine, bool, bool]
@@ -74,8 +74,6 @@ def tries(
     for way in _ways(recipe, shape):
         if found is not None and way[1] + way[2] > found:
             return
-        if found is not None and way[0] == LAST_RESORT and recipe.engine is None:
-            continue
         for checkpointing in _checkpointings(recipe):
             attempt = partial(_try, recipe, shape, architecture, way, checkpointing)
             for tried in _up_to_the_largest(_micro_batches(recipe, share), attempt, room):
@@ -161,16 +159,15 @@ def _ways(recipe: Recipe, shape: Shape) -> list[Way]:
 
 def _possible(recipe: Recipe, *, several: bool) -> list[Way]:
     """Whole replicas; then ZeRO, which cannot cut what bitsandbytes packed, and whose second stage saves nothing of
-    LoRA's small state; then the last resort, and offload, by an optimizer that is not bound to whole weights on a GPU.
+    LoRA's small state; then with offload, by an optimizer that can step on the host.
     """
     ways: list[Way] = [("ddp" if several else "single", False, False)]
     if is_quantised(recipe):
         return ways
     second: list[Way] = [] if is_lora(recipe) else [("zero2", False, False)]
     if several:
-        ways += [*second, ("zero3", False, False)]
+        ways += [*second, (CUTS_PARAMETERS, False, False)]
     if optimizer_of(str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER))).offloads:
-        ways += [(LAST_RESORT, False, False)] if several else []
         ways += [(engine, True, False) for engine, _, _ in second]
         ways += [("zero3", True, False), ("zero3", True, True)]
     return ways
