@@ -28,8 +28,8 @@ EXPANDABLE = "expandable_segments:True"
 """Against fragments of memory between sequences of many lengths
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf)."""
 PASSIVE = "passive"
-"""On the CPU: threads that wait for each other sleep. By default they keep their cores busy, and of two trainings of two threads
-on two cores a step took five to twelve times as long (https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html)."""
+"""On the CPU: threads that wait for each other sleep. By default they keep their cores busy: two programs of two threads each, on two
+cores with other work, took five to thirteen times as long (https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html)."""
 GRACE_S = 30.0
 """For the other ranks, when one has failed, to say what they know."""
 
