@@ -95,9 +95,14 @@ class TrainerRun:
 
     def step(self) -> int:
         """The last step that the worker has told: sooner here than in the bucket."""
+        return max((event["step"] for event in self.told("step")), default=0)
+
+    def told(self, kind: str) -> list[Event]:
+        """What the worker has told; of an attempt that is killed, the bucket need not know it yet."""
         path = self._find("*/attempt-*/steps.jsonl")
-        lines = path.read_text().splitlines()[:-1] if path else []
-        return max((event["step"] for event in map(json.loads, lines) if event["kind"] == "step"), default=0)
+        lines = path.read_text().splitlines(keepends=True) if path else []
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [event for event in events if event["kind"] == kind]
 
     def _find(self, pattern: str) -> Path | None:
         try:

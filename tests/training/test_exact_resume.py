@@ -118,19 +118,21 @@ def test_three_kills_change_no_bit(recipe: Path, tmp_path: Path, s3: str, faulty
     def attempt(number: int) -> TrainerRun:
         return TrainerRun(recipe, s3, "killed", tmp_path / "work" / f"killed-{number}")
 
-    with attempt(1) as run:
-        kill_in_mid_step(run, view)
-    with attempt(2) as run:
-        kill_in_mid_save(run, view)
-    with attempt(3) as run:
-        kill_in_mid_upload(run, view, faulty_s3)
-    with attempt(4) as run:
-        assert run.wait() == 0, run.log
+    with attempt(1) as first:
+        kill_in_mid_step(first, view)
+    with attempt(2) as second:
+        kill_in_mid_save(second, view)
+    with attempt(3) as third:
+        kill_in_mid_upload(third, view, faulty_s3)
+    with attempt(4) as fourth:
+        assert fourth.wait() == 0, fourth.log
 
     assert [event["step"] for event in view.events("restored")] == [0, 4, 4, 4]
     assert [event["attempt"] for event in view.events("done")] == [4]
-    computed = {(event["attempt"], event["computed"] > 0) for event in view.events("reference")}
-    expected = {(1, True), (2, False), (3, False), (4, False)} if "dpo-full" in recipe.name else set()
+    references = [killed.told("reference") for killed in (first, second, third)]
+    references.append([event for event in view.events("reference") if event["attempt"] == 4])
+    computed = [{event["computed"] > 0 for event in events} for events in references]
+    expected = [{True}, {False}, {False}, {False}] if "dpo-full" in recipe.name else [set()] * 4
     assert computed == expected, "the reference's log-probabilities are the first attempt's"
     told = whole.steps()
     assert sorted(told) == list(range(1, LAST_STEP + 1))
