@@ -94,9 +94,13 @@ def test_a_notice_on_one_node_costs_no_step_on_either(recipe: Path, tmp_path: Pa
     assert model.weights_digest == other.weights_digest
 
 
-def on_two_nodes(work: Path, *, resume_from: Path | None = None) -> list[Job]:
-    """ZeRO 3 over two machines, each with a folder of its own, as the supervisors of two nodes start it."""
-    layout: dict[str, Any] = {"processes": 2, "nodes": 2, "micro_batch": 2, "engine": "zero3"}
+PARTS = {"zero3": "global_step3/*_optim_states.pt", "fsdp2": "optimizer_0/*.distcp"}
+"""Of the optimizer, one for each rank."""
+
+
+def on_two_nodes(work: Path, engine: str, *, resume_from: Path | None = None) -> list[Job]:
+    """A cut model over two machines, each with a folder of its own, as the supervisors of two nodes start it."""
+    layout: dict[str, Any] = {"processes": 2, "nodes": 2, "micro_batch": 2, "engine": engine}
     jobs = [
         ranks_job(work / str(node), "zephyr-tiny/dpo", resume_from=resume_from, **layout) for node in range(2)
     ]
@@ -111,18 +115,18 @@ def on_two_nodes(work: Path, *, resume_from: Path | None = None) -> list[Job]:
     return jobs
 
 
-@needs_compiler
-def test_zero_3_saves_each_nodes_parts_on_its_own_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [pytest.param("zero3", marks=needs_compiler), "fsdp2"])
+def test_a_cut_model_saves_each_nodes_parts_on_its_own_disk(tmp_path: Path, engine: str) -> None:
     """Together they are the checkpoint, from which both go on exactly."""
-    whole = on_two_nodes(tmp_path / "whole")
+    whole = on_two_nodes(tmp_path / "whole", engine)
     together = tmp_path / "restored" / "checkpoint-3"
     for node, job in enumerate(whole):
         parts = job.staging / "checkpoint-3"
         assert [path.name for path in parts.glob("rng_state_*.pth")] == [f"rng_state_{node}.pth"]
-        assert len(list(parts.glob("global_step3/*_optim_states.pt"))) == 1
+        assert len(list(parts.glob(PARTS[engine]))) == 1
         assert (job.staging / "checkpoint-3.staged").exists()
         shutil.copytree(parts, together, dirs_exist_ok=True)
-    again = on_two_nodes(tmp_path / "again", resume_from=together)
+    again = on_two_nodes(tmp_path / "again", engine, resume_from=together)
     steps = [Trained(each[0], Outcome(status="done")).trajectory for each in (whole, again)]
     assert len(steps[1]) == 3
     assert steps[0][3:] == steps[1]
