@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,6 +12,10 @@ from trainer.errors import BucketError, UserError
 from trainer.recipe import Recipe
 from trainer.recipe import names as recipe_names
 
+THERE = "~/.aeolus"
+"""Where a node has what is copied to it beside the checkout."""
+ODD = re.compile(r"[^\w.+=@-]+", re.ASCII)
+"""What SkyPilot's shell on the node would take apart: it makes a copy's folder without quotes."""
 ROOT = Path(__file__).resolve().parents[2]
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 OF_S3 = ("AWS_REGION", "AWS_DEFAULT_REGION", *ENDPOINTS)
@@ -35,15 +40,38 @@ def reachable(checkpoints: str, environ: Mapping[str, str], infra: Sequence[str]
     return checkpoints
 
 
-def refuse_local_files(recipe: Recipe, *, rented: bool) -> None:
-    mixture = recipe.dataset_mixture
-    ids = [recipe.model_name_or_path, *(each.id for each in (*mixture.datasets, *mixture.test_datasets))]
-    local = [name for name in ids if name and Path(name).is_absolute()]
-    if local and rented:
+def refuse_local_model(recipe: Recipe) -> None:
+    """A model's folder is too much to copy at every recovery."""
+    name = recipe.model_name_or_path
+    if name and Path(name).is_absolute():
         raise UserError(
-            f"{', '.join(local)} is on this machine only",
-            hint="put data on the Hub, and a model there or into a bucket: s3://BUCKET/runs/RUN/final",
+            f"{name} is on this machine only, and a rented one cannot start from it",
+            hint="put it on the Hub, where a private repository will do; or name another run's: s3://BUCKET/runs/RUN/final",
         )
+
+
+def data_there(recipe: Recipe) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Overrides that name the recipe's data files of this machine as the node finds them, and what is copied there.
+
+    They keep their names, by which a run knows its data.
+
+    Raises:
+        UserError: a name that the way to the node would change.
+    """
+    mixture = recipe.dataset_mixture
+    listed = {"datasets": mixture.datasets, "test_datasets": mixture.test_datasets}
+    places = {f"{key}.{nth}": each.id for key, sources in listed.items() for nth, each in enumerate(sources)}
+    here = {place: name for place, name in places.items() if Path(name).is_absolute()}
+    if odd := next((name for name in here.values() if ODD.search(Path(name).name)), None):
+        raise UserError(
+            f"{odd} has a name that the way to the node would change",
+            hint="name it with letters, digits and `._-`",
+        )
+    copied = {
+        name: f"{THERE}/data/{nth}/{Path(name).name}" for nth, name in enumerate(dict.fromkeys(here.values()))
+    }
+    overrides = tuple(f"dataset_mixture.{place}.id={copied[name]}" for place, name in here.items())
+    return overrides, {there: name for name, there in copied.items()}
 
 
 def recipe_there(recipe: str) -> tuple[str, dict[str, str]]:
@@ -51,7 +79,8 @@ def recipe_there(recipe: str) -> tuple[str, dict[str, str]]:
     path = Path(recipe).expanduser()
     if recipe in recipe_names() or not path.is_file():
         return recipe, {}
-    there = f"~/.aeolus/{path.resolve().parent.name}/{path.name}"
+    folder, name = (ODD.sub("-", word) for word in (path.resolve().parent.name, path.name))
+    there = f"{THERE}/{folder}/{name}"
     return there, {there: str(path.resolve())}
 
 

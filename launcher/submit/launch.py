@@ -202,6 +202,7 @@ def _sent(order: Order, desk: Desk, job_id: int | None, *, kind: Kind) -> Sent:
         usd_per_h=order.row.usd_per_h if order.row else None,
         submitted=desk.now(),
         options=dict(order.options),
+        mounts=dict(order.request.mounts),
     )
 
 

@@ -124,7 +124,9 @@ def prepare(
     checkpoints = handover.reachable(
         canonical(wanted.checkpoints or site.checkpoints, cwd or Path.cwd()), environ, infra, own=own
     )
-    handover.refuse_local_files(loaded.recipe, rented=not own)
+    data, files = ((), {}) if own else handover.data_there(loaded.recipe)
+    if not own:
+        handover.refuse_local_model(loaded.recipe)
     nodes = wanted.nodes or int(job.base.get("num_nodes") or 1)
     place = (
         _at_home(loaded.recipe, wanted, site, infra, nodes)
@@ -141,13 +143,13 @@ def prepare(
         run_id=checked_run_id(wanted.name) if wanted.name else default_run_id(loaded.recipe),
         recipe=recipe,
         checkpoints=checkpoints,
-        overrides=(*overrides, *save),
+        overrides=(*overrides, *data, *save),
         candidates=place.candidates,
         nodes=nodes,
         image=made.image,
         secrets=tuple(secrets),
         workdir=handover.workdir(made.image),
-        mounts=mounts,
+        mounts={**mounts, **files},
         node_python=str(site.node_python) if own and site.node_python else None,
         autostop=not place.managed and not own,
         envs={**place.envs, **promise.limits(limits)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from launcher.submit import standing
 from launcher.submit.standing import Known, Local
 from trainer.bucket import open_run
 from trainer.errors import UserError
-from trainer.recipe import Recipe, load
+from trainer.recipe import DataSource, Recipe, load
 
 FOLDER = "resumed"
 RECORD = "run.json"
@@ -60,7 +60,8 @@ def resume(run_id: str, options: Mapping[str, Any], *, state: Path, environ: Map
     limits = kept(Reader(bucket, run_id).read())
     before = {option: getattr(limits, key) for option, key in LIMITS.items()}
     there = {**before, **_place(known, options), "checkpoints": address, "name": run_id}
-    recipe = _recipe_file(json.loads(data), run_id, state)
+    mounts = {} if known is None or isinstance(known, Local) else known.record.mounts
+    recipe = _recipe_file(json.loads(data), run_id, state, mounts)
     return Resumed(str(recipe), {**options, **{key: options[key] or value for key, value in there.items()}})
 
 
@@ -84,9 +85,9 @@ def _place(known: Known | None, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
 
 
-def _recipe_file(record: Mapping[str, Any], run_id: str, state: Path) -> Path:
+def _recipe_file(record: Mapping[str, Any], run_id: str, state: Path, mounts: Mapping[str, str]) -> Path:
     """The recipe of `run.json` as a file under its own name, which finds it its task again."""
-    recipe = Recipe.model_validate(record["recipe"])
+    recipe = _as_here(Recipe.model_validate(record["recipe"]), mounts)
     folder, _, stem = recipe.name.rpartition("/")
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", word) or "-" for word in (run_id, folder or "recipe", stem)]
     path = state / FOLDER / words[0] / words[1] / f"{words[2]}.yaml"
@@ -99,6 +100,19 @@ def _recipe_file(record: Mapping[str, Any], run_id: str, state: Path) -> Path:
             hint="submit the recipe that it was started with, with `--name` and the higher limit",
         )
     return path
+
+
+def _as_here(recipe: Recipe, mounts: Mapping[str, str]) -> Recipe:
+    """With data files that were copied to the nodes where they lie on this machine."""
+    here = {there.removeprefix("~"): path for there, path in mounts.items()}
+
+    def moved(sources: Sequence[DataSource]) -> tuple[DataSource, ...]:
+        paths = [next((here[end] for end in here if each.id.endswith(end)), each.id) for each in sources]
+        return tuple(each.model_copy(update={"id": path}) for each, path in zip(sources, paths, strict=True))
+
+    mixture = recipe.dataset_mixture
+    found = {"datasets": moved(mixture.datasets), "test_datasets": moved(mixture.test_datasets)}
+    return recipe.model_copy(update={"dataset_mixture": mixture.model_copy(update=found)})
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

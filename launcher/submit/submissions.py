@@ -37,6 +37,8 @@ class Sent(BaseModel):
     """Whether SkyPilot has been seen to have nothing of it any more, so that nobody needs to ask again."""
     options: dict[str, Any] = {}
     """Where it was asked for: GPUs, clouds, market."""
+    mounts: dict[str, str] = {}
+    """What was copied to its nodes: path there, path here."""
 
 
 def remember(state: Path, sent: Sent) -> None:

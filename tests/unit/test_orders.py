@@ -177,12 +177,73 @@ def test_a_recipe_file_goes_along_under_its_folder_s_name(tmp_path: Path) -> Non
     assert made.recipe == "mine/dpo"
 
 
-def test_data_of_this_machine_is_not_sent_to_rented_ones(tmp_path: Path) -> None:
+def test_data_of_this_machine_goes_along_to_rented_ones(tmp_path: Path) -> None:
+    """Each file once, under its own name, and the node reads the same run of it."""
+    pairs, tests = tmp_path / "mine" / "pairs.jsonl", tmp_path / "other" / "pairs.jsonl"
+    for path in (pairs, tests):
+        path.parent.mkdir()
+        path.write_text("{}\n")
+    made = order(
+        "zephyr-7b/dpo_full", f"dataset_mixture={pairs}", f"test_dataset=[{tests},{pairs}]", gpus="A100:8"
+    )
+    there = ["~/.aeolus/data/0/pairs.jsonl", "~/.aeolus/data/1/pairs.jsonl"]
+    assert made.config["file_mounts"] == {there[0]: str(pairs), there[1]: str(tests)}
+    handed_on = str(made.config["envs"]["OVERRIDES"]).split()
+    assert [word for word in handed_on if word.startswith("dataset_mixture.")] == [
+        f"dataset_mixture.datasets.0.id={there[0]}",
+        f"dataset_mixture.test_datasets.0.id={there[1]}",
+        f"dataset_mixture.test_datasets.1.id={there[0]}",
+    ]
+
+
+def test_the_node_reads_the_copied_data_as_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is handed on, in the node's home: the same digest, of the file that was copied there."""
+    monkeypatch.setenv("HOME", str(tmp_path / "node"))
+    folder = tmp_path / "my project"
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text("{}\n")
+    (folder / "dpo.yaml").write_text("model_name_or_path: Qwen/Qwen2.5-7B\ndataset_mixture: pairs.jsonl\n"
+                                     "global_batch_size: 64\n")  # fmt: skip
+    made = order(str(folder / "dpo.yaml"), gpus="A100:8")
+    for there, here in made.config["file_mounts"].items():
+        copy = Path(there).expanduser()
+        copy.parent.mkdir(parents=True)
+        copy.write_text(Path(here).read_text())
+    envs = made.config["envs"]
+    read = load(envs["RECIPE"], str(envs["OVERRIDES"]).split()).recipe
+    assert read.dataset_mixture.datasets[0].id == str(tmp_path / "node/.aeolus/data/0/pairs.jsonl")
+    assert read.digest() == load(folder / "dpo.yaml").recipe.digest()
+
+
+def test_a_folder_with_blanks_leaves_none_in_what_the_node_s_shell_reads(tmp_path: Path) -> None:
+    """SkyPilot makes the folder of a copy without quotes, and takes no blank in a name."""
+    folder = tmp_path / "my project (2)"
+    folder.mkdir()
+    (folder / "dpo.yaml").write_text((Path("jobs/recipes") / f"{TINY}.yaml").read_text())
+    made = order(str(folder / "dpo.yaml"), gpus="A100:8", infra=("slurm",))
+    assert made.config["envs"]["RECIPE"] == "~/.aeolus/my-project-2-/dpo.yaml"
+    assert made.config["file_mounts"] == {"~/.aeolus/my-project-2-/dpo.yaml": str(folder / "dpo.yaml")}
+    assert str(made.config["name"]).startswith("my-project-2-dpo-")
+
+
+def test_data_whose_name_would_not_arrive_is_refused(tmp_path: Path) -> None:
+    """Before a machine is rented."""
+    (tmp_path / "my pairs.jsonl").write_text("{}\n")
+    recipe = tmp_path / "dpo.yaml"
+    recipe.write_text(
+        "model_name_or_path: Qwen/Qwen2.5-7B\ndataset_mixture: my pairs.jsonl\nglobal_batch_size: 64\n"
+    )
+    with pytest.raises(UserError, match=r"my pairs\.jsonl has a name that the way to the node would change"):
+        order(str(recipe), gpus="A100:8")
+
+
+def test_a_model_of_this_machine_is_not_sent_to_rented_ones(tmp_path: Path) -> None:
     """It would be missed there, after the machine is paid."""
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("{}\n")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     with pytest.raises(UserError, match="is on this machine only"):
-        order("zephyr-7b/dpo_full", f"dataset_mixture={data}", gpus="A100:8")
+        order("zephyr-7b/dpo_full", f"model_name_or_path={tmp_path}", gpus="A100:8")
 
 
 def test_a_task_for_one_kind_of_gpu_is_planned_for_that(tmp_path: Path) -> None:

@@ -74,6 +74,25 @@ def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
 
 
+def test_data_that_was_copied_to_the_nodes_is_found_here_again(site: Site, tmp_path: Path) -> None:
+    """The run knows its data by where a node had it; this machine remembers what it sent."""
+    data, there = tmp_path / "pairs.jsonl", tmp_path / "node" / ".aeolus" / "data" / "0" / "pairs.jsonl"
+    there.parent.mkdir(parents=True)
+    for path in (data, there):
+        path.write_text("{}\n")
+    recipe = load(TINY, [f"dataset_mixture={there}"]).recipe
+    there.unlink()
+    record = {"recipe": recipe.model_dump(mode="json"), "recipe_digest": recipe.digest()}
+    (site.runs / "r" / "run.json").write_text(json.dumps(record))
+    site.remember()
+    sent = submissions.recall(site.state, "r", str(site.runs))
+    assert sent
+    mounts = {"~/.aeolus/data/0/pairs.jsonl": str(data)}
+    submissions.remember(site.state, sent.model_copy(update={"mounts": mounts}))
+    path, _options = site.resume()
+    assert [each.id for each in load(path).recipe.dataset_mixture.datasets] == [str(data)]
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_recipe_comes_back_from_its_run_json(name: str, tmp_path: Path) -> None:
     """The same digest, so the same run."""

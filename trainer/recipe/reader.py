@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ DPO_ONLY = ("max_prompt_length",)
 IMPORTED_GPUS = 8
 """What the recipes of the alignment-handbook were written for."""
 SAVE_STEPS = 50
+LONGEST_NAME = 90
+"""Characters of a recipe's name that its run's has."""
 STATED = (
     "seed",
     "learning_rate",
@@ -85,7 +88,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
 def default_run_id(recipe: Recipe) -> str:
     """A run's name for who gives none: the recipe's, and enough of its digest to keep others apart."""
-    return f"{recipe.name.replace('/', '-')}-{recipe.digest()[:8]}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.name).lstrip("-._")[:LONGEST_NAME] or recipe.method
+    return f"{name}-{recipe.digest()[:8]}"
 
 
 def _method(given: Given, path: Path) -> str:
