@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.doctor.check import Finding
+from trainer.bucket import open_file
 from trainer.errors import UserError
 from trainer.recipe import DataSource, Recipe
 from trainer.recipe.architecture import HUB
@@ -76,6 +77,12 @@ def data(source: DataSource, environ: Mapping[str, str]) -> Finding:
         return _ok("data", f"{source.id}, made on the node")
     if Path(source.id).is_absolute():
         return _here("data", source.id)
+    if "://" in source.id:
+        bucket, key = open_file(source.id)
+        if bucket.has(key):
+            return _ok("data", source.id)
+        hint = "is it spelled like this in its bucket?"
+        return Finding(name="data", status="missing", said=f"there is no {source.id}", hint=hint)
     revision = f"/revision/{urllib.parse.quote(source.revision, safe='')}" if source.revision else ""
     answer = _ask("GET", f"/api/datasets/{source.id}{revision}", environ)
     return _on_hub("data", source.id, answer, environ)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from trainer.errors import UserError
+from trainer.bucket import open_file
+from trainer.errors import DataError, UserError
 from trainer.estimate import Workload, counted_workload, known_workload
 from trainer.recipe import DataSource, Recipe
 
@@ -21,6 +22,7 @@ def workload_of(recipe: Recipe, *, rows: int | None = None) -> Workload:
 
     Raises:
         UserError: the data set is not known, not here, and nobody said how large it is.
+        BucketError, Unavailable: it is in a bucket that cannot be read.
     """
     mixture = recipe.dataset_mixture
     if rows is None and (known := known_workload(recipe)):
@@ -53,21 +55,33 @@ def _full(recipe: Recipe, rows: int, said: str) -> Workload:
 
 
 def _count(sources: Sequence[DataSource]) -> tuple[int, int] | None:
-    """Rows and bytes of JSON-lines files on this machine; None if any is something else."""
-    paths = [path for source in sources for path in _files(Path(source.id))]
-    if not paths or any(path.suffix != ".jsonl" for path in paths):
+    """Rows and bytes of JSON-lines files on this machine and in buckets; None if any is something else."""
+    names = [name for source in sources for name in _files(source.id)]
+    if not names or any(not name.endswith(".jsonl") for name in names):
         return None
-    return sum(map(_lines, paths)), sum(path.stat().st_size for path in paths)
+    counted = [_in_bucket(name) if "://" in name else _here(Path(name)) for name in names]
+    return sum(rows for rows, _ in counted), sum(size for _, size in counted)
 
 
-def _files(path: Path) -> Iterable[Path]:
-    if path.is_dir():
-        return sorted(each for each in path.iterdir() if each.is_file())
-    return [path]
+def _files(name: str) -> Iterable[str]:
+    if "://" not in name and Path(name).is_dir():
+        return sorted(str(each) for each in Path(name).iterdir() if each.is_file())
+    return [name]
 
 
-def _lines(path: Path) -> int:
+def _in_bucket(uri: str) -> tuple[int, int]:
+    """Its rows have to be read to be counted."""
+    bucket, key = open_file(uri)
+    try:
+        data = bucket.get(key)
+    except FileNotFoundError:
+        raise DataError(f"there is no {uri}", hint="is it spelled like this in its bucket?") from None
+    return data.count(b"\n"), len(data)
+
+
+def _here(path: Path) -> tuple[int, int]:
     if not path.is_file():
-        return 0
+        return 0, 0
     with path.open("rb") as file:
-        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(READ_BYTES), b""))
+        rows = sum(piece.count(b"\n") for piece in iter(lambda: file.read(READ_BYTES), b""))
+    return rows, path.stat().st_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from launcher.submit import standing
 from launcher.submit.standing import Known, Local
 from trainer.bucket import open_run
 from trainer.errors import UserError
-from trainer.recipe import DataSource, Recipe, load
+from trainer.recipe import Recipe, load
 
 FOLDER = "resumed"
 RECORD = "run.json"
@@ -105,14 +105,7 @@ def _recipe_file(record: Mapping[str, Any], run_id: str, state: Path, mounts: Ma
 def _as_here(recipe: Recipe, mounts: Mapping[str, str]) -> Recipe:
     """With data files that were copied to the nodes where they lie on this machine."""
     here = {there.removeprefix("~"): path for there, path in mounts.items()}
-
-    def moved(sources: Sequence[DataSource]) -> tuple[DataSource, ...]:
-        paths = [next((here[end] for end in here if each.id.endswith(end)), each.id) for each in sources]
-        return tuple(each.model_copy(update={"id": path}) for each, path in zip(sources, paths, strict=True))
-
-    mixture = recipe.dataset_mixture
-    found = {"datasets": moved(mixture.datasets), "test_datasets": moved(mixture.test_datasets)}
-    return recipe.model_copy(update={"dataset_mixture": mixture.model_copy(update=found)})
+    return recipe.with_data(lambda name: next((here[end] for end in here if name.endswith(end)), name))
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

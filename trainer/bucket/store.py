@@ -97,6 +97,15 @@ class Bucket:
         except FileNotFoundError:
             return None
 
+    def has(self, key: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            with self._faults("look at", key):
+                self._store.head(key)
+        except FileNotFoundError:
+            return False
+        return True
+
     def put(self, key: str, data: bytes) -> None:
         """Write the whole object, in place of what was there; readers see the old or the new one."""
         with self._faults("write", key, write=True):
@@ -293,6 +302,18 @@ def open_run(uri: str, run_id: str, *, patience: Patience = PATIENCE) -> Bucket:
     place = parse(uri).child(run_id)
     _names(place, patience)
     return Bucket(connect(place, patience), str(place))
+
+
+def open_file(uri: str) -> tuple[Bucket, str]:
+    """The folder of an object, such as a data file, once it answers, and the object's key in it.
+
+    Raises:
+        BucketError, Unavailable: as `open_run`.
+    """
+    folder, _, key = uri.rpartition("/")
+    place = parse(folder)
+    _names(place, PATIENCE)
+    return Bucket(connect(place, PATIENCE), str(place)), key
 
 
 def list_runs(uri: str, *, patience: Patience = PATIENCE) -> list[str]:

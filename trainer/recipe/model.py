@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any, Literal, Self
 
@@ -48,7 +49,7 @@ class DataSource(_Frozen):
     """One data set, or a part of it."""
 
     id: str = Field(min_length=1)
-    """Hub id; path of a .jsonl, .json or .parquet file or a folder of them; `generated:chats` or `generated:preferences`."""
+    """Hub id; path of a .jsonl, .json or .parquet file or a folder of them; such a file's URI in a bucket; `generated:chats` or `generated:preferences`."""
     config: str | None = None
     """The Hub's name of the data set's variant."""
     split: str = "train"
@@ -217,6 +218,16 @@ class Recipe(_Frozen):
         """What `report_to` names; none if it is silent."""
         named = self.trainer_args.get("report_to") or "none"
         return tuple(each for each in ([named] if isinstance(named, str) else named) if each != "none")
+
+    def with_data(self, place: Callable[[str], str]) -> Recipe:
+        """The same recipe with each of its data sets at another place."""
+
+        def placed(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+            return tuple(each.model_copy(update={"id": place(each.id)}) for each in sources)
+
+        mixture = self.dataset_mixture
+        update = {"datasets": placed(mixture.datasets), "test_datasets": placed(mixture.test_datasets)}
+        return self.model_copy(update={"dataset_mixture": mixture.model_copy(update=update)})
 
     @property
     def keep_checkpoints(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from trainer.errors import DataError, ModelError, RecipeError
-from trainer.recipe import fields, local_paths, yaml_file
+from trainer.recipe import fields, local_paths, mixture, yaml_file
 from trainer.recipe.fields import Field
 from trainer.recipe.given import BATCH, Given, gather
 from trainer.recipe.model import LEAST_CHECKPOINTS, DataSource, Mixture, Recipe, TinyModel
@@ -42,6 +42,7 @@ DPO_ONLY = ("max_prompt_length",)
 """Those of ours that mean nothing in SFT."""
 IMPORTED_GPUS = 8
 """What the recipes of the alignment-handbook were written for."""
+BUCKETS = ("s3://", "gs://")
 SAVE_STEPS = 50
 LONGEST_NAME = 90
 """Characters of a recipe's name that its run's has."""
@@ -192,7 +193,17 @@ def _place_files(keys: Keys, given: Given, folder: Path) -> None:
     data = keys["dataset_mixture"]
     for source in (*data.get("datasets", ()), *data.get("test_datasets", ())):
         if isinstance(source.get("id"), str):
+            _check_uri(source["id"])
             source["id"] = resolve("dataset_mixture", source["id"], DataError)
+
+
+def _check_uri(data: str) -> None:
+    """Of data elsewhere than here and on the Hub only a file in a bucket can be read."""
+    if "://" in data and not (data.startswith(BUCKETS) and mixture.is_file(data)):
+        raise DataError(
+            f"{data} is no data file in a bucket",
+            hint="as in s3://BUCKET/pairs.jsonl or gs://BUCKET/pairs.parquet; or a Hub id, or a file here",
+        )
 
 
 def _settle(keys: Keys, method: str, notes: list[str]) -> None:

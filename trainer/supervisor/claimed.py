@@ -16,7 +16,7 @@ from trainer.job import Job, Outcome
 from trainer.room import room_in, take_on_ballast
 from trainer.supervisor import publish, record
 from trainer.supervisor.heartbeat import Heartbeat
-from trainer.supervisor.inputs import fetch_model
+from trainer.supervisor.inputs import fetch_data, fetch_model
 from trainer.supervisor.limits import Watch
 from trainer.supervisor.mirror import mirrored
 from trainer.supervisor.narrator import Narrator
@@ -83,9 +83,9 @@ class Claimed:
         return self._settle(job, exit_code, notice)
 
     def _prepare(self, planned: Fit) -> Job:
-        """Fetch what the workers start from: a model that lies in a bucket, the newest checkpoint."""
-        recipe = self._request.recipe
+        """Fetch what the workers start from: a model and data that lie in a bucket, the newest checkpoint."""
         take_on_ballast(self._work)
+        recipe = fetch_data(self._request.recipe, self._work / "input-data")
         model = fetch_model(recipe.model_name_or_path, self._work / "input-model")
         placement = place(
             expected_size(self._bucket, model, self._predicted),

@@ -1,11 +1,14 @@
-"""A model that lies in a bucket, brought here: `s3://bucket/prefix/run/final`."""
+"""What lies in a bucket, brought here: a model, `s3://bucket/prefix/run/final`; data, `s3://bucket/pairs.jsonl`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from trainer.bucket import open_file
 from trainer.bucket.exported import find_exported
 from trainer.bucket.restore import fetch
+from trainer.errors import DataError
+from trainer.recipe import Recipe
 
 
 def fetch_model(source: str | None, into: Path) -> str | None:
@@ -20,3 +23,22 @@ def fetch_model(source: str | None, into: Path) -> str | None:
     bucket, manifest = find_exported(source)
     fetch(bucket, manifest, into)
     return str(into)
+
+
+def fetch_data(recipe: Recipe, into: Path) -> Recipe:
+    """What the worker is to read: the recipe with its buckets' data files as they were fetched, each under its own name.
+
+    Raises:
+        DataError: there is no such file.
+        BucketError, Unavailable: its bucket cannot be read.
+    """
+    sources = (*recipe.dataset_mixture.datasets, *recipe.dataset_mixture.test_datasets)
+    there = dict.fromkeys(each.id for each in sources if "://" in each.id)
+    here = {uri: into / str(number) / uri.rpartition("/")[2] for number, uri in enumerate(there)}
+    for uri, path in here.items():
+        bucket, key = open_file(uri)
+        try:
+            bucket.download(key, path)
+        except FileNotFoundError:
+            raise DataError(f"there is no {uri}", hint="is it spelled like this in its bucket?") from None
+    return recipe.with_data(lambda name: str(here.get(name, name)))
