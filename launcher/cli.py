@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ COLUMNS = {
     "usd": "$ so far",
 }
 """Of `status`: the row's key, and its title."""
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+"""What a folder refuses with, such as a home that belongs to nobody."""
 
 
 def main(arguments: Sequence[str] | None = None, *, cloud: Cloud | None = None) -> NoReturn:
@@ -47,6 +50,7 @@ def main(arguments: Sequence[str] | None = None, *, cloud: Cloud | None = None) 
         arguments: as typed; None: of this process.
         cloud: a stand-in for SkyPilot.
     """
+    terminal.take_any_text(sys.stdout)
     try:
         code = cli.main(arguments, prog_name="launcher", standalone_mode=False, obj=cloud)
     except click.ClickException as error:
@@ -57,6 +61,11 @@ def main(arguments: Sequence[str] | None = None, *, cloud: Cloud | None = None) 
         code = 1
     except UserError as error:
         click.echo(f"error: {error}", err=True)
+        code = ExitCode.USAGE
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            raise
+        click.echo(f"error: cannot write {error.filename or 'there'}: {error.strerror}", err=True)
         code = ExitCode.USAGE
     sys.exit(code or 0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -19,6 +21,20 @@ def state_folder() -> Path:
     from platformdirs import user_state_path
 
     return user_state_path("aeolus")
+
+
+def take_any_text(stream: IO[str]) -> None:
+    """What the locale's encoding lacks becomes a question mark: a report has arrows and bars."""
+    if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="replace")
+
+
+def refuse_empty(options: Mapping[str, object]) -> None:
+    """An option with no value is a shell's variable that is not set; it does not mean the default."""
+    if empty := [name for name, value in options.items() if value == ""]:
+        from click import UsageError
+
+        raise UsageError(f"--{empty[0].replace('_', '-')} is empty: is a variable of your shell not set?")
 
 
 def stdout(file: IO[str] | None = None) -> Console:

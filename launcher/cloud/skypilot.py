@@ -73,6 +73,8 @@ def _fetch(infra: str) -> Fetched:
         from sky import catalog
     except ImportError as error:
         raise UserError(f"SkyPilot is not installed: {error}", hint=INSTALL) from None
+    except OSError as error:  # it makes folders in the home as it is imported
+        raise Unavailable(f"SkyPilot cannot start: {error}") from None
     with _overheard() as warnings:
         try:
             rows = _rows(infra, catalog)
@@ -325,6 +327,8 @@ def _asking(doing: str) -> Iterator[Any]:
         import sky.jobs
     except ImportError as error:
         raise UserError(f"SkyPilot is not installed: {error}", hint=INSTALL) from None
+    except OSError as error:  # as above
+        raise UserError(f"SkyPilot cannot start: {error}") from None
     try:
         with _overheard(), contextlib.redirect_stdout(sys.stderr):
             yield sky

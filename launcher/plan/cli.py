@@ -52,8 +52,9 @@ def plan(recipe: str, overrides: tuple[str, ...], **options: Any) -> int:
 
     Exit codes: 0 something fits; 2 nothing does, or the recipe or an option is wrong.
     """
-    from launcher import render
+    from launcher import render, terminal
 
+    terminal.refuse_empty(options)
     planned = _plan(recipe, overrides, options)
     if options["as_json"]:
         click.echo(render.to_json(as_dict(planned)))

@@ -199,7 +199,21 @@ def _asked_for(offers: Sequence[Offer], wishes: Wishes) -> list[Offer]:
             f"nobody here rents {wishes.count} x {wishes.accelerator} in one machine",
             hint=f"to be had are {counts}: `--gpus {wishes.accelerator}:N`",
         )
-    return counted
+    return _on_market(counted, wishes)
+
+
+def _on_market(offers: list[Offer], wishes: Wishes) -> list[Offer]:
+    """Those of the market that was named; at least one."""
+    if wishes.spot is None:
+        return offers
+    found = [each for each in offers if (each.spot_usd_per_h if wishes.spot else each.usd_per_h) is not None]
+    if not found:
+        wanted = "spot" if wishes.spot else "on demand"
+        raise UserError(
+            f"{', '.join(sorted({each.infra for each in offers}))} rents no {wishes.accelerator or 'GPUs'} {wanted}",
+            hint=f"leave `--{wanted.replace(' ', '-')}` out, or name other clouds with `--infra`",
+        )
+    return found
 
 
 def _by_shape(offers: Iterable[Offer], nodes: int) -> dict[Shape, list[Offer]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, urlsplit
 
+from trainer.bucket.address import parse as parse_address
 from trainer.events import Event, of_kind, parse
 from trainer.spent import boot_s
 
@@ -228,9 +229,14 @@ def folder_of(uri: str) -> Path | None:
 
 
 def canonical(uri: str, cwd: Path) -> str:
-    """One spelling for one place: folders absolute, no slash at the end."""
+    """One spelling for one place: folders absolute, no slash at the end.
+
+    Raises:
+        BucketError: what is neither a folder nor the address of a bucket, such as `gcs://bucket`.
+    """
+    place = parse_address(uri)
     folder = folder_of(uri)
-    return uri.rstrip("/") if folder is None else str((cwd / folder.expanduser()).resolve())
+    return str(place) if folder is None else str((cwd / folder.expanduser()).resolve())
 
 
 def values(events: Sequence[Event], key: str) -> tuple[list[int], list[float]]:

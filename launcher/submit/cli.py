@@ -127,6 +127,7 @@ def _resumed(recipe: str | None, options: dict[str, Any]) -> tuple[str, dict[str
 
 
 def _check(options: dict[str, Any]) -> None:
+    terminal.refuse_empty(options)
     here = LOCAL in options["infra"]
     if here and len(options["infra"]) > 1:
         raise click.UsageError("--infra local is this machine alone")

@@ -255,3 +255,43 @@ def test_runs_of_one_name_are_told_apart(launcher: Type, at_work: Home, tmp_path
     answer = launcher("logs", "a-run")
     assert (answer.code, "choose one with --checkpoints" in answer.err) == (2, True)
     assert launcher("logs", "a-run", "--checkpoints", record.checkpoints).code == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "submit"])
+def test_an_option_that_the_shell_left_empty_is_refused(launcher: Type, command: str) -> None:
+    """`--gpus "$GPUS"` must not mean whatever is cheapest."""
+    answer = launcher(command, "zephyr-7b/dpo_full", "--gpus", "")
+    assert answer.code == ExitCode.USAGE
+    assert "--gpus is empty" in answer.err
+
+
+def test_a_folder_that_refuses_us_is_said(launcher: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home that nobody can write to, as some containers have it."""
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/state")
+    answer = launcher("submit", RECIPE, "--infra", "local")
+    assert answer.code == ExitCode.USAGE
+    assert "error: cannot write /dev/null/state" in answer.err
+
+
+def test_a_terminal_without_our_characters_gets_what_it_can_show(tmp_path: Path) -> None:
+    """Bars and arrows are no reason to fail under a locale of ASCII."""
+    write_events(tmp_path / "runs" / "a-run", attempt_events(1, start=0, last=9, total_steps=9))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "launcher",
+            "watch",
+            "a-run",
+            "--once",
+            "--checkpoints",
+            str(tmp_path / "runs"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"a-run" in done.stdout
+    assert b"?" in done.stdout

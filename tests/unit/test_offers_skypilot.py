@@ -203,3 +203,19 @@ def test_all_of_skypilots_clouds_are_known_by_name(live: list[Any]) -> None:
     """So that a name can be checked without importing SkyPilot."""
     _, clouds = live
     assert sorted([*skypilot.PRICED, *skypilot.UNPRICED]) == clouds
+
+
+def test_a_home_that_cannot_be_written_to_leaves_the_shipped_prices() -> None:
+    """SkyPilot makes folders there as it is imported; a plan needs none of them."""
+    pytest.importorskip("sky")
+    ask = "from launcher.cloud.skypilot import catalogs; print(repr(catalogs(['gcp'])['gcp']))"
+    done = subprocess.run(
+        [sys.executable, "-c", ask],
+        cwd=ROOT,
+        env={**os.environ, "HOME": "/dev/null/home"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Unavailable" in done.stdout, done.stderr
+    assert "SkyPilot cannot start" in done.stdout

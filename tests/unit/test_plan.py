@@ -91,6 +91,16 @@ def test_lambda_rents_no_spot() -> None:
     assert not any(row.spot for row in planned(spot=False).rows)
 
 
+@pytest.mark.parametrize("accelerator", [None, "A100"])
+def test_a_market_that_a_cloud_does_not_have_is_named(accelerator: str | None) -> None:
+    """`--infra lambda --spot` is not a question of other GPUs."""
+    found = shipped_prices()
+    here = found.model_copy(update={"offers": tuple(each for each in found.offers if each.infra == "lambda")})
+    with pytest.raises(UserError, match=f"lambda rents no {accelerator or 'GPUs'} spot") as error:
+        planned(prices=here, spot=True, accelerator=accelerator)
+    assert "leave `--spot` out" in str(error.value.hint)
+
+
 def test_spot_counts_preemptions_and_on_demand_does_not() -> None:
     """Expected hours on spot are more than the work; the interval between saves goes with them."""
     rows = planned(accelerator="A100-80GB", count=8).rows

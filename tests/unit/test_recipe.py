@@ -175,6 +175,10 @@ def test_a_name_that_does_not_exist_leads_to_the_nearest() -> None:
         ({"dataset_mixture": None}, "no key says what data to train on"),
         ({"dataset_name": "org/data"}, "both say what data"),
         ({"train_sampling_strategy": "group_by_length"}, "depend on the GPUs"),
+        ({"learning_rate": -1}, "`learning_rate: -1` is below zero"),
+        ({"max_length": 0}, "`max_length: 0` leaves no tokens"),
+        ({"save_steps": 0}, "`save_steps: 0` would keep nothing before the end"),
+        ({"num_train_epochs": 0}, "`num_train_epochs: 0` trains nothing"),
         ({"tiny": {"hidden_size": 100, "num_attention_heads": 3}}, "is no multiple of"),
         ({"tiny": {"hidden_sise": 100}}, "did you mean `hidden_size`"),
         ({"method": "dpo", "max_length": 512, "max_prompt_length": 512}, "leaves no room for an answer"),
@@ -351,3 +355,17 @@ def test_an_engine_is_no_part_of_what_is_trained(write: Any) -> None:
     assert recipe(engine="fsdp2").digest() == recipe(engine="zero3").digest() == recipe().digest()
     with pytest.raises(RecipeError, match=r"`engine: fsdp` must be one of .*did you mean `fsdp2`"):
         load(write(engine="fsdp"))
+
+
+def test_a_list_on_the_command_line_needs_no_brackets(write: Any) -> None:
+    """`q_proj,v_proj` is two modules, and none has that name."""
+    found = load(write(use_peft=True), ["lora_target_modules=q_proj,v_proj"]).recipe
+    assert found.model_args["lora_target_modules"] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("my project (2)/dpo", "my-project-2-dpo-"), ("-x", "x-"), ("ü", "sft-")]
+)
+def test_a_run_s_name_is_one_that_clouds_take(write: Any, name: str, begins: str) -> None:
+    """A recipe's folder may be called anything."""
+    assert default_run_id(load(write(name=name)).recipe).startswith(begins)

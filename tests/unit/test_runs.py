@@ -9,6 +9,7 @@ import pytest
 from launcher.runs.read import Reader, Redone, Run, canonical, folder_of
 from tests.fakes.runs import attempt_events, write_commit, write_events
 from trainer.bucket import open_run
+from trainer.errors import BucketError
 
 
 def read(folder: Path) -> Run:
@@ -107,3 +108,12 @@ def test_one_place_has_one_spelling(tmp_path: Path) -> None:
     assert {canonical(spelling, tmp_path) for spelling in spellings} == {str(tmp_path / "runs")}
     assert canonical("gs://bucket/runs/", tmp_path) == "gs://bucket/runs"
     assert folder_of("s3://bucket/runs") is None
+
+
+@pytest.mark.parametrize(
+    "uri", ["gss://bucket/runs", "gs:/bucket/runs", "gs://", "gcs://bucket", "https://host/bucket"]
+)
+def test_what_is_no_address_is_not_taken_for_a_folder(uri: str, tmp_path: Path) -> None:
+    """Before anything is planned, and in a dry run, too."""
+    with pytest.raises(BucketError):
+        canonical(uri, tmp_path)

@@ -99,7 +99,10 @@ def _exact(value: Any, name: str) -> Any:
 def _lenient(value: Any, name: str) -> Any:
     """The value in the type, where what is meant is certain."""
     if name.startswith("list[") and isinstance(value, str | int | float):
-        return [convert(value, Field(name[5:-1]))]
+        items = (
+            value.split(",") if isinstance(value, str) else [value]
+        )  # as on a command line: `q_proj,v_proj`
+        return [convert(item, Field(name[5:-1])) for item in items]
     if name not in ("int", "float") or isinstance(value, bool) or not isinstance(value, str | float):
         raise ValueError(name)
     number = float(value)

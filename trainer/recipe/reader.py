@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +82,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     method = _method(given, path)
     _check_names(given, method)
     keys = _in_their_types(given, method)
+    _check_numbers(keys, given)
     keys["global_batch_size"] = _global_batch(keys, given)
     _place_files(keys, given, path.parent)
     _settle(keys, method, given.notes)
@@ -155,6 +158,20 @@ def _convert(key: str, value: Any, field: Field, given: Given) -> Any:
         return fields.convert(value, field)
     except ValueError as error:
         raise RecipeError(f"{given.source(key)}: `{key}: {show(value)}` {error}") from None
+
+
+def _check_numbers(keys: Keys, given: Given) -> None:
+    """Those with which training would end at its first step, or with nothing."""
+    by_steps = (keys.get("max_steps") or 0) > 0
+    below = {
+        "learning_rate": (0, "is below zero"),
+        "max_length": (1, "leaves no tokens"),
+        "save_steps": (sys.float_info.min, "would keep nothing before the end"),
+        "num_train_epochs": (-math.inf if by_steps else sys.float_info.min, "trains nothing"),
+    }
+    for key, (least, why) in below.items():
+        if keys.get(key) is not None and keys[key] < least:
+            raise RecipeError(f"{given.source(key)}: `{key}: {show(keys[key])}` {why}")
 
 
 def _global_batch(keys: Keys, given: Given) -> int:
