@@ -84,8 +84,11 @@ def _machine(
 
 
 def _store(site: Settings, checkpoints: str | None, *, infra: tuple[str, ...]) -> list[Check]:
-    address = canonical(checkpoints or site.checkpoints, Path.cwd())
-    return [Check("bucket", lambda: bucket.look(address, elsewhere=LOCAL not in infra), limit_s=60)]
+    def look() -> list[Finding]:
+        address = canonical(checkpoints or site.checkpoints, Path.cwd())
+        return bucket.look(address, elsewhere=LOCAL not in infra)
+
+    return [Check("bucket", look, limit_s=60)]
 
 
 def _tokens(recipe: Recipe | None, environ: Mapping[str, str]) -> list[Check]:

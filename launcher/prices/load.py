@@ -148,7 +148,9 @@ def _place(infra: str) -> tuple[str, str | None]:
     cloud = ALIASES.get(cloud, cloud)
     known = (*skypilot.PRICED, *OWN)
     if cloud not in known:
-        raise UserError(f"no infrastructure is called `{infra}`", hint=_near(cloud, known))
+        several = " ".join(f"--infra {name.strip()}" for name in infra.split(","))
+        hint = f"one at a time: `{several}`" if "," in infra else _near(cloud, known)
+        raise UserError(f"no infrastructure is called `{infra}`", hint=hint)
     return cloud, region or None
 
 

@@ -12,7 +12,6 @@ from trainer.recipe import names as recipe_names
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 DEFAULT = "dpo_full"
-PLACEHOLDER = "YOUR-BUCKET"
 
 
 class JobFile(NamedTuple):

@@ -31,6 +31,7 @@ SINGLE = {
 }
 """Tasks, and the GPUs of each of their nodes that are tried first."""
 PIPELINE = "zephyr"
+DRY = ("launch", "--dryrun", "--yes", "-i", "10", "--down", "--env", "CHECKPOINTS=gs://a-bucket/runs")
 SECRETS = {"HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
 
 
@@ -66,7 +67,8 @@ def test_the_header_has_the_commands(task: str) -> None:
     header = (JOBS / f"{task}.yaml").read_text().split("\nname:")[0]
     assert all(line.startswith("#") for line in header.splitlines())
     assert f"sky jobs launch jobs/{task}.yaml --env CHECKPOINTS=" in header
-    assert f"sky launch -c {task.replace('_', '-')} jobs/{task}.yaml" in header or task == PIPELINE
+    by_hand = f"sky launch -c {task.replace('_', '-')} jobs/{task}.yaml --env CHECKPOINTS=gs://BUCKET/runs -i 10 --down"
+    assert by_hand in header or task == PIPELINE
 
 
 @pytest.mark.parametrize(("task", "document"), tasks())
@@ -81,6 +83,7 @@ def test_tokens_are_secrets_and_none_is_needed(task: str, document: dict[str, An
     assert document["secrets"].keys() >= SECRETS
     assert not document["secrets"].keys() & document["envs"].keys()
     assert set(document["secrets"].values()) == {""}
+    assert document["envs"]["CHECKPOINTS"] is None, "SkyPilot is to ask for it"
 
 
 @pytest.mark.parametrize(("task", "document"), tasks())
@@ -104,7 +107,7 @@ def test_the_recipe_is_a_shipped_one(task: str, document: dict[str, Any]) -> Non
 def test_skypilot_would_rent_the_cheapest_spot_machine(task: str, lab: Lab) -> None:
     """Its optimizer takes the first entry, in the region that our price snapshot has as the cheapest."""
     lab.sky.pretend("GCP", "Lambda")
-    said = lab.sky.run("launch", "--dryrun", "--yes", JOBS / f"{task}.yaml")
+    said = lab.sky.run(*DRY, JOBS / f"{task}.yaml")
     assert "Dryrun finished" in said
     nodes = documents(task)[0].get("num_nodes", 1)
     [rented] = chosen(said)
@@ -114,7 +117,7 @@ def test_skypilot_would_rent_the_cheapest_spot_machine(task: str, lab: Lab) -> N
 def test_without_google_it_would_rent_at_lambda(lab: Lab) -> None:
     """The next entries are tried: Lambda's 8 x A100-80GB, on demand."""
     lab.sky.pretend("Lambda")
-    said = lab.sky.run("launch", "--dryrun", "--yes", JOBS / "dpo_full.yaml")
+    said = lab.sky.run(*DRY, JOBS / "dpo_full.yaml")
     [rented] = chosen(said)
     assert rented in cheapest("lambda", "A100-80GB:8")
 

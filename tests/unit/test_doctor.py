@@ -14,6 +14,7 @@ from launcher.cloud.fake import FakeCloud
 from launcher.cloud.records import enabled_of
 from launcher.doctor import bucket, here, hub
 from launcher.doctor.check import HIDDEN, Check, Finding, run_all
+from launcher.doctor.look import look
 from launcher.settings import VARIABLES, Settings
 from tests.servers.hub import Hub
 from trainer.bucket import open_run
@@ -107,6 +108,20 @@ def test_a_store_without_conditions_is_told_and_will_do(rclone: str) -> None:
     assert written.status == "ok"
     assert (conditions.status, conditions.in_the_way) == ("failed", False)
     assert open_run(rclone, "any").list() == []
+
+
+def test_an_address_that_cannot_be_is_a_finding() -> None:
+    """One of many: the other checks are told all the same, as JSON too."""
+    found = look(
+        None,
+        infra=("local",),
+        checkpoints="gcs://b/runs",
+        environ={"AEOLUS_TRAINER_PYTHON": "/x"},
+        cloud=FakeCloud(),
+    )
+    [bucket_] = [each for each in found if each.name == "bucket"]
+    assert bucket_.status == "failed"
+    assert "gcs://b/runs" in bucket_.said
 
 
 def test_a_bucket_that_is_not_there_is_the_store_s_own_message(s3: str) -> None:

@@ -191,7 +191,13 @@ def test_another_cloud_is_skypilots_alone_to_price(load: Load) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("gpc", "did you mean `gcp`"), ("lamda", "`lambda`"), ("x", "known: aws")]
+    ("name", "hint"),
+    [
+        ("gpc", "did you mean `gcp`"),
+        ("lamda", "`lambda`"),
+        ("x", "known: aws"),
+        ("gcp,lambda", "`--infra gcp --infra lambda`"),
+    ],
 )
 def test_an_infrastructure_that_nobody_knows_is_an_error(load: Load, name: str, hint: str) -> None:
     """It names what was meant, and asks nobody."""

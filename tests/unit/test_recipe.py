@@ -369,3 +369,10 @@ def test_a_list_on_the_command_line_needs_no_brackets(write: Any) -> None:
 def test_a_run_s_name_is_one_that_clouds_take(write: Any, name: str, begins: str) -> None:
     """A recipe's folder may be called anything."""
     assert default_run_id(load(write(name=name)).recipe).startswith(begins)
+
+
+def test_data_in_a_recipe_s_place_is_told_where_it_goes() -> None:
+    """Whether it is there or not: YAML's own words for JSON lines help nobody."""
+    with pytest.raises(RecipeError, match=r"pairs\.jsonl is data, and no recipe") as caught:
+        load("mine/pairs.jsonl")
+    assert "dataset_mixture=mine/pairs.jsonl" in str(caught.value.hint)

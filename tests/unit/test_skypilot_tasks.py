@@ -53,6 +53,16 @@ try:
     facts["refused"] = None
 except skypilot.UserError as error:
     facts["refused"] = str(error)
+import pathlib, yaml
+facts["shipped"] = {}
+for path in pathlib.Path(skypilot.__file__).parents[2].glob("jobs/*.yaml"):
+    for document in yaml.safe_load_all(path.read_text()):
+        if "run" in document:
+            try:
+                skypilot.accepts(document, {})
+                facts["shipped"][f"{path.stem} {document['name']}"] = None
+            except skypilot.UserError as error:
+                facts["shipped"][f"{path.stem} {document['name']}"] = str(error)
 print(json.dumps({"tasks": told, "facts": facts}))
 """
 ORDERS: dict[str, dict[str, Any]] = {
@@ -116,6 +126,13 @@ def test_what_skypilot_reads_is_what_was_meant(told: dict[str, Any]) -> None:
 def test_a_task_that_skypilot_refuses_is_text(told: dict[str, Any]) -> None:
     """A key that it does not know is no traceback."""
     assert "cannot check the task" in told["facts"]["refused"]
+
+
+def test_a_shipped_task_without_its_bucket_is_refused_before_anything_is_rented(told: dict[str, Any]) -> None:
+    """By SkyPilot itself, with the variable's name: a placeholder would be found out on the machine."""
+    shipped = told["facts"]["shipped"]
+    assert len(shipped) == 9
+    assert all("'CHECKPOINTS' is None" in str(said) for said in shipped.values()), shipped
 
 
 def test_the_faults_that_we_know_are_skypilot_s(told: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from trainer.errors import RecipeError
 from trainer.recipe.fields import nearest
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
+DATA = (".jsonl", ".parquet")
 COMMAND_LINE = "command line"
 FAMILY = "zephyr-7b"
 """Whose recipes are found by their method alone: `dpo_full` is `zephyr-7b/dpo_full`."""
@@ -60,6 +61,10 @@ def find(source: str | Path) -> Path:
     """
     path = Path(source).expanduser()
     shipped = RECIPES / f"{source}.yaml"
+    if path.suffix.lower() in DATA:
+        raise RecipeError(
+            f"{source} is data, and no recipe", hint=f"as in `zephyr-7b/dpo_full dataset_mixture={source}`"
+        )
     if path.is_file():
         return path.resolve()
     if str(source) in names():

@@ -38,7 +38,8 @@ OPTIMIZE = """
 import sys
 import sky
 from sky.utils import dag_utils
-sky.stream_and_get(sky.optimize(dag_utils.load_chain_dag_from_yaml(sys.argv[1])))
+variables = [("CHECKPOINTS", "gs://a-bucket/runs")]
+sky.stream_and_get(sky.optimize(dag_utils.load_chain_dag_from_yaml(sys.argv[1], variables)))
 """
 CHOOSE = """
 import json, sys
