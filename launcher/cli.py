@@ -39,7 +39,16 @@ COLUMNS = {
     "usd": "$ so far",
 }
 """Of `status`: the row's key, and its title."""
-NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+NOT_OURS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)
 """What a folder refuses with, such as a home that belongs to nobody."""
 
 

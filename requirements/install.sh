@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 folder=$1 which=$2
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 
-uv=$(command -v uv || true)
+uv=$(command -v uv || command -v ~/.local/bin/uv || true) # the latter: where SkyPilot puts it on every node
 if [ -z "$uv" ]; then
   [ -x .tools/bin/uv ] || { "$python" -m venv .tools && .tools/bin/python -m pip install --quiet uv; }
   uv=.tools/bin/uv

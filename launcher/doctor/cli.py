@@ -20,6 +20,7 @@ STYLES = {"ok": "green", "missing": "red", "failed": "red", "skipped": "dim"}
 
 @click.command(short_help="See whether all is there that a run needs.")
 @click.argument("recipe", required=False, shell_complete=completion.recipes)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--infra",
     multiple=True,
@@ -31,7 +32,12 @@ STYLES = {"ok": "green", "missing": "red", "failed": "red", "skipped": "dim"}
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.pass_obj
 def doctor(
-    cloud: Cloud | None, recipe: str | None, infra: tuple[str, ...], checkpoints: str | None, as_json: bool
+    cloud: Cloud | None,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    infra: tuple[str, ...],
+    checkpoints: str | None,
+    as_json: bool,
 ) -> int:
     """See whether everything is there that a run needs; with RECIPE, also its model and its data.
 
@@ -45,6 +51,7 @@ def doctor(
     with _Progress() as progress:
         found = look(
             recipe,
+            overrides=overrides,
             infra=infra,
             checkpoints=checkpoints,
             environ=os.environ,

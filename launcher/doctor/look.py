@@ -23,6 +23,7 @@ LOCAL = "local"
 def look(  # noqa: PLR0913 (a recipe, a place, and what is asked)
     recipe: str | None,
     *,
+    overrides: tuple[str, ...] = (),
     infra: tuple[str, ...],
     checkpoints: str | None,
     environ: Mapping[str, str],
@@ -34,6 +35,7 @@ def look(  # noqa: PLR0913 (a recipe, a place, and what is asked)
 
     Args:
         recipe: its name or file; None: what no recipe is needed for.
+        overrides: `key=value`, as for `submit`.
         infra: where it is to run; empty: as the settings say.
         checkpoints: where it is to be kept; None: as the settings say.
         environ: of this process.
@@ -45,7 +47,7 @@ def look(  # noqa: PLR0913 (a recipe, a place, and what is asked)
         site = settings.load(environ)
     except UserError as error:
         return [Finding(name="settings", status="failed", said=error.message, hint=error.hint)]
-    read = _recipe(recipe)
+    read = _recipe(recipe, overrides)
     loaded = read if isinstance(read, Recipe) else None
     checks = [
         *_machine(site, environ, infra=infra or site.infra, cloud=cloud),
@@ -108,12 +110,12 @@ def _inputs(recipe: Recipe, environ: Mapping[str, str]) -> list[Check]:
     ]
 
 
-def _recipe(name: str | None) -> Recipe | Finding:
+def _recipe(name: str | None, overrides: tuple[str, ...]) -> Recipe | Finding:
     if name is None:
         said = "none was named: neither its model nor its data were looked at"
         return Finding(name="recipe", status="skipped", said=said, needed=False)
     try:
-        return load(name).recipe
+        return load(name, overrides).recipe
     except UserError as error:
         return Finding(name="recipe", status="failed", said=error.message, hint=error.hint)
 

@@ -295,3 +295,11 @@ def test_a_terminal_without_our_characters_gets_what_it_can_show(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert b"a-run" in done.stdout
     assert b"?" in done.stdout
+
+
+def test_a_page_that_cannot_be_written_is_said(launcher: Type, tmp_path: Path) -> None:
+    """`--html` below what is no folder."""
+    write_events(tmp_path / "runs" / "a-run", attempt_events(1, start=0, last=9, total_steps=9))
+    answer = launcher("report", "a-run", "--checkpoints", "runs", "--html", "/dev/null/page.html")
+    assert answer.code == ExitCode.USAGE
+    assert "cannot write /dev/null" in answer.err

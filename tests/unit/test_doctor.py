@@ -110,6 +110,21 @@ def test_a_store_without_conditions_is_told_and_will_do(rclone: str) -> None:
     assert open_run(rclone, "any").list() == []
 
 
+def test_the_words_of_submit_are_looked_at_too(tmp_path: Path) -> None:
+    """Another model or other data is what somebody wants to know of."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}\n")
+    found = look(
+        TINY,
+        overrides=(f"dataset_mixture={data}",),
+        infra=("local",),
+        checkpoints=str(tmp_path / "runs"),
+        environ={"AEOLUS_TRAINER_PYTHON": "/x"},
+        cloud=FakeCloud(),
+    )
+    assert [each.said for each in found if each.name == "data"] == [str(data)]
+
+
 def test_an_address_that_cannot_be_is_a_finding() -> None:
     """One of many: the other checks are told all the same, as JSON too."""
     found = look(
