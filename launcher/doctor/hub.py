@@ -15,10 +15,12 @@ from trainer.bucket import open_file
 from trainer.errors import UserError
 from trainer.recipe import DataSource, Recipe
 from trainer.recipe.architecture import HUB
+from trainer.recipe.hub_login import TOKEN
 
 TIMEOUT_S = 10.0
-TOKEN = "HF_TOKEN"  # noqa: S105 (a variable's name)
-GET_TOKEN = "make one at https://huggingface.co/settings/tokens, and `export HF_TOKEN=hf_…`"  # noqa: S105
+GET_TOKEN = (
+    "make one at https://huggingface.co/settings/tokens, and `export HF_TOKEN=hf_…`, or `hf auth login`"  # noqa: S105
+)
 GATED = "accept its terms on the Hub, and pass your token as $HF_TOKEN; or check its name"
 
 

@@ -14,6 +14,7 @@ from launcher.runs.read import canonical
 from launcher.settings import Settings
 from trainer.errors import UserError
 from trainer.recipe import Recipe, load
+from trainer.recipe.hub_login import with_login
 
 SKYPILOT_S = 120.0
 """Its import alone takes seconds, its server half a minute to start, and each cloud is asked over the network."""
@@ -47,6 +48,7 @@ def look(  # noqa: PLR0913 (a recipe, a place, and what is asked)
         site = settings.load(environ)
     except UserError as error:
         return [Finding(name="settings", status="failed", said=error.message, hint=error.hint)]
+    environ = with_login(environ)
     read = _recipe(recipe, overrides)
     loaded = read if isinstance(read, Recipe) else None
     checks = [

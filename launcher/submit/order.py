@@ -27,6 +27,7 @@ from trainer.fit import fit
 from trainer.hardware import Shape, gpu
 from trainer.recipe import Recipe, default_run_id, load
 from trainer.recipe.architecture import find_architecture
+from trainer.recipe.hub_login import with_login
 from trainer.spent import Limits
 
 REMEMBERED = ("gpus", "nodes", "spot", "managed", "infra", "image", "retry_until_up", "rows")
@@ -135,7 +136,7 @@ def prepare(
     )
     save = _save_steps(place, wanted.overrides)
     recipe, mounts = handover.recipe_there(job.recipe)
-    secrets = handover.secrets(job.base, checkpoints, environ)
+    secrets = handover.secrets(job.base, checkpoints, with_login(environ))
     made = container(wanted.image, site, own=own)
     secrets |= login(made.image, environ)
     limits = _limits(wanted, site, own=own)

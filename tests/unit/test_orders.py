@@ -165,6 +165,19 @@ def test_secrets_go_by_name_and_only_where_they_are_needed() -> None:
         assert not any(value in shown for value in SECRETS.values())
 
 
+def test_who_has_logged_in_to_the_hub_needs_no_variable(tmp_path: Path) -> None:
+    """A gated model would be refused on the machine that is paid; the variable goes before the file."""
+    (tmp_path / "token").write_text("hf_fromthelogin\n")
+    logged_in = {"HF_HOME": str(tmp_path)}
+    made = order(gpus="A100:8", environ=logged_in)
+    assert made.secrets == {"HF_TOKEN": "hf_fromthelogin"}
+    assert "fromthelogin" not in to_yaml(made.config)
+    assert order(gpus="A100:8", environ={**logged_in, "HF_TOKEN": "hf_ours"}).secrets == {
+        "HF_TOKEN": "hf_ours"
+    }
+    assert order(gpus="A100:8", environ={"HF_HOME": str(tmp_path / "none")}).secrets == {}
+
+
 def test_a_recipe_file_goes_along_under_its_folder_s_name(tmp_path: Path) -> None:
     """The node reads the same recipe under the same name."""
     folder = tmp_path / "mine"

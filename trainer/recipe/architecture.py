@@ -14,7 +14,7 @@ from typing import Any
 from trainer.errors import ModelError, UserError
 from trainer.hardware import Shape
 from trainer.memory import Architecture, known_architecture
-from trainer.recipe import gguf
+from trainer.recipe import gguf, hub_login
 from trainer.recipe.model import Recipe
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class _Lookup:
     def __init__(self, revision: str, fetch: Fetch | None, environ: Mapping[str, str]) -> None:
         self._revision = revision
         self._fetch = fetch
-        self._environ = environ
+        self._environ = hub_login.with_login(environ)
 
     def up(self, name: str, depth: int = 0) -> Architecture:
         if depth > DEEPEST:
@@ -159,10 +159,10 @@ def _json_file(path: Path) -> dict[str, Any] | None:
 
 def _cached(name: str, environ: Mapping[str, str]) -> Path | None:
     """The newest snapshot of a model in the cache of the Hub's client: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
-    home = environ.get("HF_HOME") or str(
-        Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
-    )
-    hub = Path(environ.get("HF_HUB_CACHE") or Path(home).expanduser() / "hub")
+    home, named = hub_login.home(environ), environ.get("HF_HUB_CACHE")
+    if not named and home is None:
+        return None
+    hub = Path(named).expanduser() if named else Path(str(home)) / "hub"
     snapshots = [
         file.parent
         for kind in ("config.json", "adapter_config.json")
