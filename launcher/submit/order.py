@@ -31,6 +31,8 @@ from trainer.recipe.hub_login import with_login
 from trainer.spent import Limits
 
 REMEMBERED = ("gpus", "nodes", "spot", "managed", "infra", "image", "retry_until_up", "rows")
+SHARED = ("slurm", "ssh")
+"""Machines of one's own that often have a file system in common with where one submits."""
 NO_HOST_LIMIT_GIB = 1e6
 """Of a machine of one's own nobody knows the memory here; the trainer measures it there."""
 
@@ -125,8 +127,8 @@ def prepare(
     checkpoints = handover.reachable(
         canonical(wanted.checkpoints or site.checkpoints, cwd or Path.cwd()), environ, infra, own=own
     )
-    data, files = ((), {}) if own else handover.data_there(loaded.recipe)
-    if not own:
+    data, files = ((), {}) if _shared(infra) else handover.data_there(loaded.recipe)
+    if not _shared(infra):
         handover.refuse_local_model(loaded.recipe)
     nodes = wanted.nodes or int(job.base.get("num_nodes") or 1)
     place = (
@@ -174,6 +176,11 @@ def _limits(wanted: Wanted, site: Settings, *, own: bool) -> Limits:
     """What the run's supervisor keeps to; a site's budget means nothing where nothing has a price."""
     budget_usd = wanted.budget_usd or (None if own and site.usd_per_h is None else site.budget_usd)
     return Limits(budget_usd=budget_usd, deadline_h=wanted.deadline_h)
+
+
+def _shared(infra: Sequence[str]) -> bool:
+    """Whether the nodes may see this machine's files; pods and rented machines never do."""
+    return all(name.partition("/")[0].lower() in SHARED for name in infra)
 
 
 def _own(infra: Sequence[str]) -> bool:

@@ -209,6 +209,17 @@ def test_data_of_this_machine_goes_along_to_rented_ones(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("infra", "copied"), [("slurm", False), ("kubernetes", True), ("k8s", True)])
+def test_pods_get_the_data_and_a_cluster_that_may_share_it_does_not(
+    tmp_path: Path, infra: str, copied: bool
+) -> None:
+    """A pod sees nothing of this machine; a Slurm cluster's file system is often this one's."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}\n")
+    made = order("zephyr-7b/dpo_full", f"dataset_mixture={data}", gpus="A100:8", infra=(infra,))
+    assert ("file_mounts" in made.config) == copied
+
+
 def test_the_node_reads_the_copied_data_as_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
