@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None, *, cloud: Cloud | None = None) 
     except OSError as error:
         if error.errno not in NOT_OURS:
             raise
-        click.echo(f"error: cannot write {error.filename or 'there'}: {error.strerror}", err=True)
+        click.echo(f"error: cannot use {error.filename or 'a file'}: {error.strerror}", err=True)
         code = ExitCode.USAGE
     sys.exit(code or 0)
 

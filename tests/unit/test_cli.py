@@ -270,7 +270,7 @@ def test_a_folder_that_refuses_us_is_said(launcher: Type, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/state")
     answer = launcher("submit", RECIPE, "--infra", "local")
     assert answer.code == ExitCode.USAGE
-    assert "error: cannot write /dev/null/state" in answer.err
+    assert "error: cannot use /dev/null/state" in answer.err
 
 
 def test_a_terminal_without_our_characters_gets_what_it_can_show(tmp_path: Path) -> None:
@@ -302,4 +302,4 @@ def test_a_page_that_cannot_be_written_is_said(launcher: Type, tmp_path: Path) -
     write_events(tmp_path / "runs" / "a-run", attempt_events(1, start=0, last=9, total_steps=9))
     answer = launcher("report", "a-run", "--checkpoints", "runs", "--html", "/dev/null/page.html")
     assert answer.code == ExitCode.USAGE
-    assert "cannot write /dev/null" in answer.err
+    assert "cannot use /dev/null" in answer.err
