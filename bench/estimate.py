@@ -21,7 +21,7 @@ def predict(run: Published) -> tuple[float, Estimate]:
     """The value in the run's own unit, and all of the estimate."""
     found = estimate(
         run.recipe, run.architecture, run.layout, run.shape, run.workload,
-        stack=run.stack, network_gbps=run.network_gbps,
+        stack=run.stack, network_gbps=run.network_gbps, in_order=False,
     )  # fmt: skip
     match run.unit:
         case "hours":

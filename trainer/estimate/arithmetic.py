@@ -75,7 +75,7 @@ def one_pass(run: Run, batch: Batch, *, adapted: bool = True) -> Pass:
 
 def attention(architecture: Architecture, layout: Layout, batch: Batch, machine: Machine) -> float:
     """Of all layers; `eager` computes the whole square and carries its scores through memory."""
-    square = batch.sequences * batch.length**2 * architecture.num_hidden_layers
+    square = batch.sequences * batch.square * architecture.num_hidden_layers
     flops = 4.0 * square * architecture.query_size
     if layout.attention != "eager":
         return flops / 2 / (machine.flops * efficiency.FLASH_EFFICIENCY)

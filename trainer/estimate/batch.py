@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import NamedTuple
 
+from trainer.estimate.lengths import by_length, longer_half, padded
 from trainer.estimate.workload import TRL_MAX_LENGTH, Workload
 from trainer.memory import Layout
 from trainer.recipe import Recipe
@@ -15,11 +15,13 @@ TRAINER_EPOCHS = 3.0
 
 
 class Batch(NamedTuple):
-    """A micro batch, in sequences: a DPO pair is two."""
+    """A micro batch, in sequences: a DPO pair is two. Of those that a step has, the mean."""
 
     sequences: int
-    length: int
+    length: float
     """Of every sequence, padding included, tokens."""
+    square: float
+    """Of that length, on average over the step's micro batches."""
     real: float
     """Tokens of it that are not padding."""
     accumulation: int
@@ -27,9 +29,13 @@ class Batch(NamedTuple):
     processes: int
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         """That are computed, padding included."""
         return self.sequences * self.length
+
+    def of_length(self, length: float) -> Batch:
+        """The same of sequences that are all of one length."""
+        return self._replace(length=length, square=length**2)
 
 
 def per_row(recipe: Recipe) -> int:
@@ -41,36 +47,46 @@ def max_length(recipe: Recipe) -> int:
     return int(recipe.trainer_args.get("max_length") or TRL_MAX_LENGTH)
 
 
-def batch(recipe: Recipe, layout: Layout, workload: Workload) -> Batch:
+def batch(recipe: Recipe, layout: Layout, workload: Workload, *, in_order: bool) -> Batch:
     """The micro batch of a recipe under a layout.
 
     Packed rows are full. Others are padded to the longest of the micro batch, chosen and rejected together.
+
+    Args:
+        recipe: whose `max_length` cuts rows.
+        layout: which shares the rows out.
+        workload: how long they are.
+        in_order: whether a global batch is dealt by length (`trainer.worker.order`), or rows meet by chance.
     """
-    sequences = layout.micro_batch * per_row(recipe)
+    each = per_row(recipe)
+    sequences = layout.micro_batch * each
     limit = max_length(recipe)
-    mean = min(workload.tokens / per_row(recipe), float(limit))
-    length = limit if packed(recipe) else padded(mean, workload.spread, sequences, limit)
-    return Batch(
+    mean = min(workload.tokens / each, float(limit))
+    of_step = layout.micro_batch * layout.processes
+    found = Batch(
         sequences=sequences,
-        length=length,
+        length=limit,
+        square=limit**2,
         real=sequences * (limit if packed(recipe) else mean),
-        accumulation=max(1, recipe.global_batch_size // (layout.micro_batch * layout.processes)),
+        accumulation=max(1, recipe.global_batch_size // of_step),
         processes=layout.processes,
+    )
+    if packed(recipe):
+        return found
+    if not in_order:
+        return found.of_length(padded(mean, workload.spread, sequences, limit))
+    rows = mean if each == 1 else longer_half(mean, workload.spread, limit)
+    dealt = by_length(rows, workload.spread, found.accumulation * of_step, limit)
+    longest = dealt[
+        ::of_step
+    ]  # all ranks wait for the first, whose first row of a micro batch is the longest of all
+    return found._replace(
+        length=sum(longest) / len(longest), square=sum(each**2 for each in longest) / len(longest)
     )
 
 
 def packed(recipe: Recipe) -> bool:
     return recipe.method == "sft" and bool(recipe.trainer_args.get("packing"))
-
-
-def padded(mean: float, spread: float, count: int, limit: int) -> int:
-    """The longest of `count` sequences, expected.
-
-    The maximum of normal values lies some deviations above their mean: the quantile (n - 3/8) / (n + 1/4)
-    (Blom 1958, https://doi.org/10.1093/biomet/46.3-4.510, a review). Truncation caps it.
-    """
-    above = NormalDist().inv_cdf((count - 0.375) / (count + 0.25)) if count > 1 else 0.0
-    return max(1, min(limit, math.ceil(mean * (1 + spread * above))))
 
 
 def steps(recipe: Recipe, workload: Workload) -> int:

@@ -14,13 +14,14 @@ from trainer.estimate import checkpoint as checkpoints
 from trainer.estimate.arithmetic import BACKWARD_ATTENTION, HALF, Pass, Run, one_pass
 from trainer.estimate.batch import Batch
 from trainer.estimate.efficiency import TRANSFORMERS, TRANSFORMERS_4BIT, Stack
-from trainer.estimate.machine import machine
+from trainer.estimate.machine import Machine, machine
 from trainer.estimate.result import SAVES, Estimate, StepTerm
 from trainer.estimate.workload import Workload
 from trainer.hardware import Gpu, Shape, gpu_of
 from trainer.hardware import gpu as named_gpu
 from trainer.memory import Architecture, Layout
 from trainer.recipe import Recipe
+from trainer.recipe.dealing import may_sort
 
 EVAL_BATCH = 8
 """`per_device_eval_batch_size` of TrainingArguments."""
@@ -28,7 +29,7 @@ LOGIT_BYTES = 30
 """Of each logit of the policy, through memory: bf16, fp32, softmax and their gradients; by counting TRL's losses."""
 
 
-def estimate(  # noqa: PLR0913 - five things decide, and three are for those who know more
+def estimate(  # noqa: PLR0913 - five things decide, and five are for those who know more
     recipe: Recipe,
     architecture: Architecture,
     fit: Layout,
@@ -39,6 +40,7 @@ def estimate(  # noqa: PLR0913 - five things decide, and three are for those who
     network_gbps: float | None = None,
     rates: checkpoints.Rates | None = None,
     stack: Stack | None = None,
+    in_order: bool | None = None,
 ) -> Estimate:
     """Time of a recipe under a fit (any layout) on a shape.
 
@@ -52,18 +54,13 @@ def estimate(  # noqa: PLR0913 - five things decide, and three are for those who
         network_gbps: GB/s of a node's network, where it is known.
         rates: of bucket and Hub, where they are known.
         stack: other software than Transformers, for comparisons.
+        in_order: whether a global batch is dealt by length; if None, as we do where the loss allows it.
 
     Raises:
         UserError: the shape's GPU is not in the table, and no `gpu` is given.
     """
-    run = Run(
-        recipe=recipe,
-        architecture=architecture,
-        layout=fit,
-        machine=machine(shape, gpu or _board(shape), network_gbps),
-        stack=stack or (TRANSFORMERS_4BIT if adapters.four_bit(recipe) else TRANSFORMERS),
-    )
-    micro, total = batches.batch(recipe, fit, workload), batches.steps(recipe, workload)
+    run = _run(recipe, architecture, fit, machine(shape, gpu or _board(shape), network_gbps), stack)
+    micro, total = _micro(run, workload, in_order=in_order), batches.steps(recipe, workload)
     terms = tuple(each for each in _terms(run, micro, total, workload) if each.seconds)
     known = rates or checkpoints.Rates()
     return Estimate(
@@ -80,20 +77,44 @@ def estimate(  # noqa: PLR0913 - five things decide, and three are for those who
     )
 
 
+def step_s(
+    recipe: Recipe, architecture: Architecture, layout: Layout, on: Machine, workload: Workload
+) -> float:
+    """Seconds of an optimizer step by itself, without what happens now and then: by them a fit is chosen."""
+    run = _run(recipe, architecture, layout, on)
+    return sum(each.seconds for each in _step(run, _micro(run, workload)))
+
+
+def _run(
+    recipe: Recipe, architecture: Architecture, layout: Layout, on: Machine, stack: Stack | None = None
+) -> Run:
+    usual = TRANSFORMERS_4BIT if adapters.four_bit(recipe) else TRANSFORMERS
+    return Run(recipe=recipe, architecture=architecture, layout=layout, machine=on, stack=stack or usual)
+
+
+def _micro(run: Run, workload: Workload, *, in_order: bool | None = None) -> Batch:
+    ordered = may_sort(run.recipe) if in_order is None else in_order
+    return batches.batch(run.recipe, run.layout, workload, in_order=ordered)
+
+
 def _board(shape: Shape) -> Gpu | None:
     return gpu_of(shape) or (named_gpu(shape.accelerator) if shape.accelerator else None)
 
 
 def _terms(run: Run, micro: Batch, total: int, workload: Workload) -> Iterator[StepTerm]:
+    yield from _step(run, micro)
+    yield from _now_and_then(run, total, workload)
+
+
+def _step(run: Run, micro: Batch) -> Iterator[StepTerm]:
     arithmetic = list(_arithmetic(run, micro))
     yield from arithmetic
     yield from _moving(run, micro.accumulation, sum(each.seconds for each in arithmetic))
-    yield from _now_and_then(run, total, workload)
 
 
 def _arithmetic(run: Run, micro: Batch) -> Iterator[StepTerm]:
     each, count = one_pass(run, micro), micro.accumulation
-    size = f"{count} x {micro.sequences} sequences of {micro.length} tokens"
+    size = f"{count} x {micro.sequences} sequences of {micro.length:.0f} tokens"
     yield StepTerm(name="forward", seconds=count * each.seconds(), why=f"{size}; {_rates(run)}")
     if run.layout.activation_checkpointing:
         yield StepTerm(
@@ -161,7 +182,7 @@ def _now_and_then(run: Run, total: int, workload: Workload) -> Iterator[StepTerm
 def _evaluation(run: Run, workload: Workload) -> float:
     each = int(run.recipe.trainer_args.get("per_device_eval_batch_size") or EVAL_BATCH)
     layout = run.layout.model_copy(update={"micro_batch": each})
-    micro = batches.batch(run.recipe, layout, workload)
+    micro = batches.batch(run.recipe, layout, workload, in_order=False)
     full = batches.rows(run.recipe, workload.model_copy(update={"rows": workload.test_rows}))
     passes = math.ceil(full / (each * run.layout.processes))
     seconds = _forward_only(run, micro)
@@ -185,7 +206,7 @@ def _once(run: Run, micro: Batch, workload: Workload) -> float:
     if run.layout.reference != "precomputed":
         return 0.0
     seen = min(workload.rows, batches.steps(run.recipe, workload) * run.recipe.global_batch_size)
-    sorted_ = micro._replace(length=math.ceil(micro.real / micro.sequences))
+    sorted_ = micro.of_length(math.ceil(micro.real / micro.sequences))
     passes = math.ceil((seen + _tested(run, workload)) / (run.layout.micro_batch * run.layout.processes))
     seconds = one_pass(run, sorted_, adapted=False).seconds()
     return passes * (seconds + _gathered(run, seconds))

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from trainer.recipe import Recipe
+from trainer.recipe.dealing import may_sort
 
 log = logging.getLogger(__name__)
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -23,9 +24,6 @@ GOLDEN = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 """SplitMix64 (https://doi.org/10.1145/2660193.2660195; the constants: https://prng.di.unimi.it/splitmix64.c). A
 library's shuffle may change with its version, and with it the rest of an epoch that was begun with the older one."""
-OF_THE_MICRO_BATCH = {"aot", "aot_unpaired", "bco_pair"}
-"""Losses of DPO that compare the pairs of a micro batch: rows are dealt to them in plain order, by chance. All others
-are means over pairs (https://huggingface.co/docs/trl/dpo_trainer), or made so: `trainer.worker.dpo`."""
 
 
 class Split(NamedTuple):
@@ -95,19 +93,6 @@ class Batches:
         else:
             order = shuffled(self._rows, seed=self._seed, epoch=self._epoch, data=self._data)
         return dealt(order, self._split.batch, self._lengths)
-
-
-def may_sort(recipe: Recipe) -> bool:
-    """Whether loss and gradient are the same however a global batch is dealt to micro batches.
-
-    SFT divides by the learned tokens of the whole batch, over ranks and micro batches; DPO takes the mean over pairs,
-    of which every micro batch has as many.
-    """
-    settings = recipe.trainer_args
-    if recipe.method == "sft":
-        return settings.get("average_tokens_across_devices") is not False
-    losses = settings.get("loss_type") or "sigmoid"
-    return not OF_THE_MICRO_BATCH & set([losses] if isinstance(losses, str) else losses)
 
 
 def lengths_of(dataset: Any) -> Numbers:
