@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer.bucket import open_file
 from trainer.errors import DataError, UserError
-from trainer.estimate import Workload, counted_workload, known_workload
+from trainer.estimate import Workload, counted_workload, full_workload, known_workload
 from trainer.recipe import DataSource, Recipe
 
 READ_BYTES = 2**20
@@ -34,24 +34,13 @@ def workload_of(recipe: Recipe, *, rows: int | None = None) -> Workload:
         )
     steps = recipe.trainer_args.get("max_steps") or 0
     if rows is None and steps > 0:
-        return _full(recipe, steps * recipe.global_batch_size, f"{steps} steps, as the recipe says")
+        return full_workload(recipe, steps * recipe.global_batch_size, f"{steps} steps, as the recipe says")
     if rows is None:
         names = ", ".join(source.id for source in mixture.datasets)
         raise UserError(
             f"how many rows {names} has is not known here", hint="say it with `--rows N`, or set `max_steps`"
         )
-    return _full(recipe, rows, f"{rows} rows, as you said")
-
-
-def _full(recipe: Recipe, rows: int, said: str) -> Workload:
-    longest = int(recipe.trainer_args.get("max_length") or 1024)
-    sequences = 2 if recipe.method == "dpo" else 1
-    return Workload(
-        rows=rows,
-        tokens=sequences * longest,
-        spread=0.0,
-        source=f"{said}, each of them taken to fill `max_length` {longest}",
-    )
+    return full_workload(recipe, rows, f"{rows} rows, as you said")
 
 
 def _count(sources: Sequence[DataSource]) -> tuple[int, int] | None:

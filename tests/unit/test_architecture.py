@@ -98,6 +98,18 @@ def test_the_contract_stands_on_its_own(path: Path) -> None:
     assert not any(name.startswith("trainer.supervisor") for name in imports(path))
 
 
+@pytest.mark.parametrize(
+    "path",
+    [path for path in TRAINER if below(dotted(path)) in ("hardware", "memory", "estimate")],
+    ids=dotted,
+)
+def test_what_a_fit_weighs_knows_nothing_of_the_fit(path: Path) -> None:
+    """The fit asks memory and estimate, and memory asks neither: what a layout takes is the same whoever chose it."""
+    above = {"hardware": ("memory", "estimate", "fit"), "memory": ("estimate", "fit"), "estimate": ("fit",)}
+    known = {below(name) for name in imports(path) if name.startswith("trainer.")}
+    assert not known & set(above[below(dotted(path))])
+
+
 @pytest.mark.parametrize("path", LAUNCHER, ids=dotted)
 def test_the_launcher_takes_only_the_contract_from_the_trainer(path: Path) -> None:
     """What the laptop shares with the node is the contract, never the supervisor or the worker."""

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.errors import NoFit, RecipeError
+from trainer.estimate import step_s, usual_workload
 from trainer.fit import LARGEST_GPU_MICRO_BATCH, LARGEST_MICRO_BATCH, Fit, fit
-from trainer.fit.ways import rank
+from trainer.fit.pace import Timed, rank
 from trainer.hardware import Shape, gpu
 from trainer.memory import Architecture, known_architecture
 from trainer.recipe import DataSource, Mixture, Recipe
@@ -131,7 +132,7 @@ def test_a_model_too_large_for_a_cpu_is_refused() -> None:
 def test_gpus_share_the_batch_and_the_cores() -> None:
     """Each GPU has a process, and each process its part."""
     planned = fit(recipe(128), shape(8, cores=96), SMALL)
-    assert (planned.processes, planned.micro_batch, planned.accumulation, planned.threads) == (8, 16, 1, 12)
+    assert (planned.processes, planned.micro_batch * planned.accumulation, planned.threads) == (8, 16, 12)
     assert not planned.use_cpu
 
 
@@ -223,7 +224,8 @@ def test_full_dpo_of_7b_needs_no_offload_on_eight_of_80_gb() -> None:
 def test_full_dpo_of_7b_fits_eight_of_40_gb(host_gib: float, cores: int) -> None:
     """Notus' shape: nothing is offloaded; with a second model in memory the parameters have to be cut too."""
     planned = fit(dpo(), shape(8, cores, "A100", host_gib), architecture())
-    assert (planned.engine, planned.offload_optimizer) == ("zero2", False)
+    assert planned.engine in ("zero2", "zero3")
+    assert not planned.offload_optimizer
     assert planned.gpu.gib < gpu("A100").usable_gib
     second = fit(dpo(precompute_ref_log_probs=False), shape(8, cores, "A100", host_gib), architecture())
     assert (second.engine, second.offload_optimizer, second.reference) == ("zero3", False, "model")
@@ -335,6 +337,11 @@ recipes = st.builds(
 )
 
 
+def on_a100(wanted: Recipe, planned: Fit, model: str) -> Timed:
+    on = with_memory(planned.processes, 80.0, 1000.0)
+    return Timed(planned, step_s(wanted, architecture(model), planned, on, usual_workload(wanted)))
+
+
 def with_memory(count: int, gpu_gib: float, host_gib: float) -> Shape:
     return shape(count, 64, "A100-80GB", host_gib).model_copy(update={"memory_gib": gpu_gib})
 
@@ -357,7 +364,7 @@ def test_more_memory_never_makes_it_worse(
     except NoFit:
         return
     larger = fit(wanted, with_memory(count, gpu_gib + more[0], host_gib + more[1]), architecture(model))
-    assert rank(larger, wanted) <= rank(less, wanted)
+    assert rank(on_a100(wanted, larger, model)) <= rank(on_a100(wanted, less, model))
     assert (
         larger.offload_optimizer + larger.offload_parameters
         <= less.offload_optimizer + less.offload_parameters

@@ -2,9 +2,15 @@
 
 from trainer.estimate.checkpoint import Rates
 from trainer.estimate.efficiency import FUSED, TRANSFORMERS, TRANSFORMERS_4BIT, Stack
-from trainer.estimate.estimate import estimate
+from trainer.estimate.estimate import estimate, step_s
 from trainer.estimate.result import Estimate, StepTerm
-from trainer.estimate.workload import Workload, counted_workload, known_workload
+from trainer.estimate.workload import (
+    Workload,
+    counted_workload,
+    full_workload,
+    known_workload,
+    usual_workload,
+)
 
 __all__ = [
     "FUSED",
@@ -17,5 +23,8 @@ __all__ = [
     "Workload",
     "counted_workload",
     "estimate",
+    "full_workload",
     "known_workload",
+    "step_s",
+    "usual_workload",
 ]

@@ -25,6 +25,7 @@ from trainer.recipe.dealing import may_sort
 
 EVAL_BATCH = 8
 """`per_device_eval_batch_size` of TrainingArguments."""
+STAND_IN = named_gpu("A100")
 LOGIT_BYTES = 30
 """Of each logit of the policy, through memory: bf16, fp32, softmax and their gradients; by counting TRL's losses."""
 
@@ -78,10 +79,13 @@ def estimate(  # noqa: PLR0913 - five things decide, and five are for those who 
 
 
 def step_s(
-    recipe: Recipe, architecture: Architecture, layout: Layout, on: Machine, workload: Workload
+    recipe: Recipe, architecture: Architecture, layout: Layout, shape: Shape, workload: Workload
 ) -> float:
-    """Seconds of an optimizer step by itself, without what happens now and then: by them a fit is chosen."""
-    run = _run(recipe, architecture, layout, on)
+    """Seconds of an optimizer step by itself, without what happens now and then: by them a fit is chosen.
+
+    A GPU outside the table is taken for an A100: it is the relation of arithmetic to traffic that decides.
+    """
+    run = _run(recipe, architecture, layout, machine(shape, gpu_of(shape) or STAND_IN, None))
     return sum(each.seconds for each in _step(run, _micro(run, workload)))
 
 

@@ -116,6 +116,25 @@ def known_workload(recipe: Recipe) -> Workload | None:
     )
 
 
+def full_workload(recipe: Recipe, rows: int, said: str) -> Workload:
+    """Of rows that nobody knows more of than their number, and who said it: they are taken to be as long as may be."""
+    sequences = 2 if recipe.method == "dpo" else 1
+    longest = int(recipe.trainer_args.get("max_length") or TRL_MAX_LENGTH)
+    return Workload(
+        rows=rows,
+        tokens=sequences * longest,
+        spread=0.0,
+        source=f"{said}, each of them taken to fill `max_length` {longest}",
+    )
+
+
+def usual_workload(recipe: Recipe) -> Workload:
+    """What follows of the recipe alone, whether or not its data lie here or were read: the laptop and every attempt
+    are to choose the same fit. Its rows are not to be counted on.
+    """
+    return known_workload(recipe) or full_workload(recipe, recipe.global_batch_size, "one step")
+
+
 def counted_workload(recipe: Recipe, *, rows: int, size_bytes: int, test_rows: int = 0) -> Workload:
     """Of files at hand, whose rows the caller has counted; their tokens are guessed from their bytes.
 

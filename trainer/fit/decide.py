@@ -1,11 +1,19 @@
-"""The decision: of all layouts that a shape's memory holds, the fastest."""
+"""The decision: of all layouts that a shape's memory holds, the one whose step is predicted to be the shortest."""
 
 from __future__ import annotations
 
 from trainer.errors import NoFit
 from trainer.fit import words
+from trainer.fit.pace import timed
 from trainer.fit.result import NAMES, Fit
-from trainer.fit.ways import LARGEST_MICRO_BATCH, Room, Tried, has_bf16, largest_divisor, rank, tries
+from trainer.fit.ways import (
+    LARGEST_MICRO_BATCH,
+    Room,
+    has_bf16,
+    largest_divisor,
+    taking,
+    tries,
+)
 from trainer.fit.wishes import attention_of, checkpointing_of, engine_of, reference_of
 from trainer.hardware import Shape, gpu_of, usable_gib
 from trainer.memory import Architecture, Layout, Usage, staged_host, usage
@@ -42,14 +50,14 @@ def fit(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> Fit:
     fitting = [each for each in tried if room.holds(each)]
     if not fitting:
         raise words.too_large(recipe, shape, architecture, tried, room)
-    best = min(fitting, key=lambda each: rank(each.layout, recipe))
-    return _chosen(best, recipe, shape, architecture, words.Choice(best, tuple(tried), room))
+    paces = timed(fitting, recipe, shape, architecture)
+    sized = (taking(recipe, shape, architecture, each.layout) for each in paces)
+    at, best = next((at, tried) for at, tried in enumerate(sized) if room.holds(tried))
+    return _chosen(words.Choice(best, tuple(tried), room, paces[at:]), recipe, shape, architecture)
 
 
-def _chosen(
-    best: Tried, recipe: Recipe, shape: Shape, architecture: Architecture, choice: words.Choice
-) -> Fit:
-    layout, share = best.layout, recipe.global_batch_size // shape.gpus
+def _chosen(choice: words.Choice, recipe: Recipe, shape: Shape, architecture: Architecture) -> Fit:
+    best, layout, share = choice.best, choice.best.layout, recipe.global_batch_size // shape.gpus
     staged = staged_host(recipe, architecture, layout)
     in_memory = staged.gib <= choice.room.host
     threads = max(1, shape.cores // layout.processes_per_node)

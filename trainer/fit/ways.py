@@ -1,4 +1,4 @@
-"""The layouts that a recipe could have on a shape, what each takes, and which of them is the faster."""
+"""The layouts that a recipe could have on a shape, and what memory each takes."""
 
 from __future__ import annotations
 
@@ -21,23 +21,16 @@ LARGEST_GPU_MICRO_BATCH = 32
 """Own assumption: beyond it a GPU gets no faster."""
 FLASH_CAPABILITY = (8, 0)
 """Ampere, the oldest that FlashAttention 2 supports: https://github.com/Dao-AILab/flash-attention"""
-RECOMPUTED = 4 / 3
-"""Time of a step with activation checkpointing: one more forward pass, a third of what a step computes
-(arXiv:2205.05198, section 5)."""
-ENGINE_TIME = {"single": 1.0, "ddp": 1.0, "zero2": 1.02, "zero3": 1.1, "fsdp2": 1.1}
-"""Own assumption, to rank by; ZeRO 3 sends half as much again as DDP and ZeRO 2 (arXiv:1910.02054, section 7), and so does
-FSDP 2: on two processes of a CPU a step took both as much work, to 5 % (`bench/engines.md`)."""
-TOKENS_LOST = {"single": 256, "ddp": 256, "zero2": 256, "zero3": 1024, "fsdp2": 1024}
-"""Own assumption, to rank by: the tokens that could have been computed in the time that a micro batch costs by itself,
-in launches of kernels and, where they are cut, in waiting for parameters."""
 CUTS_PARAMETERS: Engine = "zero3"
 """Of ZeRO 3 and FSDP 2, which do the same, the one that is taken where the recipe is silent. Neither was measured to be the
 faster (`bench/engines.md`); FSDP 2 is predicted to take less on the way, of 7B on eight GPUs some 1.5 GiB, which nothing
 has shown on a GPU yet (`bench/memory.md`)."""
-DEFAULT_LENGTH = 1024
-
 Way = tuple[Engine, bool, bool]
 """An engine, and whether optimizer and parameters are offloaded."""
+
+
+def way_of(layout: Layout) -> Way:
+    return layout.engine, layout.offload_optimizer, layout.offload_parameters
 
 
 class Tried(NamedTuple):
@@ -46,6 +39,10 @@ class Tried(NamedTuple):
     layout: Layout
     gpu: Usage
     host: Usage
+
+    @property
+    def way(self) -> Way:
+        return way_of(self.layout)
 
 
 class Room(NamedTuple):
@@ -61,10 +58,14 @@ class Room(NamedTuple):
 def tries(
     recipe: Recipe, shape: Shape, architecture: Architecture, share: int, room: Room
 ) -> Iterator[Tried]:
-    """Layouts that the recipe allows, as far as it takes to find the fastest; `share` is a GPU's part of the batch.
+    """Layouts that the recipe allows, as far as it takes to find the largest micro batch of each way that fits, with
+    activation checkpointing only those beyond the largest without; `share` is a GPU's part of the batch.
 
-    Of each way the largest micro batch that fits is its fastest, and no way with more offload is faster than one with
-    less. Where nothing fits, the smallest layout of each way comes.
+    Where a way fits, none with more offload is tried. The estimate has it that some would be faster between nodes, where
+    it sets a guess against another: their network, if nobody told it, and the host's rate, of which a table of 2021 is all
+    that is known (`bench/estimate.md`). The host's memory and cores are other jobs' too; a GPU's are not.
+
+    Where nothing fits, the smallest layout of each way comes.
 
     Raises:
         NoFit: what the recipe asks for is not possible.
@@ -74,15 +75,20 @@ def tries(
     for way in _ways(recipe, shape):
         if found is not None and way[1] + way[2] > found:
             return
+        sizes = micro_batches(recipe, share)
         for checkpointing in _checkpointings(recipe):
             attempt = partial(_try, recipe, shape, architecture, way, checkpointing)
-            for tried in _up_to_the_largest(_micro_batches(recipe, share), attempt, room):
+            for tried in _up_to_the_largest(sizes, attempt, room):
                 yield tried
-                found = way[1] + way[2] if room.holds(tried) else found
+                if room.holds(tried):
+                    found = way[1] + way[2]
+                    sizes = [size for size in sizes if size > tried.layout.micro_batch]
 
 
 def _up_to_the_largest(sizes: list[int], attempt: Callable[[int], Tried], room: Room) -> Iterator[Tried]:
     """The smallest micro batch, and if it fits those that lead, by halves, to the largest that does."""
+    if not sizes:
+        return
     smallest = attempt(sizes[0])
     yield smallest
     low, high = 0, len(sizes) - 1 if room.holds(smallest) else 0
@@ -96,7 +102,6 @@ def _up_to_the_largest(sizes: list[int], attempt: Callable[[int], Tried], room: 
 def _try(
     recipe: Recipe, shape: Shape, architecture: Architecture, way: Way, checkpointing: bool, micro: int
 ) -> Tried:
-    board = gpu_of(shape)
     layout = Layout(
         processes=shape.gpus,
         nodes=shape.nodes,
@@ -104,20 +109,16 @@ def _try(
         engine=way[0],
         offload_optimizer=way[1],
         offload_parameters=way[2],
-        attention=attention_on(recipe, architecture, board),
+        attention=attention_on(recipe, architecture, gpu_of(shape)),
         activation_checkpointing=checkpointing,
         reference=reference_of(recipe),
     )
-    return Tried(layout, *usage(recipe, architecture, layout, has_bf16=has_bf16(board)))
+    return taking(recipe, shape, architecture, layout)
 
 
-def rank(layout: Layout, recipe: Recipe) -> tuple[int, float, int]:
-    """Fastest first: no offload before any, then by the time of a step as far as the layout decides it."""
-    offloaded = layout.offload_optimizer + layout.offload_parameters
-    tokens = layout.micro_batch * int(recipe.trainer_args.get("max_length") or DEFAULT_LENGTH)
-    tokens *= 2 if recipe.method == "dpo" else 1
-    time = ENGINE_TIME[layout.engine] * (RECOMPUTED if layout.activation_checkpointing else 1.0)
-    return offloaded, time * (1 + TOKENS_LOST[layout.engine] / tokens), -layout.micro_batch
+def taking(recipe: Recipe, shape: Shape, architecture: Architecture, layout: Layout) -> Tried:
+    """A layout with what it takes on a shape."""
+    return Tried(layout, *usage(recipe, architecture, layout, has_bf16=has_bf16(gpu_of(shape))))
 
 
 def attention_on(recipe: Recipe, architecture: Architecture, board: Gpu | None) -> Attention:
@@ -193,6 +194,7 @@ def _checkpointings(recipe: Recipe) -> tuple[bool, ...]:
     return (False, True) if wanted is None else (wanted,)
 
 
-def _micro_batches(recipe: Recipe, share: int) -> list[int]:
+def micro_batches(recipe: Recipe, share: int) -> list[int]:
+    """Divisors of a process's share, up to the recipe's wish, smallest first."""
     most = min(share, recipe.micro_batch_size or LARGEST_GPU_MICRO_BATCH)
     return [size for size in range(1, most + 1) if share % size == 0]

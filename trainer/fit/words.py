@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from trainer.errors import NoFit
+from trainer.fit.pace import WORTH, Timed
 from trainer.fit.result import NAMES
-from trainer.fit.ways import LARGEST_MICRO_BATCH, Room, Tried, tries
+from trainer.fit.ways import LARGEST_MICRO_BATCH, Room, Tried, tries, way_of
 from trainer.fit.wishes import attention_of, checkpointing_of
 from trainer.hardware import Shape
 from trainer.hardware.table import GPUS
@@ -25,6 +26,8 @@ class Choice(NamedTuple):
     best: Tried
     tried: tuple[Tried, ...]
     room: Room
+    paces: tuple[Timed, ...]
+    """Of all that could be chosen, the best first."""
 
 
 def reasons(choice: Choice, recipe: Recipe, shape: Shape, share: int) -> tuple[str, ...]:
@@ -55,30 +58,21 @@ def _why_engine(choice: Choice, recipe: Recipe) -> str:
 
 
 def _passed_over(choice: Choice) -> str:
-    """The next faster way, and what its smallest layout would have taken."""
-    layout = choice.best.layout
-    way = (layout.engine, layout.offload_optimizer, layout.offload_parameters)
-    ways = list(
-        dict.fromkeys(
-            (each.layout.engine, each.layout.offload_optimizer, each.layout.offload_parameters)
-            for each in choice.tried
-        )
-    )
-    before = ways[: ways.index(way)]
-    too_large = []
-    for other in before:
-        same = [
-            each
-            for each in choice.tried
-            if (each.layout.engine, each.layout.offload_optimizer, each.layout.offload_parameters) == other
-        ]
-        if not any(choice.room.holds(each) for each in same):
-            least = min(same, key=lambda each: each.gpu.gib)
-            what = f"{least.gpu.gib:.0f} GiB of a GPU"
-            if least.gpu.gib <= choice.room.gpu:
-                what = f"{least.host.gib:.0f} GiB of the host"
-            too_large.append(f"{NAMES[other[0]]}{' offloaded' if other[1] else ''} needs {what}")
-    return "; ".join(too_large)
+    """What the simpler ways would have taken: the memory of their smallest layout, or the time of their fastest."""
+    ways = list(dict.fromkeys(each.way for each in choice.tried))
+    said = []
+    for other in ways[: ways.index(choice.best.way)]:
+        name = f"{NAMES[other[0]]}{' offloaded' if other[1] else ''}"
+        fastest = min((each.seconds for each in choice.paces if way_of(each.layout) == other), default=None)
+        if fastest is not None:
+            said.append(f"{name} takes {fastest:.3g} s a step")
+            continue
+        least = min((each for each in choice.tried if each.way == other), key=lambda each: each.gpu.gib)
+        what = f"{least.gpu.gib:.0f} GiB of a GPU"
+        if least.gpu.gib <= choice.room.gpu:
+            what = f"{least.host.gib:.0f} GiB of the host"
+        said.append(f"{name} needs {what}")
+    return "; ".join(said)
 
 
 def _why_checkpointing(choice: Choice, recipe: Recipe) -> str:
@@ -86,7 +80,22 @@ def _why_checkpointing(choice: Choice, recipe: Recipe) -> str:
     state = "activation checkpointing" if on else "no activation checkpointing"
     if checkpointing_of(recipe) is not None:
         return f"{state}, as the recipe says"
-    return f"{state}: {'what it saves makes room for more' if on else 'all activations fit'}"
+    if not on:
+        return f"{state}: all activations fit"
+    without = [each for each in _same_way(choice) if not each.layout.activation_checkpointing]
+    if not without:
+        return f"{state}: without it no micro batch fits"
+    fastest = min(without, key=lambda each: each.seconds)
+    return f"{state}: it makes room for a larger micro batch; without it {_at(fastest)}"
+
+
+def _same_way(choice: Choice) -> list[Timed]:
+    return [each for each in choice.paces if way_of(each.layout) == choice.best.way]
+
+
+def _at(each: Timed, *, checkpointing: bool = False) -> str:
+    recomputed = " and checkpointing" if each.layout.activation_checkpointing and not checkpointing else ""
+    return f"{each.seconds:.3g} s with {each.layout.micro_batch}{recomputed}"
 
 
 def _why_gpu_micro(choice: Choice, recipe: Recipe, share: int) -> str:
@@ -94,11 +103,28 @@ def _why_gpu_micro(choice: Choice, recipe: Recipe, share: int) -> str:
     wish = recipe.micro_batch_size
     if wish == micro:
         return f"micro batch {micro}, as the recipe says"
-    if micro == share:
+    if wish and micro == share:
         return f"micro batch {micro}: a process's whole share"
     if wish:
         return f"micro batch {micro}: the largest up to the recipe's {wish} that divides a process's {share} and fits"
-    return f"micro batch {micro}: the fastest that divides a process's {share} and fits"
+    return f"micro batch {micro}: {_against_others(choice)}"
+
+
+def _against_others(choice: Choice) -> str:
+    """Seconds of a step, and of the next smaller and larger micro batches that there are as well."""
+    best, micro = choice.paces[0], choice.best.layout.micro_batch
+    others = sorted(_same_way(choice), key=lambda each: each.layout.micro_batch)
+    around = [
+        *[each for each in others if each.layout.micro_batch < micro][-1:],
+        *[each for each in others if each.layout.micro_batch > micro][:1],
+    ]
+    on = best.layout.activation_checkpointing
+    said = ", ".join(
+        [f"{best.seconds:.3g} s a step predicted", *(_at(each, checkpointing=on) for each in around)]
+    )
+    if any(each.seconds < best.seconds for each in around):
+        return f"{said}; a doubling has to save {WORTH - 1:.0%}"
+    return said
 
 
 def why_micro(recipe: Recipe, *, share: int, micro: int) -> str:
