@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,10 +14,10 @@ from tests.unit.test_fit import SMALL, ZEPHYR, architecture, dpo, qlora, recipe,
 from trainer.errors import NoFit
 from trainer.estimate import step_s, usual_workload
 from trainer.fit import Fit, fit
-from trainer.fit.pace import WORTH, Timed, rank
+from trainer.fit.pace import ENGINE_WORTH, WORTH, Timed, rank
 from trainer.hardware import Shape
 from trainer.memory import Layout, usage
-from trainer.recipe import Recipe
+from trainer.recipe import DataSource, Mixture, Recipe
 
 
 def layouts(wanted: Recipe, on: Shape, planned: Fit) -> Iterator[Layout]:
@@ -73,9 +74,10 @@ def test_a_doubled_micro_batch_has_to_be_worth_its_memory() -> None:
     large = small.model_copy(update={"micro_batch": 4})
     assert rank(Timed(small, 1.0)) < rank(Timed(large, 1.001 / WORTH))
     assert rank(Timed(small, 1.0)) > rank(Timed(large, 0.999 / WORTH))
-    cut = small.model_copy(update={"engine": "zero3"})
-    assert rank(Timed(small, 1.0)) < rank(Timed(cut, 1.001 / WORTH))
-    assert rank(Timed(small, 1.0)) > rank(Timed(cut, 0.999 / WORTH))
+    whole, limit = small.model_copy(update={"engine": "ddp"}), 1 / ENGINE_WORTH["zero2"]
+    assert rank(Timed(whole, 1.0)) < rank(Timed(small, 1.001 * limit))
+    assert rank(Timed(whole, 1.0)) > rank(Timed(small, 0.999 * limit))
+    assert rank(Timed(small, 1.0)) < rank(Timed(small.model_copy(update={"engine": "zero3"}), 0.96))
 
 
 def test_an_offload_is_never_taken_for_its_speed() -> None:
@@ -124,3 +126,13 @@ def test_a_gpu_outside_the_table_has_a_fit() -> None:
     """Nothing is known of its speed, and a run on it is still begun."""
     unknown = shape(8, 96).model_copy(update={"accelerator": "B999", "memory_gib": 80.0})
     assert fit(dpo(), unknown, architecture()).engine == "zero2"
+
+
+def test_whether_the_data_lie_here_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A laptop that has counted the rows and a node that has yet to read them choose the same."""
+    monkeypatch.chdir(tmp_path)
+    wanted = dpo().model_copy(update={"dataset_mixture": Mixture(datasets=(DataSource(id="pairs.jsonl"),))})
+    before = fit(wanted, shape(8, 96), architecture())
+    (tmp_path / "pairs.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n' * 500)
+    assert fit(wanted, shape(8, 96), architecture()) == before
+    assert usual_workload(wanted).tokens == 2 * 1024

@@ -13,11 +13,12 @@ from trainer.memory import Architecture, Layout
 from trainer.recipe import Recipe
 
 WORTH = 1.01
-"""Own assumption: the factor by which a step has to become faster for each doubling of the micro batch, and for each
-less simple engine. The estimate is within 15 % of what was published: what is nearer than this it cannot tell apart, and
-then less memory is better."""
-SIMPLER = {"single": 0, "ddp": 0, "zero2": 1, "zero3": 2, "fsdp2": 2}
-"""Fewer parts of the state on other GPUs, fewer messages."""
+"""Own assumption: the factor by which a step has to become faster for each doubling of the micro batch. The estimate is
+within 15 % of what was published: what is nearer than this it cannot tell apart, and then less memory is better."""
+ENGINE_WORTH = {"single": 1.0, "ddp": 1.0, "zero2": 1.02, "zero3": 1.07, "fsdp2": 1.07}
+"""Own assumption: the same for an engine that keeps parts of the state elsewhere, for its hooks in Python and its small
+messages, which the estimate does not count: where parameters are cut they cost a small model on a CPU more than all the
+rest (`bench/engines.md`). No published run checks ZeRO 2."""
 
 
 class Timed(NamedTuple):
@@ -44,14 +45,14 @@ def timed(
 
 
 def rank(each: Timed) -> tuple[int, float, int]:
-    """Least first: no offload before any, then seconds, of which `WORTH` decides what is nearly the same.
+    """Least first: no offload before any, then seconds, in which near ties go to less memory and the simpler engine.
 
     It orders any layouts of a recipe on a shape, whatever its memory: with more of it a fit never gets worse.
     """
     layout = each.layout
     offloaded = layout.offload_optimizer + layout.offload_parameters
-    steps = SIMPLER[layout.engine] + math.log2(layout.micro_batch)
-    return offloaded, each.seconds * WORTH**steps, layout.micro_batch
+    worth = WORTH ** math.log2(layout.micro_batch) * ENGINE_WORTH[layout.engine]
+    return offloaded, each.seconds * worth, layout.micro_batch
 
 
 def _within(fitting: Sequence[Tried], recipe: Recipe, share: int) -> Iterator[Layout]:
