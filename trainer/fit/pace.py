@@ -13,8 +13,8 @@ from trainer.memory import Architecture, Layout
 from trainer.recipe import Recipe
 
 WORTH = 1.01
-"""Own assumption: the factor by which a step has to become faster for each doubling of the micro batch. The estimate is
-within 15 % of what was published: what is nearer than this it cannot tell apart, and then less memory is better."""
+"""Own assumption: the factor by which a step has to become faster for each doubling of the micro batch. An estimate that is
+off by up to 15 % of what was published does not tell a part in a hundred; less memory is then the better choice."""
 ENGINE_WORTH = {"single": 1.0, "ddp": 1.0, "zero2": 1.02, "zero3": 1.07, "fsdp2": 1.07}
 """Own assumption: the same for an engine that keeps parts of the state elsewhere, for its hooks in Python and its small
 messages, which the estimate does not count: where parameters are cut they cost a small model on a CPU more than all the

@@ -61,9 +61,10 @@ def tries(
     """Layouts that the recipe allows, as far as it takes to find the largest micro batch of each way that fits, with
     activation checkpointing only those beyond the largest without; `share` is a GPU's part of the batch.
 
-    Where a way fits, none with more offload is tried. The estimate has it that some would be faster between nodes, where
-    it sets a guess against another: their network, if nobody told it, and the host's rate, of which a table of 2021 is all
-    that is known (`bench/estimate.md`). The host's memory and cores are other jobs' too; a GPU's are not.
+    Where a way fits, none with more offload is tried. The estimate has it that some would be faster where traffic is slow,
+    most of them between nodes; but there a guess stands against another, the network of a node that nobody told against the
+    host's rate, of which one table of 2021 is all that is known (`bench/estimate.md`). Nor does it count that DeepSpeed
+    brings back what is summed on the host for each micro batch (stage_1_and_2.py, `async_accumulate_grad_in_cpu_via_gpu`).
 
     Where nothing fits, the smallest layout of each way comes.
 
