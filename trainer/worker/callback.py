@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from trainer.job import STAGED_SUFFIX, Job, Staged, mark_staged, write_atomically
 from trainer.worker import engine, resume
@@ -68,6 +68,8 @@ class Progress(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        if _evaluates_epochs(args) and _ends_epoch(state):
+            control.should_evaluate = True
         if state.global_step < state.max_steps:  # the last step is saved and finished whatever happens
             full = control.should_save and self._waiting() >= MOST_PENDING
             stop, full = _any_rank(args, self._channel.stop_asked, full)
@@ -81,6 +83,16 @@ class Progress(TrainerCallback):
                     reason=f"{MOST_PENDING} checkpoints still wait for upload: saves come faster than the bucket takes them",
                 )
         self._since = time.perf_counter()
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, _state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Its evaluation was its last step's. Transformers would do it now, after that step's save, so that whoever
+        goes on from there has neither its result nor its random numbers; and after a stop in the middle of an epoch.
+        """
+        if _evaluates_epochs(args):
+            control.should_evaluate = False
         return control
 
     def on_evaluate(
@@ -163,6 +175,15 @@ class Progress(TrainerCallback):
         self.stopped_at = state.global_step
         control.should_save = save
         control.should_training_stop = True
+
+
+def _evaluates_epochs(args: TrainingArguments) -> bool:
+    return bool(args.eval_strategy == IntervalStrategy.EPOCH)
+
+
+def _ends_epoch(state: TrainerState) -> bool:
+    """Whether a step is its epoch's last, or the run's."""
+    return state.global_step >= state.max_steps or float(state.epoch or 0.0).is_integer()
 
 
 def _size(weight: Any) -> int:

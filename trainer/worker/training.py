@@ -58,6 +58,7 @@ def finish(trainer: Any, base: Base, job: Job, channel: Channel, about: Identity
     """
     if job.resume_from:
         trainer.goes_on_from(resume.check(job.resume_from, about), about)
+        trainer.args.eval_on_start = False  # the run's start, not each attempt's
     reports.prepare(trainer, job)
     progress = Progress(job, channel, about, samples=len(trainer.train_dataset))
     trainer.add_callback(progress)
