@@ -123,9 +123,7 @@ def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Noti
     for note in loaded.notes:
         logging.getLogger("trainer").info("%s", note)
     run_id = options.run_id or _task_id() or default_run_id(loaded.recipe)
-    work = (
-        options.work or _scratch()
-    ) / f"{run_id}-{hashlib.sha256(options.checkpoints.encode()).hexdigest()[:8]}"
+    work = (options.work or _scratch()) / work_folder(run_id, options.checkpoints)
     request = Request(
         recipe=loaded.recipe,
         notes=loaded.notes,
@@ -136,6 +134,17 @@ def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Noti
         limits=Limits(budget_usd=options.budget, deadline_h=options.deadline),
     )
     return run(request, notice, where)
+
+
+def work_folder(run_id: str, checkpoints: str) -> str:
+    """Its name: that of a run in one place, however its address is written and wherever a relative one begins.
+
+    Raises:
+        BucketError: it is no address.
+    """
+    from trainer.bucket.address import parse
+
+    return f"{run_id}-{hashlib.sha256(str(parse(checkpoints)).encode()).hexdigest()[:8]}"
 
 
 def _task_id() -> str | None:

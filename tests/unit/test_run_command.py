@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from trainer.__main__ import work_folder
 from trainer.errors import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,3 +28,17 @@ def test_several_nodes_are_refused_before_they_fight_over_the_run(tmp_path: Path
     assert done.returncode == ExitCode.CONFIG
     assert "2 nodes were started for one run" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_of_one_name_in_two_places_share_no_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`./runs` here and there are two buckets; one bucket is one, with or without a slash at its end."""
+    names = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        names.append(work_folder("demo", "./runs"))
+    assert names[0] != names[1]
+    assert work_folder("demo", str(tmp_path / "there" / "runs")) == names[1]
+    assert work_folder("demo", "s3://bucket/runs/") == work_folder("demo", "s3://bucket/runs")

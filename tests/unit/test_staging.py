@@ -116,18 +116,49 @@ def test_both_places_are_emptied_when_the_attempt_ends(tmp_path: Path) -> None:
     assert not list((tmp_path / "work").glob("*"))
 
 
+def killed(work: Path, shm: Path) -> Path:
+    """What an attempt that was killed has left of its staging."""
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom tests.unit.test_staging import PLENTY, folders, staged_in\n"
+        "with folders(Path(sys.argv[1]), 1, Path(sys.argv[2])) as mine:\n"
+        "    print(staged_in(mine, PLENTY).resolve(), flush=True)\n    os._exit(9)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(work), str(shm)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    left = Path(process.stdout.strip())
+    assert left.is_dir()
+    return left
+
+
 def test_what_a_killed_attempt_left_is_removed_from_both_places(tmp_path: Path) -> None:
     """It cannot clean up, so the next one does: on tmpfs it would cost memory for ever."""
     shm, work = tmp_path / "shm", tmp_path / "work"
     shm.mkdir()
-    left = [folders(work, 1, shm), folders(tmp_path / "another run", 1, shm)]
-    for killed in left:
-        staged_in(killed.__enter__(), PLENTY)
+    left = killed(work, shm)
     with folders(work, 2, shm) as found:
-        assert [path.name for path in work.iterdir()] == ["attempt-0002"]
-        kept = [path.name.rpartition("-")[0] for path in shm.glob("*/*") if path.is_dir()]
-        assert kept == ["another run"]
+        assert not left.exists()
+        assert [path.name for path in work.iterdir() if path.is_dir()] == ["attempt-0002"]
         assert not (staged_in(found, PLENTY, "disk")).is_symlink()
+
+
+@pytest.mark.parametrize("newer", [{"attempt": 2}, {"attempt": 1, "node": 1}], ids=["attempt", "node"])
+def test_what_another_supervisor_of_the_run_works_with_stays(tmp_path: Path, newer: dict[str, int]) -> None:
+    """Superseded or not, on this machine or on a disk that nodes share: whoever ends takes nothing but its own."""
+    shm, work = tmp_path / "shm", tmp_path / "work"
+    shm.mkdir()
+    with folders(work, 1, shm) as earlier:
+        kept = staged_in(earlier, PLENTY)
+        with folders(work, tmpfs=shm, **newer) as later:
+            theirs = staged_in(later, PLENTY)
+            assert kept.is_dir()
+            assert theirs.is_dir()
+        assert kept.is_dir()
+        assert (earlier.work / "staging").is_symlink()
 
 
 def test_a_machine_without_tmpfs_stages_on_disk(tmp_path: Path) -> None:
@@ -210,20 +241,7 @@ def test_memory_that_killed_supervisors_left_is_given_back(tmp_path: Path) -> No
     shm.mkdir()
     with folders(tmp_path / "alive", 1, shm) as alive:
         kept = staged_in(alive, PLENTY)
-        script = (
-            "import os, sys\nfrom pathlib import Path\nfrom tests.unit.test_staging import PLENTY, folders, staged_in\n"
-            "with folders(Path(sys.argv[1]), 1, Path(sys.argv[2])) as mine:\n"
-            "    print(staged_in(mine, PLENTY).resolve(), flush=True)\n    os._exit(9)\n"
-        )
-        killed = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / "killed"), str(shm)],
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        left = Path(killed.stdout.strip())
-        assert left.is_dir()
+        left = killed(tmp_path / "killed", shm)
         with folders(tmp_path / "other", 1, shm):
             assert not left.exists()
             assert kept.is_dir()

@@ -151,19 +151,18 @@ class Folders:
 
 
 @contextmanager
-def folders(run_folder: Path, attempt: int, tmpfs: Path = TMPFS) -> Iterator[Folders]:
-    """This attempt's folders on this machine; gone when it ends.
+def folders(run_folder: Path, attempt: int, tmpfs: Path = TMPFS, *, node: int = 0) -> Iterator[Folders]:
+    """This attempt's folders on this machine, its own alone; gone when it ends.
 
-    Those of earlier attempts are dead: their workers died with their supervisors, and on tmpfs what
-    they left would cost memory.
+    What killed attempts have left is removed. One that lives still has its own: it is superseded, and ends by itself.
     """
+    name = f"attempt-{attempt:04d}" + (f"-node{node}" if node else "")  # nodes may share a disk
     digest = hashlib.sha256(str(run_folder.absolute()).encode()).hexdigest()[:8]
-    in_memory = tmpfs / f"aeolus-{os.getuid()}" / f"{run_folder.name}-{digest}"
-    work = run_folder / f"attempt-{attempt:04d}"
-    for stale in (run_folder, in_memory):
-        shutil.rmtree(stale, ignore_errors=True)
-    work.mkdir(parents=True)
-    with claimed(in_memory):
+    in_memory = tmpfs / f"aeolus-{os.getuid()}" / f"{run_folder.name}-{digest}-{name}"
+    work = run_folder / name
+    run_folder.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(in_memory), claimed(work):
+        work.mkdir(parents=True)
         try:
             yield Folders(work, in_memory)
         finally:

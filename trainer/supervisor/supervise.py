@@ -84,7 +84,7 @@ def _take_part(request: Request, bucket: Bucket, team: Team, notice: Notice, pyt
     every_s = FOLDER_EVERY_S if bucket.is_folder else STORE_EVERY_S
     events = EventLog(attempt.number, _writer(bucket, attempt, team.node), every_s=every_s)
     with (
-        folders(request.work, attempt.number, request.tmpfs) as mine,
+        folders(request.work, attempt.number, request.tmpfs, node=team.node.rank) as mine,
         Heartbeat(events, attempt, every_s=min(1.0, every_s)) as heartbeat,
     ):
         narrator = Narrator(events, request.recipe, mine.work / STEPS, window=lambda: notice.window)
