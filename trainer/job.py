@@ -110,10 +110,17 @@ class Outcome(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    status: Literal["done", "preempted", "user_error", "no_room"]
-    """`no_room`: the staging folder's disk or memory is full; another machine may do better."""
+    status: Literal["done", "preempted", "user_error", "no_room", "unavailable"]
+    """`no_room`: the staging folder's disk or memory is full; another machine may do better. `unavailable`: what is on the
+    Hub cannot be had now; a later try may.
+    """
     message: str = ""
     hint: str | None = None
+
+    @property
+    def explains(self) -> bool:
+        """It says why a rank failed, which the codes of those that waited for it do not."""
+        return self.status in ("user_error", "no_room", "unavailable")
 
 
 def write_atomically(path: Path, text: str) -> None:

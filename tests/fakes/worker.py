@@ -6,6 +6,7 @@ The supervisor runs it in place of `trainer.worker`; $FAKE_WORKER says what befa
     crash@N        raises at step N
     killed@N       is killed by SIGKILL at step N
     wrong          finds fault with the recipe
+    away           is not answered by the Hub
     waits@N        waits at step N until it is told to stop, and saves then
     deaf@N         waits at step N and hears nothing
     fills@N        fills the rest of the disk at step N with a file of its own
@@ -87,6 +88,9 @@ class Program:
     def run(self) -> None:
         if self.fate == "wrong":
             self.end("user_error", "the data is not to be had")
+            sys.exit(1)
+        if self.fate == "away":
+            self.end("unavailable", "org/model cannot be loaded for now")
             sys.exit(1)
         first = self.first_step()
         self.tell("started", step=first - 1, total_steps=TOTAL_STEPS)

@@ -11,7 +11,7 @@ import pytest
 from tests.harness import RunView, wait_until
 from trainer.bucket import attempt as attempts
 from trainer.bucket.manifest import committed
-from trainer.errors import ExitCode, ModelError, RecipeError, Superseded
+from trainer.errors import ExitCode, ModelError, RecipeError, Superseded, UserError
 from trainer.recipe import Recipe
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.request import Request
@@ -147,6 +147,21 @@ def test_a_recipe_that_the_worker_refuses_is_not_retried(
         attempt(request_, fate, "wrong")
     assert caught.value.exit_code == ExitCode.CONFIG
     assert view.events("failed")[0]["exit_code"] == 78
+
+
+def test_a_hub_that_is_away_is_worth_a_recovery_but_not_for_ever(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
+    """A run that had trained for days would end with it; one whose model nobody has would cost money all night."""
+    assert attempt(request_, fate, "killed@3") == ExitCode.RECOVER
+    codes = []
+    for _ in range(3):
+        with pytest.raises(UserError, match="cannot be loaded for now") as caught:
+            attempt(request_, fate, "away")
+        codes.append(caught.value.exit_code)
+    assert codes == [ExitCode.RECOVER, ExitCode.RECOVER, ExitCode.CONFIG]
+    assert "2 attempts in a row" in caught.value.message
+    assert view.events("failed")[-1]["exit_code"] == ExitCode.CONFIG
 
 
 def test_another_recipe_under_the_same_run_id_is_refused(request_: Request, fate: pytest.MonkeyPatch) -> None:

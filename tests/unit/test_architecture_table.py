@@ -20,7 +20,7 @@ from trainer.hardware import Shape
 from trainer.memory import Architecture, known_architecture
 from trainer.memory.table import known_models
 from trainer.recipe import DataSource, Mixture, Recipe
-from trainer.recipe.architecture import architecture_for, find_architecture
+from trainer.recipe.architecture import HubAway, architecture_for, find_architecture
 
 PUBLISHED = {
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
@@ -217,19 +217,22 @@ def test_what_was_downloaded_before_is_not_asked_for_again(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "words", "kind"),
     [
-        (http_error("u", 401), "does not let us see org/new"),
-        (http_error("u", 503), "answers 503"),
-        (TimeoutError("timed out"), "timed out"),
+        (http_error("u", 401), "does not let us see org/new", ModelError),
+        (http_error("u", 400), "answers 400", ModelError),
+        (http_error("u", 503), "answers 503", HubAway),
+        (http_error("u", 429), "answers 429", HubAway),
+        (TimeoutError("timed out"), "timed out", HubAway),
+        (OSError("no such host"), "no such host", HubAway),
     ],
-    ids=["gated", "broken", "slow"],
+    ids=["gated", "refused", "broken", "busy", "slow", "nowhere"],
 )
 def test_a_hub_that_does_not_answer_is_one_clear_error(
-    fault: Exception, words: str, nowhere: dict[str, str]
+    fault: Exception, words: str, kind: type[UserError], nowhere: dict[str, str]
 ) -> None:
-    """With the way out."""
-    with pytest.raises(ModelError, match=words) as caught:
+    """With the way out; what may pass by itself is told from what does not."""
+    with pytest.raises(kind, match=words) as caught:
         find_architecture(recipe("org/new"), fetch=Hub({}, fault), environ=nowhere)
     assert caught.value.hint
 
@@ -237,7 +240,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(
 def test_a_token_is_in_no_message(nowhere: dict[str, str]) -> None:
     """Whatever goes wrong."""
     environ = {**nowhere, "HF_TOKEN": "hf_secret"}
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(HubAway) as caught:
         find_architecture(recipe("org/new"), fetch=Hub({}, OSError("down")), environ=environ)
     assert "hf_secret" not in str(caught.value)
 

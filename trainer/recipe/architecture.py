@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ModelError, UserError
+from trainer.errors import ModelError, Unavailable, UserError
 from trainer.hardware import Shape
 from trainer.memory import Architecture, known_architecture
 from trainer.recipe import gguf, hub_login
@@ -22,6 +22,14 @@ HUB = "https://huggingface.co"
 TIMEOUT_S = 5.0
 DEEPEST = 4
 """Adapters upon adapters; more are a circle."""
+
+BUSY = {408, 429}
+"""Of the answers below 500, those that another try may better."""
+
+
+class HubAway(Unavailable):
+    """The Hub, or the way to it, failed: the same may work later."""
+
 
 Fetch = Callable[[str, Mapping[str, str]], bytes]
 """The body at a URL, asked for with headers; raises OSError."""
@@ -63,7 +71,8 @@ def find_architecture(
     """Of the model that the recipe starts from; an adapter counts as its base, into which it is merged.
 
     Raises:
-        ModelError: there is no such model, it is of a kind that we cannot count, or nothing that knows it can be reached.
+        ModelError: there is no such model, it is of a kind that we cannot count, or nobody is to be asked.
+        HubAway: the Hub does not answer.
         BucketError, Unavailable: the model is in a bucket that cannot be read.
     """
     if recipe.init == "tiny":
@@ -126,6 +135,7 @@ class _Lookup:
                 self._fetch(f"{endpoint}/{name}/resolve/{self._revision}/{file}", headers)
             )
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == 404:
                 return None
             if error.code in (401, 403):
@@ -133,14 +143,17 @@ class _Lookup:
                 raise ModelError(
                     f"{endpoint} does not let us see {name} ({error.code})", hint=hint
                 ) from error
-            raise _unreachable(name, f"{endpoint} answers {error.code}") from error
+            passing = error.code >= 500 or error.code in BUSY
+            raise _unreachable(name, f"{endpoint} answers {error.code}", passing=passing) from error
         except (OSError, ValueError) as error:
-            raise _unreachable(name, f"{endpoint}: {error}") from error
+            raise _unreachable(
+                name, f"{endpoint}: {error}", passing=not isinstance(error, ValueError)
+            ) from error
         return found
 
 
-def _unreachable(name: str, why: str) -> ModelError:
-    return ModelError(
+def _unreachable(name: str, why: str, *, passing: bool = False) -> ModelError | HubAway:
+    return (HubAway if passing else ModelError)(
         f"the config.json of {name} cannot be had, so its memory cannot be predicted: {why}",
         hint="check the name and the network, name a local folder, or take a model of the table: "
         "`trainer.memory.table` lists them",

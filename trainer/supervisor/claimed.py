@@ -10,7 +10,7 @@ from trainer.bucket.manifest import final
 from trainer.bucket.parts import WAITING
 from trainer.bucket.reference import Shelf
 from trainer.bucket.uploader import Uploader
-from trainer.errors import ExitCode, NoRoom, RecipeError, UserError
+from trainer.errors import ExitCode, NoRoom, RecipeError, Unavailable, UserError
 from trainer.fit import Fit
 from trainer.job import Job, Outcome
 from trainer.room import room_in, take_on_ballast
@@ -30,6 +30,10 @@ from trainer.supervisor.workers import Workers
 POLL_S = 0.1
 MAX_FRUITLESS = 2
 """Attempts in a row that were killed before they committed anything, after which it is no accident."""
+
+
+class _Later(Unavailable):
+    """The workers could not be given what they train with; unlike a bucket that is away, that may be how it stays."""
 
 
 class Claimed:
@@ -64,7 +68,7 @@ class Claimed:
         try:
             with room_in(self._work):
                 return self._run(planned, python, notice)
-        except NoRoom as error:
+        except (NoRoom, _Later) as error:
             fruitless = record.fruitless_attempts(self._bucket, self._attempt.number)
             if fruitless < MAX_FRUITLESS:
                 raise
@@ -169,6 +173,8 @@ class Claimed:
             raise RecipeError(outcome.message, hint=outcome.hint)
         if outcome and outcome.status == "no_room":
             raise NoRoom(outcome.message, hint=outcome.hint)
+        if outcome and outcome.status == "unavailable":
+            raise _Later(outcome.message, hint=outcome.hint)
         if outcome and outcome.status == "done" and (model := final(self._bucket)):
             self._narrator.done(model, self._bucket.uri)
             self._narrator.committing()

@@ -7,20 +7,21 @@ outlives a crash of training and still uploads the last staged checkpoint.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 from trainer.bucket import Bucket, open_run
 from trainer.bucket import attempt as attempts
 from trainer.bucket.manifest import final
 from trainer.bucket.parts import Node
-from trainer.errors import ExitCode, Superseded, UserError
+from trainer.errors import ExitCode, ModelError, Superseded, UserError
 from trainer.events import EventLog
 from trainer.fit import fit
-from trainer.hardware import detect
+from trainer.hardware import Shape, detect
 from trainer.job import STEPS
-from trainer.memory import checkpoint_bytes
-from trainer.recipe.architecture import architecture_for
+from trainer.memory import Architecture, checkpoint_bytes
+from trainer.recipe import Recipe
+from trainer.recipe.architecture import HubAway, architecture_for
 from trainer.spent import Limits
 from trainer.supervisor import publish, record
 from trainer.supervisor.boot import booted_here
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 FOLDER_EVERY_S = 0.25
 STORE_EVERY_S = 2.0
 """Seconds between two writes of the events: a store is paid by the request."""
+HUB_PAUSES_S = (5.0, 15.0, 45.0)
+"""Between tries of a Hub that does not answer: a minute of waiting is cheaper than another machine."""
 
 
 def run(request: Request, notice: Notice, where: Position = ALONE) -> ExitCode:
@@ -74,7 +77,7 @@ def _take_part(request: Request, bucket: Bucket, team: Team, notice: Notice, pyt
         planned, predicted = team.terms.fit, team.terms.predicted
     else:
         record.write_or_compare(bucket, request.run_id, request.recipe, request.notes)
-        architecture = architecture_for(request.recipe, team.shape)
+        architecture = look_up(request.recipe, team.shape, bucket, notice)
         planned = fit(request.recipe, team.shape, architecture)
         predicted = checkpoint_bytes(request.recipe, architecture, planned) if architecture else None
         if notice.given:
@@ -122,6 +125,31 @@ def _take_part(request: Request, bucket: Bucket, team: Team, notice: Notice, pyt
         except UserError as error:
             narrator.failed(error.message, error.exit_code)
             raise
+
+
+def look_up(
+    recipe: Recipe, shape: Shape, bucket: Bucket, notice: Notice, pauses_s: Sequence[float] = HUB_PAUSES_S
+) -> Architecture | None:
+    """The model's numbers; a Hub that does not answer is asked again, after each of the pauses.
+
+    Raises:
+        UserError: as `architecture_for`.
+        HubAway: it still does not, and an earlier attempt at the run came past this: another machine may be luckier. Of
+            a run that begins it is a ModelError, for the name may be wrong.
+    """
+    for pause_s in pauses_s:
+        try:
+            return architecture_for(recipe, shape)
+        except HubAway as error:
+            log.warning("asked again in %.0f s: %s", pause_s, error.message)
+            if notice.wait(pause_s):
+                break
+    try:
+        return architecture_for(recipe, shape)
+    except HubAway as error:
+        if bucket.list(attempts.PREFIX):
+            raise
+        raise ModelError(error.message, hint=error.hint) from None
 
 
 def _writer(bucket: Bucket, attempt: attempts.Attempt, node: Node) -> Callable[[bytes], None]:

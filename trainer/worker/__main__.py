@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.errors import UserError
+from trainer.errors import Unavailable, UserError
 from trainer.job import Job, Outcome
 from trainer.leash import die_with_parent
 from trainer.room import no_room
@@ -93,6 +93,8 @@ def run(job: Job, channel: Channel) -> Outcome:
         else:
             from trainer.worker.dpo import train
         return train(job, channel)
+    except Unavailable as error:
+        return Outcome(status="unavailable", message=error.message, hint=error.hint)
     except UserError as error:
         return Outcome(status="user_error", message=error.message, hint=error.hint)
     except Exception as error:  # a full disk shows as errors of several packages; all else is raised

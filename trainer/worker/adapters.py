@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.errors import ModelError
+from trainer.errors import UserError
 
 CONFIG = "adapter_config.json"
 FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt")
@@ -19,7 +19,8 @@ def from_hub(name: str, revision: str, *, cache: Path | None = None) -> Path | N
     """The folder of the adapter `name`, fetched; None if it is a whole model.
 
     Raises:
-        ModelError: it is not there, gated, or on a Hub that cannot be reached.
+        ModelError: it is not there, or gated.
+        Unavailable: the Hub does not answer.
     """
     from huggingface_hub import (  # type: ignore[import-not-found,unused-ignore]
         hf_hub_download,
@@ -50,7 +51,7 @@ def from_hub(name: str, revision: str, *, cache: Path | None = None) -> Path | N
     return Path(folder)
 
 
-def _explained(name: str, error: Exception) -> ModelError:
+def _explained(name: str, error: Exception) -> UserError:
     from trainer.worker.model import explained
 
     return explained(name, error)

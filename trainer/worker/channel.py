@@ -62,7 +62,7 @@ class Channel:
             if not self._concluded:
                 write_atomically(self._job.outcome, outcome.model_dump_json())
             self._concluded = True
-        elif outcome.status in ("no_room", "user_error"):
+        elif outcome.explains:
             mine = self._job.outcome.with_name(f"outcome-{self._rank}.json")
             mine.write_text(outcome.model_dump_json())
             with contextlib.suppress(FileExistsError):

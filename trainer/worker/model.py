@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from trainer.errors import ModelError, RecipeError
+from trainer.errors import ModelError, RecipeError, Unavailable, UserError
 from trainer.fit import Fit
 from trainer.job import Job
 from trainer.memory.precision import half_precision, trains_in_float32
 from trainer.recipe import Recipe
 from trainer.worker import adapters, quantised
+from trainer.worker.reach import out_of_reach
 from trainer.worker.sources import Row
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
     One whose weights are all `trained` is in float32 where mixed precision needs it so.
 
     Raises:
-        ModelError: missing, broken, gated, or on a Hub that cannot be reached.
+        ModelError: missing, broken or gated.
+        Unavailable: the Hub does not answer.
     """
     from transformers import AutoModelForCausalLM
 
@@ -122,8 +124,8 @@ def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
     return model
 
 
-def explained(path: str, error: Exception) -> ModelError:
-    """What a failed load means to a user."""
+def explained(path: str, error: Exception) -> UserError:
+    """What a failed load means to a user: `ModelError`, or `Unavailable` if the Hub may answer later."""
     text = f"{type(error).__name__}: {error}".strip().split("\n")[0]
     everything = f"{error!r} {error.__cause__!r}".lower()
     if "gated" in everything or "401" in everything or "403" in everything:
@@ -132,6 +134,8 @@ def explained(path: str, error: Exception) -> ModelError:
         hint = "the folder's files are damaged, or of an architecture that Transformers does not know"
     else:
         hint = "neither a folder here nor a model of the Hub that we can reach from this machine"
+    if out_of_reach(error):
+        return Unavailable(f"{path} cannot be loaded for now: {text}", hint=hint)
     return ModelError(f"{path} cannot be loaded: {text}", hint=hint)
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from trainer.errors import DataError
+from trainer.errors import DataError, Unavailable
 from trainer.recipe import DataSource, Mixture, Recipe
 from trainer.worker import synthetic, ultrafeedback
+from trainer.worker.reach import out_of_reach
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -71,6 +72,7 @@ def read(recipe: Recipe) -> Rows:
 
     Raises:
         DataError: a source is missing, unreadable or empty.
+        Unavailable: the Hub does not answer.
     """
     mixture = recipe.dataset_mixture
     train = _mix(mixture.datasets, mixture.seed)
@@ -214,7 +216,8 @@ def _read_hub(source: DataSource) -> Sequence[Row]:
             source.id, source.config, split=source.split, revision=source.revision
         )
     except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
+        kind = Unavailable if out_of_reach(error) else DataError
+        raise kind(
             f"data set {source.id} (config {source.config}, split {source.split}) cannot be loaded: {error}",
             hint="neither a file here nor a data set of the Hub that we can reach; a gated one needs $HF_TOKEN",
         ) from error

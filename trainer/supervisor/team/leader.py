@@ -191,7 +191,7 @@ class Leader:
             time.sleep(POLL_S)
         theirs = list(self._ended.values())
         for each in theirs:
-            if each.outcome and each.outcome.status in ("user_error", "no_room"):
+            if each.outcome and each.outcome.explains:
                 return each.exit_code, each.outcome
         return min([exit_code, *(each.exit_code for each in theirs)]), None  # a signal is negative
 
