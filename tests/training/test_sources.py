@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from trainer.errors import DataError
 from trainer.recipe import Recipe
+from trainer.worker import sources
 from trainer.worker.sources import read
 
 
@@ -50,6 +52,20 @@ def test_an_array_and_parquet_are_read_like_lines(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"name": ["a", "b"]}), tmp_path / "rows.parquet")
     for file in ("rows.json", "rows.parquet"):
         assert names(read(recipe({"id": str(tmp_path / file)})).train) == "ab"
+
+
+def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
+    """Every rank reads them: beside its rows, the file's text and a copy of it in lines would be the host's memory."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * 10_000}) + "\n" for _ in range(500)))
+    tracemalloc.start()
+    try:
+        rows = sources._read_file(path)
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 500
+    assert most - kept < path.stat().st_size / 4
 
 
 def test_a_folder_is_read_by_split(tmp_path: Path) -> None:

@@ -92,6 +92,13 @@ def test_checkpoints_are_staged_with_what_they_are_of(small: Small) -> None:
     assert all(each.stall_s > 0 for each in staged[:2])
 
 
+def test_a_checkpoint_is_no_longer_late_in_a_run(small: Small) -> None:
+    """What was logged is told to the supervisor: a hundred thousand steps of it would be 48 MB of JSON at every save."""
+    state = json.loads((small(SFT).checkpoint(4) / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    assert state["log_history"] == []
+
+
 def test_samples_are_what_the_model_saw(tmp_path: Path, small: Small) -> None:
     """Two runs alike see the same samples at each step; another seed shows them in another order."""
     again = train(make_job(tmp_path / "again", SFT, *SMALL))

@@ -143,6 +143,7 @@ class Progress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
+        state.log_history.clear()  # told below; every save would write all of it again, while training waits
         told = {key: value for key, value in (logs or {}).items() if key not in UNTOLD}
         if "loss" in told:
             step_s = self._pace.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ DEFAULT_MAX_LENGTH = 1024  # TRL's, for SFT and DPO
 KEEP_ALL = ("wrapped", "bfd_split")
 """Ways of TRL's to pack that carry on in another sequence what does not fit into one."""
 ROWS_AT_ONCE = 1000
+TELL_EVERY_S = 20.0
 SEPARATOR = np.array([-1], dtype=np.int32)  # no token id, so that moved boundaries change the fingerprint
 
 TokenRow = dict[str, np.ndarray[Any, np.dtype[np.int32]]]
@@ -179,8 +181,13 @@ def _tokenise(
     reasons: Counter[str] = Counter()
     tables: list[pa.Table] = []
     digest = xxhash.xxh3_128()
-    count = 0
+    count = done = 0
+    told = time.monotonic()
     for chunk in _chunks(rows):
+        if time.monotonic() - told >= TELL_EVERY_S:
+            told = time.monotonic()
+            log.info("%s data: %d of %d rows are tokenised", name, done, len(rows))
+        done += len(chunk)
         check_columns(chunk[0], method)
         written = list(_usable(text, ((row,) for row in chunk), reasons))
         encoded = iter(_encode([one for texts in written for one in texts], tokenizer))

@@ -110,6 +110,7 @@ def train(job: Job, channel: Channel) -> Outcome:
     tokenizer = chat.load_tokenizer(base.path, recipe)
     train_tokens = data.for_dpo(rows.train, tokenizer, recipe, "training")
     test_tokens = data.for_dpo(rows.test, tokenizer, recipe, "test") if rows.test else None
+    del rows  # of a file they are all in memory, of every rank, and none is looked at again
 
     args = training_arguments(DPOConfig, job)
     # The reference is the policy before its first step: computed then and kept, or the policy without its adapter.

@@ -29,6 +29,7 @@ def train(job: Job, channel: Channel) -> Outcome:
     tokenizer = chat.load_tokenizer(base.path, recipe)
     train_tokens = data.for_sft(rows.train, tokenizer, recipe, "training")
     test_tokens = data.for_sft(rows.test, tokenizer, recipe, "test") if rows.test else None
+    del rows  # of a file they are all in memory, of every rank, and none is looked at again
 
     # Model
     args = training_arguments(SFTConfig, job)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -163,17 +163,25 @@ def _read_file(path: Path) -> list[Row]:
         return _read_parquet(path)
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} is not a data file", hint=f"known are {', '.join(SUFFIXES)}")
-    text = path.read_text()
-    return _parse_array(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text)
+    if _is_array(path):
+        return _parse_array(path, path.read_text())
+    with path.open() as lines:  # one at a time: each rank has all rows already
+        return _parse_lines(path, lines)
 
 
-def _parse_lines(path: Path, text: str) -> list[Row]:
-    rows = []
-    # Not splitlines(): it also splits at characters that JSON strings may hold, such as U+2028.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            rows.append(_row(path, number, _parse(path, line, first_line=number)))
-    return rows
+def _is_array(path: Path) -> bool:
+    """By the first character that is no space."""
+    with path.open() as file:
+        return next((line.lstrip() for line in file if line.strip()), "").startswith("[")
+
+
+def _parse_lines(path: Path, lines: Iterable[str]) -> list[Row]:
+    # A file's lines end where text.split("\n") would: splitlines() also splits at what JSON strings may hold, U+2028 say.
+    return [
+        _row(path, number, _parse(path, line, first_line=number))
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
 
 
 def _parse_array(path: Path, text: str) -> list[Row]:
