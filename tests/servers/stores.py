@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from obstore.store import MemoryStore
 
 from trainer.bucket import Bucket, Checked, Object
+from trainer.bucket.store import nobody
 from trainer.errors import Unavailable
 
 
@@ -111,10 +112,10 @@ class FailsAt(MemoryBucket):
             super().delete([key])
             self._after(operation)
 
-    def download(self, key: str, path: Path) -> Checked:
+    def download(self, key: str, path: Path, tell: Callable[[int], object] = nobody) -> Checked:
         operation = self._next()
         self._before(operation)
-        got = super().download(key, path)
+        got = super().download(key, path, tell)
         self._after(operation)
         return got
 

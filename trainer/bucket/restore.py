@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.bucket.manifest import File, Listed, Manifest, Unreadable, commit_key, commits, read, sizes
-from trainer.bucket.store import SMALL_AT_ONCE, Bucket, Checked, in_parallel
+from trainer.bucket.store import SMALL_AT_ONCE, Bucket, Checked, in_parallel, nobody
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 FILES_AT_ONCE = SMALL_AT_ONCE
+Tell = Callable[[int], object]
 
 
 class CorruptCheckpoint(UserError):
@@ -36,6 +37,7 @@ def restore(
     into: Path,
     reject: Callable[[int, str], None],
     trying: Callable[[Manifest], None] = lambda _: None,
+    tell: Tell = nobody,
 ) -> Restored | None:
     """Bring the newest checkpoint that verifies.
 
@@ -44,6 +46,7 @@ def restore(
         into: folder for it; the checkpoint becomes `into/checkpoint-<step>`.
         reject: told the step of each newer one that does not verify, and why: file, expected, got.
         trying: told each one that is about to be brought.
+        tell: as in `fetch`.
 
     Returns:
         None if there is no checkpoint, or none that verifies.
@@ -61,14 +64,14 @@ def restore(
             continue
         trying(manifest)
         try:
-            return _bring_whole(bucket, manifest, into, began)
+            return _bring_whole(bucket, manifest, into, began, tell)
         except CorruptCheckpoint as error:
             reject(manifest.step, error.message)
     return None
 
 
-def restore_named(bucket: Bucket, step: int, attempt: int, into: Path) -> Restored:
-    """Bring the checkpoint of a step that an attempt committed, to `into/checkpoint-<step>`.
+def restore_named(bucket: Bucket, step: int, attempt: int, into: Path, tell: Tell = nobody) -> Restored:
+    """Bring the checkpoint of a step that an attempt committed, to `into/checkpoint-<step>`; `tell` as in `fetch`.
 
     Raises:
         CorruptCheckpoint: its manifest is not there, or a file does not verify.
@@ -83,17 +86,19 @@ def restore_named(bucket: Bucket, step: int, attempt: int, into: Path) -> Restor
             else f"{commit_key(step)} is another's or gone"
         )
         raise CorruptCheckpoint(f"attempt {attempt} committed no step {step} that can be read: {found}")
-    return _bring_whole(bucket, manifest, into, began)
+    return _bring_whole(bucket, manifest, into, began, tell)
 
 
-def _bring_whole(bucket: Bucket, manifest: Manifest, into: Path, began: float) -> Restored:
+def _bring_whole(bucket: Bucket, manifest: Manifest, into: Path, began: float, tell: Tell) -> Restored:
     path = into / f"checkpoint-{manifest.step}"
-    fetch(bucket, manifest, path)
+    fetch(bucket, manifest, path, tell)
     return Restored(manifest, path, manifest.size, time.monotonic() - began)
 
 
-def fetch(bucket: Bucket, manifest: Listed, into: Path) -> None:
+def fetch(bucket: Bucket, manifest: Listed, into: Path, tell: Tell = nobody) -> None:
     """Bring a manifest's files; `into` appears when all have verified, or not at all.
+
+    `tell` hears the bytes of each piece on the threads that move them; what it raises ends it all.
 
     Raises:
         CorruptCheckpoint: names the file, what was expected and what came.
@@ -107,7 +112,7 @@ def fetch(bucket: Bucket, manifest: Listed, into: Path) -> None:
     partial.mkdir(parents=True)
     try:
         in_parallel(
-            lambda file: _bring(bucket, manifest, file, partial), manifest.files, threads=FILES_AT_ONCE
+            lambda file: _bring(bucket, manifest, file, partial, tell), manifest.files, threads=FILES_AT_ONCE
         )
         partial.replace(into)
     finally:
@@ -125,10 +130,10 @@ def mismatch(key: str, file: File, got: Checked | None) -> str | None:
     )
 
 
-def _bring(bucket: Bucket, manifest: Listed, file: File, into: Path) -> None:
+def _bring(bucket: Bucket, manifest: Listed, file: File, into: Path, tell: Tell) -> None:
     key = manifest.prefix + file.path
     try:
-        got = bucket.download(key, into / file.path)
+        got = bucket.download(key, into / file.path, tell)
     except FileNotFoundError:
         got = None
     if reason := mismatch(key, file, got):

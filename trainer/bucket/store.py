@@ -38,7 +38,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def _nobody(_count: int) -> None:
+def nobody(_count: int) -> None:
     """Hears nothing."""
 
 
@@ -178,7 +178,7 @@ class Bucket:
                 )
         return summed.checked
 
-    def download(self, key: str, path: Path, tell: Callable[[int], object] = _nobody) -> Checked:
+    def download(self, key: str, path: Path, tell: Callable[[int], object] = nobody) -> Checked:
         """Copy an object into a file, made with its folders, and sum the bytes that were written.
 
         `tell` hears the bytes of each piece on the thread that moves it; what it raises ends the copy.
@@ -193,7 +193,7 @@ class Bucket:
                 tell(len(piece))
         return summed.checked
 
-    def checksum(self, key: str, tell: Callable[[int], object] = _nobody) -> Checked:
+    def checksum(self, key: str, tell: Callable[[int], object] = nobody) -> Checked:
         """Read an object as `download` does, and keep nothing."""
         summed = _Summed()
         for piece in self._read(key):

@@ -15,6 +15,7 @@ from trainer.fit import Fit
 from trainer.job import Job, Outcome
 from trainer.room import room_in, take_on_ballast
 from trainer.supervisor import publish, record
+from trainer.supervisor.bringing import Bringing, Given
 from trainer.supervisor.heartbeat import Heartbeat
 from trainer.supervisor.inputs import fetch_data, fetch_model
 from trainer.supervisor.limits import Watch
@@ -78,7 +79,10 @@ class Claimed:
     def _run(self, planned: Fit, python: str, notice: Notice) -> ExitCode:
         if self._limits.reached:
             return self._gone("before anything was started")
-        job = self._prepare(planned)
+        try:
+            job = self._prepare(planned, Bringing(notice))
+        except Given:
+            return self._gone("before its checkpoint was here")
         self._limits.look(notice)
         if notice.given:
             return self._gone("before the workers were started")
@@ -86,11 +90,11 @@ class Claimed:
             exit_code = self._train(job, python, notice)
         return self._settle(job, exit_code, notice)
 
-    def _prepare(self, planned: Fit) -> Job:
+    def _prepare(self, planned: Fit, bringing: Bringing) -> Job:
         """Fetch what the workers start from: a model and data that lie in a bucket, the newest checkpoint."""
         take_on_ballast(self._work)
-        recipe = fetch_data(self._request.recipe, self._work / "input-data")
-        model = fetch_model(recipe.model_name_or_path, self._work / "input-model")
+        recipe = fetch_data(self._request.recipe, self._work / "input-data", bringing)
+        model = fetch_model(recipe.model_name_or_path, self._work / "input-model", bringing)
         placement = place(
             expected_size(self._bucket, model, self._predicted),
             self._folders.look(
@@ -100,7 +104,9 @@ class Claimed:
             adapter=bool(recipe.model_args.get("use_peft")),
         )
         self._narrator.staging(placement.staging, placement.reason)
-        restored = self._team.restore(self._bucket, self._folders.make(placement), self._narrator.rejected)
+        restored = self._team.restore(
+            self._bucket, self._folders.make(placement), self._narrator.rejected, bringing
+        )
         number, run_id = self._attempt.number, self._request.run_id
         self._shelf = shelf_for(recipe, planned, self._request.checkpoints, run_id=run_id, attempt=number)
         kept = self._work / "reference"

@@ -7,7 +7,8 @@ from pathlib import Path
 from trainer.bucket import Bucket
 from trainer.bucket.attempt import Attempt
 from trainer.bucket.parts import Node
-from trainer.bucket.restore import Restored, restore
+from trainer.bucket.restore import Restored, Tell, restore
+from trainer.bucket.store import nobody
 from trainer.errors import ExitCode
 from trainer.fit import Fit
 from trainer.hardware import Shape
@@ -31,8 +32,8 @@ class Alone:
 
     def begin(self, attempt: Attempt, fit: Fit, predicted: int | None) -> None: ...
 
-    def restore(self, bucket: Bucket, into: Path, reject: Reject) -> Restored | None:
-        return restore(bucket, into, reject)
+    def restore(self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = nobody) -> Restored | None:
+        return restore(bucket, into, reject, tell=tell)
 
     def notice(self, source: str) -> None: ...
 

@@ -13,7 +13,8 @@ from trainer.bucket import Bucket
 from trainer.bucket.attempt import Attempt
 from trainer.bucket.manifest import Manifest
 from trainer.bucket.parts import Node
-from trainer.bucket.restore import Restored, restore
+from trainer.bucket.restore import Restored, Tell, restore
+from trainer.bucket.store import nobody
 from trainer.errors import ExitCode, NoFit, Unavailable, UserError
 from trainer.fit import Fit
 from trainer.hardware import Shape
@@ -138,9 +139,11 @@ class Leader:
         )
         self._tell(terms)
 
-    def restore(self, bucket: Bucket, into: Path, reject: Reject) -> Restored | None:
+    def restore(self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = nobody) -> Restored | None:
         """The newest checkpoint that verifies here, which all nodes then have."""
-        restored = restore(bucket, into, reject, trying=lambda manifest: self._tell(_restoring(manifest)))
+        restored = restore(
+            bucket, into, reject, trying=lambda manifest: self._tell(_restoring(manifest)), tell=tell
+        )
         self._tell(_restoring(restored.manifest if restored else None, sure=True))
         for number, link in self._links.items():
             while not link.take(Ready):

@@ -11,7 +11,8 @@ from pathlib import Path
 from trainer.bucket import Bucket
 from trainer.bucket.attempt import Attempt
 from trainer.bucket.parts import Node
-from trainer.bucket.restore import CorruptCheckpoint, Restored, restore_named
+from trainer.bucket.restore import CorruptCheckpoint, Restored, Tell, restore_named
+from trainer.bucket.store import nobody
 from trainer.errors import ExitCode, Unavailable, UserError
 from trainer.fit import Fit
 from trainer.hardware import Shape
@@ -95,7 +96,7 @@ class Member:
     def begin(self, attempt: Attempt, fit: Fit, predicted: int | None) -> None:
         """Node 0 has begun already."""
 
-    def restore(self, bucket: Bucket, into: Path, reject: Reject) -> Restored | None:
+    def restore(self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = nobody) -> Restored | None:
         """The checkpoint that node 0 names; brought while node 0 brings its own copy."""
         restored: Restored | None = None
         while True:
@@ -106,7 +107,7 @@ class Member:
                 named.step,
                 named.attempt,
             ):
-                restored = self._bring(bucket, named, into, reject)
+                restored = self._bring(bucket, named, into, reject, tell)
             if named.sure:
                 break
         self._there.say(Ready())
@@ -115,14 +116,16 @@ class Member:
             time.sleep(POLL_S)
         return restored
 
-    def _bring(self, bucket: Bucket, named: Restoring, into: Path, reject: Reject) -> Restored | None:
+    def _bring(
+        self, bucket: Bucket, named: Restoring, into: Path, reject: Reject, tell: Tell
+    ) -> Restored | None:
         """A copy that does not verify is no loss while node 0 may still reject it too.
 
         Raises:
             CorruptCheckpoint: it is sure that it verified there.
         """
         try:
-            return restore_named(bucket, named.step or 0, named.attempt, into)
+            return restore_named(bucket, named.step or 0, named.attempt, into, tell)
         except CorruptCheckpoint as error:
             if named.sure:
                 raise Unavailable(f"{error.message}, and at node 0 it verified") from None

@@ -9,7 +9,8 @@ from typing import Protocol
 from trainer.bucket import Bucket
 from trainer.bucket.attempt import Attempt
 from trainer.bucket.parts import Node
-from trainer.bucket.restore import Restored
+from trainer.bucket.restore import Restored, Tell
+from trainer.bucket.store import nobody
 from trainer.errors import ExitCode
 from trainer.fit import Fit
 from trainer.hardware import Shape
@@ -48,7 +49,7 @@ class Team(Protocol):
         """The run is claimed, and this is how it is trained; `predicted` bytes of a checkpoint."""
         ...
 
-    def restore(self, bucket: Bucket, into: Path, reject: Reject) -> Restored | None:
+    def restore(self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = nobody) -> Restored | None:
         """The same checkpoint on every node, of which this one has its copy; all nodes are ready when it returns.
 
         Raises:
