@@ -111,8 +111,8 @@ class Outcome(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     status: Literal["done", "preempted", "user_error", "no_room", "unavailable"]
-    """`no_room`: the staging folder's disk or memory is full; another machine may do better. `unavailable`: what is on the
-    Hub cannot be had now; a later try may.
+    """`no_room`: the staging folder's disk or memory is full; another machine may do better. `unavailable`: the Hub does
+    not answer or a GPU failed, which a later try or another machine may do without.
     """
     message: str = ""
     hint: str | None = None

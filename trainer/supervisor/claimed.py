@@ -34,7 +34,7 @@ MAX_FRUITLESS = 2
 
 
 class _Later(Unavailable):
-    """The workers could not be given what they train with; unlike a bucket that is away, that may be how it stays."""
+    """The workers have no model or no GPU for now; unlike a bucket that is away, that may be how it stays."""
 
 
 class Claimed:

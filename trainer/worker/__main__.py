@@ -18,7 +18,7 @@ from trainer.errors import Unavailable, UserError
 from trainer.job import Job, Outcome
 from trainer.leash import die_with_parent
 from trainer.room import no_room
-from trainer.worker import determinism
+from trainer.worker import broken, determinism
 from trainer.worker.channel import Channel, ChannelHandler
 
 RANK_VARIABLE, LOCAL_RANK_VARIABLE = "RANK", "LOCAL_RANK"  # set by the supervisor where there are several
@@ -97,9 +97,13 @@ def run(job: Job, channel: Channel) -> Outcome:
         return Outcome(status="unavailable", message=error.message, hint=error.hint)
     except UserError as error:
         return Outcome(status="user_error", message=error.message, hint=error.hint)
-    except Exception as error:  # a full disk shows as errors of several packages; all else is raised
+    except (
+        Exception
+    ) as error:  # a full disk and a broken GPU show as errors of several kinds; all else is raised
         if full := no_room(job, error):
             return full
+        if gone := broken.broken(error):
+            return Outcome(status="unavailable", message=f"a GPU failed: {gone}", hint=broken.HINT)
         if refused := determinism.refused(error):
             return Outcome(status="user_error", message=refused.message, hint=refused.hint)
         raise
