@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -346,6 +347,42 @@ def test_what_was_never_committed_goes_when_nobody_can_be_writing_it(tmp_path: P
     assert prune(bucket, second, 2) == []
     left = {key.removeprefix("checkpoints/") for key, size in bucket.list("checkpoints/") if size == 1}
     assert left == set(kept)
+
+
+def test_a_folder_keeps_nothing_of_uploads_that_were_cut_short(tmp_path: Path) -> None:
+    """What a killed process has written of a large file is in no listing, and would fill the disk kill by kill."""
+    bucket = open_run(str(tmp_path / "runs"), "r")
+    checkpoints = tmp_path / "runs" / "r" / "checkpoints"
+    claim(bucket, {})
+    attempt = claim(bucket, {})
+    begun = [f"step-{step:08d}/{owner:04d}" for step, owner in ((10, 1), (20, 2), (30, 1), (50, 2), (50, 3))]
+    for folder in begun:
+        (checkpoints / folder).mkdir(parents=True)
+        (checkpoints / folder / "optimizer.pt#1").write_bytes(b"cut short")
+    assert not bucket.list("checkpoints/")
+    save(bucket, attempt, tmp_path, 20, 30, 40)
+    prune(bucket, attempt, 2)
+    left = [path.relative_to(checkpoints).as_posix() for path in sorted(checkpoints.glob("*/*"))]
+    assert left == ["step-00000030/0002", "step-00000040/0002", "step-00000050/0002", "step-00000050/0003"]
+    assert [path.name for path in sorted(checkpoints.iterdir())] == [
+        f"step-{step:08d}" for step in (30, 40, 50)
+    ]
+    assert restore(bucket, tmp_path / "restored", no_rejects) is not None
+
+
+def test_a_link_in_a_staged_folder_is_committed_as_the_file_that_it_names(tmp_path: Path) -> None:
+    """What it names is gone some day: a bucket that had the link would have a checkpoint that nobody can restore."""
+    bucket = open_run(str(tmp_path / "runs"), "r")
+    folder = tmp_path / "staging" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    (tmp_path / "cache").write_bytes(b"weights")
+    (folder / "weights").symlink_to(tmp_path / "cache")
+    commit(bucket, claim(bucket, {}), tmp_path / "staging", Staged(folder="checkpoint-1", step=1), "digest")
+    shutil.rmtree(folder)
+    (tmp_path / "cache").unlink()
+    restored = restore(bucket, tmp_path / "restored", no_rejects)
+    assert restored is not None
+    assert (restored.path / "weights").read_bytes() == b"weights"
 
 
 def test_the_replaced_files_of_a_kept_step_go_in_the_end(tmp_path: Path) -> None:

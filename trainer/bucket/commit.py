@@ -184,6 +184,8 @@ def prune(bucket: Bucket, attempt: Attempt, keep: int) -> list[int]:
     old = outdated(bucket, attempt.number, keep)
     bucket.delete(commit_key(step) for step in old.steps)
     bucket.delete(old.keys)
+    for prefix in old.folders:
+        bucket.clear(prefix)
     return list(old.steps)
 
 
@@ -198,6 +200,9 @@ class Outdated(NamedTuple):
     """Files that then no manifest names, in order."""
     bytes: int
     """Of those files."""
+    folders: tuple[str, ...] = ()
+    """Of a bucket that is a folder, those in which no manifest names anything: killed uploads leave files that no
+    listing shows."""
 
 
 def outdated(bucket: Bucket, attempt: int, keep: int) -> Outdated:
@@ -213,13 +218,19 @@ def outdated(bucket: Bucket, attempt: int, keep: int) -> Outdated:
     doomed = [
         manifest.step for manifest in found if manifest.step < newest and manifest.step not in kept_steps
     ]
-    named = _named([manifest for manifest in found if manifest.step not in doomed])
+    stay = [manifest for manifest in found if manifest.step not in doomed]
+    named, held = _named(stay), {manifest.prefix for manifest in stay if isinstance(manifest, Manifest)}
     keys = tuple(sorted(key for key in there if key not in named and _is_garbage(key, attempt, kept)))
     return Outdated(
         tuple(manifest.step for manifest in kept),
         tuple(sorted(doomed)),
         keys,
         sum(there[key] for key in keys),
+        tuple(
+            prefix
+            for prefix in bucket.folders(CHECKPOINTS_PREFIX)
+            if prefix not in held and _is_garbage(prefix, attempt, kept)
+        ),
     )
 
 

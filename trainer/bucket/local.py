@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +27,27 @@ def folder_of(store: ObjectStore) -> Path | None:
     return Path(store.prefix) if isinstance(store, LocalStore) and store.prefix else None
 
 
+def below(folder: Path, prefix: str) -> tuple[str, ...]:
+    """Prefixes of the folders two levels below one, in order, whatever they hold."""
+    found = (folder / prefix).glob("*/*") if (folder / prefix).is_dir() else ()
+    return tuple(sorted(f"{path.relative_to(folder).as_posix()}/" for path in found if path.is_dir()))
+
+
+def clear(folder: Path, prefix: str) -> None:
+    """Remove a folder with what no listing shows: files that a killed process has begun to write, empty folders."""
+    shutil.rmtree(folder / prefix, ignore_errors=True)
+    with suppress(OSError):  # others are in it
+        (folder / prefix).parent.rmdir()
+
+
 def link(path: Path, folder: Path, key: str) -> bool:
     """Give the file `path` the name `key` below `folder`, in one step, if nothing has that name.
 
     Returns:
         False if it is to be copied: another file system, one without links, a key that is no plain
-        path or is taken.
+        path or is taken, a symbolic link, which would have a second name itself and lead to nothing soon.
     """
-    if not PLAIN.fullmatch(key):
+    if not PLAIN.fullmatch(key) or path.is_symlink():
         return False
     target = folder / key
     try:

@@ -15,7 +15,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 
 from trainer.bucket.address import Patience, Place, connect, parse
 from trainer.bucket.faults import no_such_bucket, sort_fault
-from trainer.bucket.local import folder_of, link
+from trainer.bucket.local import below, clear, folder_of, link
 from trainer.bucket.pieces import Pieces
 from trainer.errors import BucketError
 
@@ -151,6 +151,15 @@ class Bucket:
             # One by one: obstore's bulk call stops at the first missing file in folders and on GCS.
             with suppress(FileNotFoundError), self._faults("delete", key):
                 self._store.delete(key)
+
+    def folders(self, prefix: str) -> tuple[str, ...]:
+        """Of a folder, the prefixes two levels below one, with those that hold no object; a store has none."""
+        return below(self._folder, prefix) if self._folder else ()
+
+    def clear(self, prefix: str) -> None:
+        """Remove what is left below one of `folders`; where a store is none, its own rules remove parts of uploads."""
+        if self._folder:
+            clear(self._folder, prefix)
 
     def upload(self, key: str, path: Path) -> Checked:
         """Copy a file into the bucket, in parts if it is large, and sum the bytes that were sent.
