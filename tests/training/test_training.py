@@ -203,6 +203,31 @@ def test_another_number_of_threads_is_told(tmp_path: Path, small: Small) -> None
     assert any("threads was 1 and is 2" in line["message"] for line in again.of("log"))
 
 
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (
+            {"device": "NVIDIA A100", "packages": "torch 1"},
+            ["device was NVIDIA A100", "packages was torch 1"],
+        ),
+        ({"device": "", "packages": ""}, []),
+    ],
+    ids=["others", "older"],
+)
+def test_what_rounds_otherwise_is_told(
+    tmp_path: Path, small: Small, written: dict[str, str], told: list[str]
+) -> None:
+    """On another GPU or torch a run goes on, though not to the bit; of what was not written down nothing is said."""
+    copy = shutil.copytree(small(SFT).checkpoint(2), tmp_path / "checkpoint-2")
+    said = json.loads((copy / "aeolus.json").read_text())
+    assert {"torch", "trl"} <= set(said["packages"].replace(",", "").split())
+    assert said["device"].startswith("a CPU with")
+    (copy / "aeolus.json").write_text(json.dumps({**said, **written}))
+    again = train(make_job(tmp_path / "resumed", SFT, *SMALL, resume_from=copy))
+    lines = [line["message"] for line in again.of("log") if " was " in line["message"]]
+    assert [line.partition(" and is ")[0] for line in lines] == told
+
+
 def test_saves_wait_for_the_upload(small: Small) -> None:
     """With two folders still pending a save is skipped and told; the last step is saved all the same."""
     trained = small(SFT, "save_steps=1")

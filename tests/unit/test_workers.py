@@ -14,7 +14,7 @@ import pytest
 from trainer.fit import Fit
 from trainer.job import Job
 from trainer.recipe import Recipe
-from trainer.supervisor.workers import Meeting, Workers, command, environment
+from trainer.supervisor.workers import Meeting, Workers, command, environment, meeting
 
 RECIPE = {
     "name": "fake",
@@ -205,3 +205,10 @@ def test_a_kill_leaves_nothing(workers: Any, tmp_path: Path) -> None:
     for rank in range(2):
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / f"job.json.{rank}").read_text()), 0)
+
+
+def test_ranks_meet_below_the_ports_of_outgoing_connections() -> None:
+    """One of those, taken before rank 0 listens, would end the attempt as a bug."""
+    ports = {meeting().port for _ in range(50)}
+    assert max(ports) < 32_768
+    assert len(ports) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -30,6 +31,8 @@ EXPANDABLE = "expandable_segments:True"
 PASSIVE = "passive"
 """On the CPU: threads that wait for each other sleep. By default they keep their cores busy: two programs of two threads each, on two
 cores with other work, took five to thirteen times as long (https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html)."""
+MEETING_PORTS = (20_000, 32_000)
+"""Linux's outgoing connections have ports from 32768 on (`/proc/sys/net/ipv4/ip_local_port_range`)."""
 GRACE_S = 30.0
 """For the other ranks, when one has failed, to say what they know."""
 
@@ -78,10 +81,14 @@ def command(job_file: Path, python: str, program: str = PROGRAM) -> list[str]:
 
 
 def meeting() -> Meeting:
-    """On this machine, at a port that is free now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return Meeting(port=free.getsockname()[1])
+    """On this machine, at a port that is free now; below those that systems give to outgoing connections, of which the
+    ranks open hundreds before the first of them listens.
+    """
+    while True:
+        port = random.randrange(*MEETING_PORTS)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return Meeting(port=port)
 
 
 def environment(

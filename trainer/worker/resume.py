@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from trainer.worker.reshard.folder import INDEX, MODEL, OPTIMIZER, Folder
 
 log = logging.getLogger(__name__)
 FILE = "aeolus.json"
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "bitsandbytes")
+LATER = ("device", "packages")
+"""Of an identity, what older checkpoints do not say."""
 
 
 class Identity(BaseModel):
@@ -37,6 +42,10 @@ class Identity(BaseModel):
     micro_batch: int
     accumulation: int
     threads: int
+    device: str = ""
+    """What rank 0 computes on: another one rounds otherwise. Empty if nobody wrote it down."""
+    packages: str = ""
+    """Those whose code decides the bits, with their versions; likewise."""
 
     def words(self) -> str:
         """`zero3 on 2 processes, optimizer and parameters offloaded`."""
@@ -58,7 +67,27 @@ def identity(job: Job, tokens: Tokens, model: str) -> Identity:
         micro_batch=job.fit.micro_batch,
         accumulation=job.fit.accumulation,
         threads=job.fit.threads,
+        device=device(job),
+        packages=packages(),
     )
+
+
+def device(job: Job) -> str:
+    """The GPU's name; of a CPU the instructions that its kernels are chosen by."""
+    import torch
+
+    if not job.fit.use_cpu and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"a CPU with {torch.backends.cpu.get_cpu_capability()}"
+
+
+def packages() -> str:
+    """`torch 2.13.0+cpu, transformers 5.23.0 ...`: of those that are installed."""
+    found = []
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 def write(folder: Path, mine: Identity) -> None:
@@ -136,9 +165,9 @@ def _say_inexact(theirs: Identity, mine: Identity) -> None:
         "micro_batch",
         "accumulation",
     )
-    for name in (*changing, "threads", "reference"):
+    for name in (*changing, "threads", "reference", *LATER):
         before, now = getattr(theirs, name), getattr(mine, name)
-        if before != now:
+        if before != now and not (name in LATER and not before):
             log.warning("%s was %s and is %s: the run goes on, but not bit for bit", name, before, now)
 
 
