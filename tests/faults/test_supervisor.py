@@ -188,6 +188,32 @@ def test_a_checkpoint_with_a_flipped_bit_is_not_believed(
     assert "model.safetensors" in view.events("rejected")[0]["reason"]
 
 
+def test_two_that_verify_stay_beside_one_that_does_not(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
+    """The damaged one is the newest, and its sizes are right: it must not push out the one that the run went on from."""
+    attempt(request_, fate, "crash@5")
+    key = f"{committed(view.bucket)[0].prefix}model.safetensors"
+    view.bucket.put(key, bytes(len(view.bucket.get(key))))
+    fate.setenv("FAKE_WORKER", "waits@3")
+    notice = Notice()
+
+    def give() -> None:
+        wait_until(
+            lambda: 3 in {event["step"] for event in view.events("step") if event["attempt"] == 2}, "step 3"
+        )
+        notice.give("SIGTERM")
+
+    giver = threading.Thread(target=give)
+    giver.start()
+    assert run(request_, notice) == ExitCode.RECOVER
+    giver.join()
+    assert view.committed_steps() == [4, 3, 2]
+    assert attempt(request_, fate) == ExitCode.DONE
+    assert [event["step"] for event in view.events("restored")] == [0, 2, 3]
+    assert view.committed_steps() == [6, 4]
+
+
 def test_a_superseded_attempt_stops_and_commits_nothing(
     request_: Request, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:

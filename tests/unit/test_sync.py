@@ -328,6 +328,17 @@ def test_a_broken_checkpoint_does_not_count_as_kept(bucket: Bucket, tmp_path: Pa
     assert bucket.get_or_none(commit_key(99)) == b"{"
 
 
+def test_a_checkpoint_that_did_not_verify_does_not_count_as_kept(bucket: Bucket, tmp_path: Path) -> None:
+    """Its sizes are right, so only who has read it knows; committed anew it counts again."""
+    save(bucket, claim(bucket, {}), tmp_path, 10, 20)
+    second = claim(bucket, {})
+    save(bucket, second, tmp_path, 15)
+    assert prune(bucket, second, 2, rejected=[20]) == []
+    save(bucket, second, tmp_path, 20)
+    assert prune(bucket, second, 2, rejected=[20]) == [10]
+    assert [manifest.step for manifest in committed(bucket)] == [20, 15]
+
+
 def test_what_was_never_committed_goes_when_nobody_can_be_writing_it(tmp_path: Path) -> None:
     """Left-overs of earlier attempts below the newest commit go; all others stay."""
     bucket = MemoryBucket()

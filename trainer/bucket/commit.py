@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -166,8 +166,10 @@ def _publish(bucket: Bucket, manifest: Manifest) -> None:
     bucket.put(manifest.key, data)
 
 
-def prune(bucket: Bucket, attempt: Attempt, keep: int) -> list[int]:
+def prune(bucket: Bucket, attempt: Attempt, keep: int, *, rejected: Collection[int] = ()) -> list[int]:
     """Delete all checkpoints but the newest `keep` (at least 2) whose files are all there.
+
+    Steps in `rejected` did not verify when this attempt read them: what others have committed of them does not count.
 
     Manifests go first, then files, so that no manifest ever names a file that we deleted. Files
     that no manifest names go too, if they are below the newest commit and nobody can be uploading
@@ -181,7 +183,7 @@ def prune(bucket: Bucket, attempt: Attempt, keep: int) -> list[int]:
         Superseded: a newer attempt has claimed the run; nothing was deleted.
     """
     attempt.check()
-    old = outdated(bucket, attempt.number, keep)
+    old = outdated(bucket, attempt.number, keep, rejected=rejected)
     bucket.delete(commit_key(step) for step in old.steps)
     bucket.delete(old.keys)
     for prefix in old.folders:
@@ -205,11 +207,17 @@ class Outdated(NamedTuple):
     listing shows."""
 
 
-def outdated(bucket: Bucket, attempt: int, keep: int) -> Outdated:
+def outdated(bucket: Bucket, attempt: int, keep: int, *, rejected: Collection[int] = ()) -> Outdated:
     """What `prune` would delete for the attempt of that number; only looks."""
     found = list(commits(bucket))
     there = sizes(bucket, CHECKPOINTS_PREFIX)
-    whole = [manifest for manifest in found if isinstance(manifest, Manifest) and not manifest.fault(there)]
+    whole = [
+        manifest
+        for manifest in found
+        if isinstance(manifest, Manifest)
+        and not manifest.fault(there)
+        and (manifest.step not in rejected or manifest.attempt == attempt)
+    ]
     if len(whole) < MIN_KEPT:
         return Outdated(tuple(manifest.step for manifest in whole), (), (), 0)
     kept = whole[: max(keep, MIN_KEPT)]

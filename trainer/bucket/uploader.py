@@ -7,7 +7,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -63,13 +63,14 @@ class Uploader(threading.Thread):
         node: Node = ALONE,
         waiting: Waiting = WAITING,
         shelf: Shelf | None = None,
+        rejected: Collection[int] = (),
         poll_s: float = 0.2,
         backoff: Callable[[int], float] = backoff_s,
     ) -> None:
         """Uploads from `staging`; keeps the newest `keep` checkpoints in the bucket; looks every `poll_s`.
 
         Of several nodes each uploads its part, and node 0, which waits for the others as `waiting` says, commits and
-        keeps order. What is staged of a reference goes onto the `shelf`, before the checkpoints that depend on it.
+        keeps order; `rejected` are steps that it does not count, as `prune`. What is staged of a reference goes onto the `shelf`, before the checkpoints that depend on it.
         """
         super().__init__(name="uploader", daemon=True)  # a transfer that hangs must not hold up the exit
         self._bucket = bucket
@@ -81,6 +82,7 @@ class Uploader(threading.Thread):
         self._node = node
         self._waiting = waiting
         self._shelf = shelf
+        self._rejected = rejected
         self._poll_s = poll_s
         self._backoff = backoff
         self._changed = threading.Condition()  # guards what follows, and what is removed from staging
@@ -211,7 +213,7 @@ class Uploader(threading.Thread):
 
     def _prune(self) -> None:
         try:
-            prune(self._bucket, self._attempt, self._keep)
+            prune(self._bucket, self._attempt, self._keep, rejected=self._rejected)
         except FAULTS as error:  # the next commit prunes again
             log.warning("old checkpoints stay for now: %s", error.message)
 

@@ -62,6 +62,7 @@ class Claimed:
         self._team = team
         self._predicted = predicted  # bytes of a checkpoint
         self._shelf: Shelf | None = None
+        self._rejected: list[int] = []  # steps that were committed and did not verify
         self._work = mine.work
         self._limits = limits
 
@@ -104,9 +105,7 @@ class Claimed:
             adapter=bool(recipe.model_args.get("use_peft")),
         )
         self._narrator.staging(placement.staging, placement.reason)
-        restored = self._team.restore(
-            self._bucket, self._folders.make(placement), self._narrator.rejected, bringing
-        )
+        restored = self._team.restore(self._bucket, self._folders.make(placement), self._reject, bringing)
         number, run_id = self._attempt.number, self._request.run_id
         self._shelf = shelf_for(recipe, planned, self._request.checkpoints, run_id=run_id, attempt=number)
         kept = self._work / "reference"
@@ -125,6 +124,10 @@ class Claimed:
             reference=kept if self._shelf and self._shelf.fetch(kept) else None,
         )
 
+    def _reject(self, step: int, reason: str) -> None:
+        self._rejected.append(step)
+        self._narrator.rejected(step, reason)
+
     def _train(self, job: Job, python: str, notice: Notice) -> int:
         """Run the workers and upload what they stage, also what a crash left; the workers' exit code."""
         uploader = Uploader(
@@ -137,6 +140,7 @@ class Claimed:
             node=self._team.node,
             waiting=WAITING._replace(gone=lambda: self._team.broken),
             shelf=self._shelf,
+            rejected=self._rejected,
         )
         workers = Workers(job, python, self._request.program, at=self._team.meeting)
         uploader.start()
