@@ -40,6 +40,13 @@ def test_a_killed_compilation_stops_nobody(lock: Path) -> None:
         assert not lock.exists()
 
 
+def test_another_programs_compilation_is_left_to_it(lock: Path) -> None:
+    """It takes its mark away itself, and would fail if that were gone."""
+    lock.touch()
+    with _turn("an_op"):
+        assert lock.exists()
+
+
 def test_one_compiles_at_a_time(lock: Path) -> None:
     """Whoever holds the turn is waited for, mark or no mark."""
     with _turn("an_op"):

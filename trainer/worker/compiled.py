@@ -2,7 +2,7 @@
 
 Torch marks a compilation with a file. A process that is killed meanwhile leaves it behind, and every later one on the
 machine would wait for ever (`torch.utils.file_baton`): so ours take turns by a lock that ends with its holder, and
-whoever has the turn takes such a file away.
+whoever has the turn after one that was killed takes such a file away. Nobody else's: another program may be compiling.
 """
 
 from __future__ import annotations
@@ -58,7 +58,15 @@ def _turn(name: str) -> Iterator[None]:
     from torch.utils.cpp_extension import _get_build_directory
 
     folder = Path(_get_build_directory(name, verbose=False))
-    with (folder / "aeolus.lock").open("w") as ours:
+    with (folder / "aeolus.lock").open("a+") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        yield
+        ours.seek(0)
+        if ours.read():
+            (folder / "lock").unlink(missing_ok=True)
+        else:
+            ours.write("mine until this is cleared")
+            ours.flush()
+        try:
+            yield
+        finally:
+            ours.truncate(0)
