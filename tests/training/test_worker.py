@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tests.training.jobs import SMALL, make_job
+from trainer.worker.__main__ import uncollected
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTING = """
@@ -73,3 +76,15 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr
     assert not job.outcome.exists()
+
+
+def test_the_collector_rests_while_the_stack_is_imported() -> None:
+    """It is at work again afterwards, also where an import failed, and does not look at what was imported."""
+    try:
+        with suppress(ImportError), uncollected():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()  # this process is not a worker
