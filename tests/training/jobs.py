@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainer.job import Job, Outcome
 from trainer.recipe import load
 from trainer.worker.__main__ import run, tame
 from trainer.worker.channel import Channel
+from trainer.worker.stack import method_of, uncollected
 
 LAPTOP = Shape(accelerator=None, count=0, memory_gib=None, cores=1, host_memory_gib=8.0, node="test")
 SMALL = (
@@ -74,9 +76,17 @@ def without_test_data(job: Job) -> Job:
     return job.model_copy(update={"recipe": job.recipe.model_copy(update={"dataset_mixture": mixture})})
 
 
+@functools.cache
+def import_stack(method: str) -> None:
+    """As a worker does, so that the collector passes over it here too."""
+    with uncollected():
+        method_of(method)
+
+
 def train(job: Job, channel: Channel | None = None) -> Trained:
     channel = channel or Channel(job)
     tame(channel)
+    import_stack(job.recipe.method)
     outcome = run(job, channel)
     channel.conclude(outcome)
     return Trained(job, outcome)

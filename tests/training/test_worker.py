@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.training.jobs import SMALL, make_job
-from trainer.worker.__main__ import uncollected
+from trainer.worker.stack import uncollected
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTING = """

@@ -5,15 +5,12 @@ Exits 0 when it is done or preempted, else 1; the truth is in `outcome.json`, an
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +20,7 @@ from trainer.leash import die_with_parent
 from trainer.room import no_room
 from trainer.worker import broken, determinism
 from trainer.worker.channel import Channel, ChannelHandler
+from trainer.worker.stack import QUIET, method_of, uncollected
 
 RANK_VARIABLE, LOCAL_RANK_VARIABLE = "RANK", "LOCAL_RANK"  # set by the supervisor where there are several
 
@@ -54,10 +52,7 @@ class _NotNoise(logging.Filter):
 
 def tame(channel: Channel) -> None:
     """Our own words go to the supervisor; the stack's warnings, less the known noise, to stderr; no bars."""
-    os.environ["TQDM_DISABLE"] = "1"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL tells the Hub about each run otherwise
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    os.environ.update(QUIET)
     stderr = logging.StreamHandler()
     stderr.addFilter(_NotNoise())
     logging.basicConfig(level=logging.WARNING, handlers=[stderr], format="%(name)s: %(message)s")
@@ -82,28 +77,6 @@ def tame(channel: Channel) -> None:
     transformers.utils.logging.set_verbosity_warning()
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Around imports, once in a process: they make a million objects and no garbage, and a collector that
-    looks through all of them again and again takes a fifth of a start.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def method_of(job: Job) -> Callable[[Job, Channel], Outcome]:
-    """What trains as the recipe says; imports the stack, which takes seconds."""
-    if job.recipe.method == "sft":
-        from trainer.worker.sft import train
-    else:
-        from trainer.worker.dpo import train
-    return train
-
-
 def run(job: Job, channel: Channel) -> Outcome:
     """Train as the job says; what a user can mend, or a full disk, becomes an outcome;
     anything else is a bug and is raised.
@@ -113,14 +86,12 @@ def run(job: Job, channel: Channel) -> Outcome:
     torch.set_num_threads(job.fit.threads)  # sums split over other numbers of threads differ in the last bits
     determinism.compute_alike(job.recipe)
     try:
-        return method_of(job)(job, channel)
+        return method_of(job.recipe.method)(job, channel)
     except Unavailable as error:
         return Outcome(status="unavailable", message=error.message, hint=error.hint)
     except UserError as error:
         return Outcome(status="user_error", message=error.message, hint=error.hint)
-    except (
-        Exception
-    ) as error:  # a full disk and a broken GPU show as errors of several kinds; all else is raised
+    except Exception as error:  # a full disk and a broken GPU show as many kinds; all else is raised
         if full := no_room(job, error):
             return full
         if gone := broken.broken(error):
@@ -139,7 +110,7 @@ def main() -> None:
     try:
         with uncollected():
             tame(channel)
-            method_of(job)
+            method_of(job.recipe.method)
         outcome = run(job, channel)
     except BaseException:  # whatever it is, the other ranks must not wait for this one
         if job.fit.processes == 1:
