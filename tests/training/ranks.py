@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.training import forks
 from tests.training.jobs import Trained, make_job
 from trainer.job import Job, Outcome
 from trainer.supervisor.workers import Workers
@@ -40,6 +41,7 @@ def ranks_job(work: Path, name: str, *overrides: str, resume_from: Path | None =
 
 
 def start(job: Job) -> Workers:
+    """Ranks that import for themselves, to be killed or told to stop."""
     return Workers(job, sys.executable)
 
 
@@ -60,7 +62,17 @@ def told(job: Job) -> list[dict[str, Any]]:
 
 
 def run(job: Job) -> Trained:
-    code = finish(start(job))
+    """By ranks that are forks of a warm process."""
+    return _trained(job, forks.workers(job))
+
+
+def run_started(job: Job) -> Trained:
+    """By ranks that import for themselves, as a user's do."""
+    return _trained(job, start(job))
+
+
+def _trained(job: Job, workers: Workers) -> Trained:
+    code = finish(workers)
     outcome = Outcome.model_validate_json(job.outcome.read_text()) if job.outcome.exists() else None
     assert outcome is not None, f"the ranks ended with {code} and left no outcome: {told(job)[-3:]}"
     return Trained(job, outcome)

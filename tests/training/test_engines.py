@@ -1,4 +1,7 @@
-"""Every engine takes the same steps: DDP, ZeRO 2 and 3, with offload, FSDP 2, and QLoRA, on processes of this machine."""
+"""Every engine takes the same steps: DDP, ZeRO 2 and 3, with offload, FSDP 2, and QLoRA, on processes of this machine.
+
+What compares computations trains with forks (`tests.training.forks`); what is killed, told to stop or made to fail is started.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from safetensors.numpy import load_file as load_values
 from safetensors.torch import load_file
 
 from tests.training.jobs import Trained, train
-from tests.training.ranks import finish, ranks_job, run, start, wait_for_step
+from tests.training.ranks import finish, ranks_job, run, run_started, start, wait_for_step
 from trainer.job import Job, Outcome, pending
 from trainer.supervisor.workers import Workers
 from trainer.worker.consolidate import consolidate
@@ -234,6 +237,14 @@ def test_an_adapter_of_a_cut_model_is_put_together(tmp_path: Path, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", kinds("ddp", "zero2", "offload"))
+def test_a_fork_takes_the_steps_of_a_started_rank(tmp_path: Path, engine: Engine, kind: str) -> None:
+    """What most tests here train with has the bits of what a user trains with; the killed runs below show it of the others."""
+    started = run_started(ranks_job(tmp_path / "work", DPO, **ENGINES[kind]))
+    assert started.trajectory == engine(kind, DPO).trajectory
+    assert all(torch.equal(weight, final(engine(kind, DPO))[name]) for name, weight in final(started).items())
+
+
+@pytest.mark.parametrize("kind", kinds("ddp", "zero2", "offload"))
 def test_a_resume_on_the_same_shape_is_exact(tmp_path: Path, engine: Engine, kind: str) -> None:
     """From the middle of an epoch on, every step and the final weights have the same bits."""
     whole = engine(kind, DPO)
@@ -271,7 +282,10 @@ def test_a_pass_before_training_leaves_no_trace(tmp_path: Path, engine: Engine, 
 def test_a_killed_run_of_a_cut_model_ends_as_if_undisturbed(
     tmp_path: Path, engine: Engine, kind: str
 ) -> None:
-    """SIGKILL of all ranks after the commit of step 3: the next attempt repeats what was lost, with the same bits."""
+    """SIGKILL of all ranks after the commit of step 3: the next attempt repeats what was lost, with the same bits.
+
+    Both attempts are started, and the undisturbed run is of forks.
+    """
     job = ranks_job(tmp_path / "killed", DPO, **ENGINES[kind])
     workers = start(job)
     try:
@@ -281,7 +295,9 @@ def test_a_killed_run_of_a_cut_model_ends_as_if_undisturbed(
     assert workers.poll() == -signal.SIGKILL
     assert not job.outcome.exists()
     whole = engine(kind, DPO)
-    again = run(ranks_job(tmp_path / "again", DPO, resume_from=job.staging / "checkpoint-3", **ENGINES[kind]))
+    again = run_started(
+        ranks_job(tmp_path / "again", DPO, resume_from=job.staging / "checkpoint-3", **ENGINES[kind])
+    )
     assert again.trajectory == whole.trajectory[3:]
     assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(again).items())
 

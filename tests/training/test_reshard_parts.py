@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.training import forks
 from tests.training.ranks import finish, ranks_job
 from tests.training.test_engines import needs_compiler
 from trainer.job import Outcome
-from trainer.supervisor.workers import Workers
 from trainer.worker.reshard.folder import INDEX, Folder
 from trainer.worker.reshard.layout import converts
 from trainer.worker.reshard.parts import Piece, pieces_of_stage_2, pieces_of_stage_3
@@ -85,7 +84,7 @@ def test_float32_masters_of_bf16_weights_go_into_every_form(tmp_path: Path) -> N
     bf16 are those that were trained.
     """
     job = ranks_job(tmp_path / "work", "zephyr-tiny/sft", processes=2, engine="zero3", micro_batch=4)
-    code = finish(Workers(job, sys.executable, "tests.training.half_ranks"))
+    code = finish(forks.workers(job, "tests.training.half_ranks"))
     outcome = Outcome.model_validate_json(job.outcome.read_text())
     assert (code, outcome.status, outcome.message) == (0, "done", "")
 
@@ -95,7 +94,7 @@ def test_rows_of_float32_weights_go_where_they_lie(tmp_path: Path) -> None:
     is filled into other parts, has the bits that torch puts together, and a step later too.
     """
     job = ranks_job(tmp_path / "work", "zephyr-tiny/sft", processes=4, engine="fsdp2", micro_batch=2)
-    code = finish(Workers(job, sys.executable, "tests.training.cut_ranks"))
+    code = finish(forks.workers(job, "tests.training.cut_ranks"))
     outcome = Outcome.model_validate_json(job.outcome.read_text())
     assert (code, outcome.status, outcome.message) == (0, "done", "")
 
