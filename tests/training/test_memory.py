@@ -265,6 +265,10 @@ def is_table(value: torch.Tensor) -> bool:
 def optimizer_named(name: str, model: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
+    if name.endswith("bit"):
+        from bitsandbytes.optim import GlobalOptimManager
+
+        GlobalOptimManager.get_instance().initialize()  # it keeps which weights, by number, other tests had in 32 bit
     arguments = TrainingArguments(output_dir="unused", optim=name, use_cpu=True, report_to="none", bf16=False)
     cls, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     return cls(model.parameters(), **settings)
