@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from trainer.leash import die_with_parent
 from trainer.worker.stack import QUIET, method_of, uncollected
@@ -109,9 +109,11 @@ def tell(ready: selectors.BaseSelector, rank: Rank) -> None:
 
 def close_all(ready: selectors.BaseSelector, asked_by: socket.socket) -> None:
     """What is the server's, in a rank."""
-    for each in [*ready.get_map().values()]:
-        os.close(each.fd)
-    os.close(asked_by.fileno())
+    for each in [asked_by, *(key.fileobj for key in ready.get_map().values())]:
+        if isinstance(each, socket.socket):
+            each.close()
+        else:
+            os.close(cast("int", each))
 
 
 def become(wanted: Request, files: list[int]) -> Request:
