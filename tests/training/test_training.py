@@ -32,9 +32,14 @@ def signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def resumed(tmp_path: Path, whole: Trained, step: int, name: str, *overrides: str) -> Trained:
+def resumed(
+    tmp_path: Path, whole: Trained, step: int, name: str, *overrides: str, listens: bool = False
+) -> Trained:
     job = make_job(tmp_path / "resumed", name, *SMALL, *overrides, resume_from=whole.checkpoint(step))
-    return train(job)
+    channel = Channel(job)
+    if listens:
+        channel.listen()
+    return train(job, channel)
 
 
 def logits(model: Any, tokenizer_folder: Path) -> torch.Tensor:
@@ -254,8 +259,8 @@ class StoppedAt(Channel):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def stopped(tmp_path: Path, step: int, *overrides: str) -> Trained:
-    job = make_job(tmp_path / "stopped", SFT, *SMALL, *overrides)
+def stopped(tmp_path: Path, step: int, *overrides: str, name: str = SFT) -> Trained:
+    job = make_job(tmp_path / "stopped", name, *SMALL, *overrides)
     channel = StoppedAt(job, step)
     channel.listen()
     return train(job, channel)
@@ -284,15 +289,6 @@ def test_a_notice_during_a_due_save_needs_no_step_more(tmp_path: Path) -> None:
     assert trained.outcome.status == "preempted"
     assert [line["step"] for line in trained.of("step")] == [1, 2]
     assert [line["step"] for line in trained.of("saved")] == [2]
-
-
-@pytest.mark.usefixtures("signals")
-def test_a_notice_during_an_evaluation_is_heard_after_it(tmp_path: Path) -> None:
-    """The evaluation is finished, then its step is saved, though no save was due."""
-    trained = stopped(tmp_path, 1, "save_steps=4", "eval_strategy=steps", "eval_steps=1")
-    assert trained.outcome.status == "preempted"
-    assert [line["step"] for line in trained.of("eval")] == [1]
-    assert [line["step"] for line in trained.of("saved")] == [1]
 
 
 @pytest.mark.usefixtures("signals")

@@ -98,13 +98,22 @@ class Progress(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """An evaluation is finished even when a stop is asked for: it draws random numbers, and a resumed
-        run must not be short of them. What it was followed by is not waited for.
-        """
-        if state.global_step < state.max_steps and _any_rank(args, self._channel.stop_asked)[0]:
+        """A stop that is asked for meanwhile needs no step more."""
+        if self.must_stop(args, state):
             self._stop(state, control)
         self._since = time.perf_counter()
         return control
+
+    def must_stop(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether any rank was asked to; every rank has to ask. The last step is saved and finished whatever happens."""
+        return state.global_step < state.max_steps and _any_rank(args, self._channel.stop_asked)[0]
+
+    def cut_evaluation(self, state: TrainerState, control: TrainerControl) -> None:
+        """Save this step instead, and stop."""
+        self._about = self._about.model_copy(update={"evaluation_due": True})
+        control.should_evaluate = False
+        self._stop(state, control)
+        self._since = time.perf_counter()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -130,7 +139,7 @@ class Progress(TrainerCallback):
             )
         self._channel.say("saved", step=state.global_step, bytes=size, stall_s=stall_s)
         self._pace.other()
-        if state.global_step < state.max_steps and _any_rank(args, self._channel.stop_asked)[0]:
+        if self.must_stop(args, state):
             self._stop(state, control, save=False)
         return control
 

@@ -15,13 +15,14 @@ from trainer.worker import chat, data, fsdp, model, reference, sources, training
 from trainer.worker.arguments import training_arguments
 from trainer.worker.channel import Channel
 from trainer.worker.engine import Sharded
+from trainer.worker.evaluation import GivesWay
 from trainer.worker.order import Ordered
 from trainer.worker.reference import Reference
 from trainer.worker.reshard.resharded import Resharded
 from trainer.worker.resume import identity
 
 
-class PreparedDPOTrainer(Ordered, Sharded, Resharded, DPOTrainer):
+class PreparedDPOTrainer(Ordered, Sharded, Resharded, GivesWay, DPOTrainer):
     """A `DPOTrainer` of data that are tokenised already, in our order, and of one loss on every split.
 
     TRL 1.16 tokenises always: it knows no prompt length, and drops pairs without a word. `SFTTrainer` leaves

@@ -46,6 +46,8 @@ class Identity(BaseModel):
     """What rank 0 computes on: another one rounds otherwise. Empty if nobody wrote it down."""
     packages: str = ""
     """Those whose code decides the bits, with their versions; likewise."""
+    evaluation_due: bool = False
+    """A notice cut the evaluation of this step short: whoever goes on begins with it."""
 
     def words(self) -> str:
         """`zero3 on 2 processes, optimizer and parameters offloaded`."""

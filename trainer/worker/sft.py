@@ -9,12 +9,13 @@ from trainer.worker import chat, data, model, sources, training
 from trainer.worker.arguments import training_arguments
 from trainer.worker.channel import Channel
 from trainer.worker.engine import Sharded
+from trainer.worker.evaluation import GivesWay
 from trainer.worker.order import Ordered
 from trainer.worker.reshard.resharded import Resharded
 from trainer.worker.resume import identity
 
 
-class OrderedSFTTrainer(Ordered, Sharded, Resharded, SFTTrainer):  # type: ignore[misc]
+class OrderedSFTTrainer(Ordered, Sharded, Resharded, GivesWay, SFTTrainer):  # type: ignore[misc]
     """An `SFTTrainer` in our order. It leaves data that have `input_ids` and `labels` as they are."""
 
 

@@ -14,6 +14,7 @@ from trainer.worker import engine, reports, resume
 from trainer.worker.callback import Progress
 from trainer.worker.channel import Channel
 from trainer.worker.data import Tokens
+from trainer.worker.evaluation import Cut
 from trainer.worker.export import export
 from trainer.worker.model import Base
 from trainer.worker.resume import Identity
@@ -57,10 +58,13 @@ def finish(trainer: Any, base: Base, job: Job, channel: Channel, about: Identity
         UserError: the checkpoint is incomplete, or of another run.
     """
     if job.resume_from:
-        trainer.goes_on_from(resume.check(job.resume_from, about), about)
-        trainer.args.eval_on_start = False  # the run's start, not each attempt's
+        theirs = resume.check(job.resume_from, about)
+        trainer.goes_on_from(theirs, about)
+        trainer.args.eval_on_start = (
+            theirs.evaluation_due
+        )  # a recipe means the run's start, not each attempt's
     reports.prepare(trainer, job)
-    progress = Progress(job, channel, about, samples=len(trainer.train_dataset))
+    trainer.progress = progress = Progress(job, channel, about, samples=len(trainer.train_dataset))
     trainer.add_callback(progress)
     # A third of what a save to tmpfs costs; the bucket's own checksums are what a restore believes.
     torch.serialization.set_crc32_options(compute_crc32=False)
@@ -71,7 +75,13 @@ def finish(trainer: Any, base: Base, job: Job, channel: Channel, about: Identity
         step = resume.step(job.resume_from)
         engine.load_only(trainer, job.resume_from, job.fit, steps=step)
     else:
-        trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
+        except Cut:
+            at = trainer.state.global_step
+            return Outcome(
+                status="preempted", message=f"at step {at}, which is saved" if at else "before the first step"
+            )
         step = trainer.state.global_step
     if progress.stopped_at is not None:
         return Outcome(status="preempted", message=f"at step {progress.stopped_at}, which is saved")
