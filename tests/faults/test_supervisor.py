@@ -13,6 +13,7 @@ from trainer.bucket import attempt as attempts
 from trainer.bucket.manifest import committed
 from trainer.errors import ExitCode, ModelError, RecipeError, Superseded, UserError
 from trainer.recipe import Recipe
+from trainer.supervisor import window
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.request import Request
 from trainer.supervisor.supervise import run
@@ -126,6 +127,28 @@ def test_a_notice_saves_at_the_step_uploads_and_asks_for_recovery(
     assert view.events("preempted")[0]["message"] == "at step 3"
     assert attempt(request_, fate) == ExitCode.DONE
     assert [event["step"] for event in view.events("step")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_workers_that_are_stuck_do_not_hold_a_machine(
+    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+) -> None:
+    """Asked to stop, they hear nothing: they are killed, and what they had staged is committed."""
+    fate.setenv("FAKE_WORKER", "deaf@5")
+    fate.setattr(window, "STUCK_UNMEASURED_S", 0.5)
+    fate.setattr(window, "STUCK_S", 0.5)
+    notice = Notice()
+
+    def give() -> None:
+        wait_until(lambda: view.bucket.get_or_none("events/0001.jsonl") and 5 in view.steps(), "step 5")
+        notice.give("budget")
+
+    giver = threading.Thread(target=give)
+    giver.start()
+    assert run(request_, notice) == ExitCode.RECOVER
+    giver.join()
+    assert view.committed_steps() == [4, 2]
+    assert any("they are stuck" in event["message"] for event in view.events("log"))
+    assert attempt(request_, fate) == ExitCode.DONE
 
 
 def test_a_notice_before_the_start_rents_no_second_look(

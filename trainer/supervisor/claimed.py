@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 from trainer.bucket import Bucket
 from trainer.bucket import attempt as attempts
@@ -31,6 +32,9 @@ from trainer.supervisor.workers import Workers
 POLL_S = 0.1
 MAX_FRUITLESS = 2
 """Attempts in a row that were killed before they committed anything, after which it is no accident."""
+
+
+STUCK = "they are stuck, and killed; what they had staged is uploaded"
 
 
 class _Later(Unavailable):
@@ -155,8 +159,10 @@ class Claimed:
         return exit_code
 
     def _watch(self, workers: Workers, uploader: Uploader, notice: Notice) -> int:
-        """Tell what the workers do until they end; hand on a notice, once."""
-        told = False
+        """Tell what the workers do until they end; hand on a notice, once, and end workers that it finds stuck: a
+        limit would be no limit, and a machine that stays would be paid until somebody looks.
+        """
+        told, heard_at = False, time.monotonic()
         while (exit_code := workers.poll()) is None:
             if uploader.error or self._heartbeat.superseded or self._team.broken:
                 workers.kill()
@@ -168,7 +174,12 @@ class Claimed:
                     self._narrator.notice(source)
                 self._team.notice(source)
                 workers.stop()
-            self._narrator.listen()
+                heard_at = time.monotonic()
+            if self._narrator.listen():
+                heard_at = time.monotonic()
+            elif told and time.monotonic() - heard_at >= self._narrator.stuck_s():
+                self._narrator.warned(f"the workers were asked to stop, and have told nothing since: {STUCK}")
+                workers.kill()
             workers.wait(POLL_S)
         self._narrator.listen()
         return exit_code

@@ -137,14 +137,20 @@ class Narrator:
         if news:
             log.log(logging.INFO if now.holds in ("yes", "unknown") else logging.WARNING, "%s", now.text)
 
-    def listen(self) -> None:
-        """Pass on what the workers have said since the last time."""
+    def listen(self) -> bool:
+        """Pass on what the workers have said since the last time; whether they have said anything."""
         with self._listening:
-            for line in self._steps.new_lines():
+            lines = self._steps.new_lines()
+            for line in lines:
                 fields: dict[str, Any] = json.loads(line)
                 event = self._events.add(fields.pop("kind"), **fields)
                 self._pace.add(event)
                 self._print_worker_event(event)
+        return bool(lines)
+
+    def stuck_s(self) -> float:
+        """Seconds without a word after which workers that were asked to stop are taken for stuck."""
+        return self._pace.stuck_s()
 
     def committing(self) -> None:
         """Before a manifest makes a step the newest, the bucket must know how training got there."""

@@ -11,6 +11,9 @@ from trainer.events import Event
 
 SURE = 0.8
 """Share of a window that may be spoken for: rates differ from one upload to the next."""
+STUCK_S, STUCK_TIMES, STUCK_UNMEASURED_S = 900.0, 5.0, 7200.0
+"""Own assumptions: workers that were asked to stop and have told nothing for a quarter of an hour, and for five times as long as
+a step and a save took, do not come back; before a step was timed, for two hours."""
 REMEMBERED = 3
 """Saves that are looked back on; the slowest of them counts."""
 GB, MB = 1e9, 1e6
@@ -116,6 +119,12 @@ class Pace:
     def forget_uploads(self) -> None:
         """This machine's line may be another one: its own first upload counts alone."""
         self._uploads = ()
+
+    def stuck_s(self) -> float:
+        """Seconds without a word after which workers that were asked to stop are taken for stuck."""
+        step_s = self._step_s()
+        known = STUCK_TIMES * (step_s + max(self._stalls, default=0.0))
+        return max(STUCK_S, known) if step_s else STUCK_UNMEASURED_S
 
     def save(self) -> Save | None:
         """None while no upload has been measured."""
