@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 import time
@@ -211,4 +212,13 @@ def test_ranks_meet_below_the_ports_of_outgoing_connections() -> None:
     """One of those, taken before rank 0 listens, would end the attempt as a bug."""
     ports = {meeting().port for _ in range(50)}
     assert max(ports) < 32_768
+    assert len(ports) > 1
+
+
+def test_a_seed_is_no_meeting_place() -> None:
+    """Trainings set it, and the ranks of two would find each other's."""
+    ports = set()
+    for _ in range(5):
+        random.seed(7)
+        ports.add(meeting().port)
     assert len(ports) > 1

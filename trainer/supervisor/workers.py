@@ -33,6 +33,8 @@ PASSIVE = "passive"
 cores with other work, took five to thirteen times as long (https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html)."""
 MEETING_PORTS = (20_000, 32_000)
 """Linux's outgoing connections have ports from 32768 on (`/proc/sys/net/ipv4/ip_local_port_range`)."""
+CHANCE = random.SystemRandom()
+"""Nobody's seed: two programs that set the same one would meet at one port."""
 GRACE_S = 30.0
 """For the other ranks, when one has failed, to say what they know."""
 
@@ -85,7 +87,7 @@ def meeting() -> Meeting:
     ranks open hundreds before the first of them listens.
     """
     while True:
-        port = random.randrange(*MEETING_PORTS)
+        port = CHANCE.randrange(*MEETING_PORTS)
         with socket.socket() as free, contextlib.suppress(OSError):
             free.bind(("", port))
             return Meeting(port=port)
