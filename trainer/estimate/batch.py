@@ -77,9 +77,7 @@ def batch(recipe: Recipe, layout: Layout, workload: Workload, *, in_order: bool)
         return found.of_length(padded(mean, workload.spread, sequences, limit))
     rows = mean if each == 1 else longer_half(mean, workload.spread, limit)
     dealt = by_length(rows, workload.spread, found.accumulation * of_step, limit)
-    longest = dealt[
-        ::of_step
-    ]  # all ranks wait for the first, whose first row of a micro batch is the longest of all
+    longest = dealt[::of_step]  # the first row of the first rank, which all ranks wait for
     return found._replace(
         length=sum(longest) / len(longest), square=sum(each**2 for each in longest) / len(longest)
     )

@@ -99,9 +99,8 @@ def _exact(value: Any, name: str) -> Any:
 def _lenient(value: Any, name: str) -> Any:
     """The value in the type, where what is meant is certain."""
     if name.startswith("list[") and isinstance(value, str | int | float):
-        items = (
-            value.split(",") if isinstance(value, str) else [value]
-        )  # as on a command line: `q_proj,v_proj`
+        # A string as on a command line: `q_proj,v_proj`.
+        items = value.split(",") if isinstance(value, str) else [value]
         return [convert(item, Field(name[5:-1])) for item in items]
     if name not in ("int", "float") or isinstance(value, bool) or not isinstance(value, str | float):
         raise ValueError(name)
