@@ -81,7 +81,7 @@ def data(source: DataSource, environ: Mapping[str, str]) -> Finding:
         return _here("data", source.id)
     if "://" in source.id:
         bucket, key = open_file(source.id)
-        if bucket.has(key):
+        if bucket.size(key) is not None:
             return _ok("data", source.id)
         hint = "is it spelled like this in its bucket?"
         return Finding(name="data", status="missing", said=f"there is no {source.id}", hint=hint)

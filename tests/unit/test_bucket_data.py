@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from launcher.doctor import hub
+from launcher.plan import workload
 from launcher.plan.workload import workload_of
-from trainer.bucket import open_file
+from trainer.bucket import Bucket, open_file
 from trainer.errors import BucketError, DataError
 from trainer.recipe import Recipe, load
 from trainer.supervisor.inputs import fetch_data
@@ -64,6 +65,13 @@ def test_a_bucket_that_is_not_there_is_the_user_s_to_mend(s3: str) -> None:
 
 def test_the_plan_counts_its_rows(data: str) -> None:
     """As it counts those of a file here."""
+    assert workload_of(recipe(data)).rows == 5
+
+
+def test_of_a_large_file_the_plan_reads_the_beginning(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows there, and the file's size, tell of all."""
+    monkeypatch.setattr(workload, "COUNTED_BYTES", len(ROW))
+    monkeypatch.setattr(Bucket, "read", lambda *_: iter([memoryview(ROW.encode()), None]))
     assert workload_of(recipe(data)).rows == 5
 
 

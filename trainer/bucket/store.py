@@ -97,14 +97,13 @@ class Bucket:
         except FileNotFoundError:
             return None
 
-    def has(self, key: str) -> bool:
-        """Whether there is such an object."""
+    def size(self, key: str) -> int | None:
+        """Bytes of an object; None if there is none."""
         try:
             with self._faults("look at", key):
-                self._store.head(key)
+                return int(self._store.head(key)["size"])
         except FileNotFoundError:
-            return False
-        return True
+            return None
 
     def put(self, key: str, data: bytes) -> None:
         """Write the whole object, in place of what was there; readers see the old or the new one."""
@@ -197,7 +196,7 @@ class Bucket:
         """
         summed = _Summed()
         with _opened(path) as file:
-            for piece in self._read(key):
+            for piece in self.read(key):
                 _write(file, summed.add(piece))
                 tell(len(piece))
         return summed.checked
@@ -205,12 +204,17 @@ class Bucket:
     def checksum(self, key: str, tell: Callable[[int], object] = nobody) -> Checked:
         """Read an object as `download` does, and keep nothing."""
         summed = _Summed()
-        for piece in self._read(key):
+        for piece in self.read(key):
             summed.add(piece)
             tell(len(piece))
         return summed.checked
 
-    def _read(self, key: str) -> Iterator[memoryview]:
+    def read(self, key: str) -> Iterator[memoryview]:
+        """Its pieces in order, of which few are in memory at a time.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
         with self._faults("read", key):
             yield from self._pieces.of(key)
 
