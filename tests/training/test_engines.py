@@ -22,6 +22,7 @@ import torch
 from safetensors.numpy import load_file as load_values
 from safetensors.torch import load_file
 
+from tests.training import forks
 from tests.training.jobs import Trained, train
 from tests.training.ranks import finish, ranks_job, run, run_started, start, wait_for_step
 from trainer.job import Job, Outcome, pending
@@ -242,6 +243,14 @@ def test_a_fork_takes_the_steps_of_a_started_rank(tmp_path: Path, engine: Engine
     started = run_started(ranks_job(tmp_path / "work", DPO, **ENGINES[kind]))
     assert started.trajectory == engine(kind, DPO).trajectory
     assert all(torch.equal(weight, final(engine(kind, DPO))[name]) for name, weight in final(started).items())
+
+
+@pytest.mark.parametrize("kind", kinds("zero2", "zero3", "offload"))
+def test_a_resume_holds_no_second_state(tmp_path: Path, engine: Engine, kind: str) -> None:
+    """A rank's part of a checkpoint is mapped, not read into memory, and is no file's any more when training begins."""
+    saved = engine(kind, DPO).checkpoint(3)
+    job = ranks_job(tmp_path / "again", DPO, resume_from=saved, **ENGINES[kind])
+    assert finish(forks.workers(job, "tests.training.mapped_rank")) == 0
 
 
 @pytest.mark.parametrize("kind", kinds("ddp", "zero2", "offload"))

@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from trainer.memory.precision import half_precision
 from trainer.memory.sharding import MAX_LIVE, PREFETCH, REDUCE_BUCKET
 from trainer.memory.states import DEFAULT_OPTIMIZER
 from trainer.recipe import Recipe
-from trainer.worker import fsdp
+from trainer.worker import fsdp, mapped
 from trainer.worker.compiled import compile_host_adam, compile_host_communication
 
 log = logging.getLogger(__name__)
@@ -186,7 +187,11 @@ class Sharded:
     """For a TRL trainer: a checkpoint of DeepSpeed's or FSDP's is its ranks' parts, and no model beside them."""
 
     def _prepare_for_training(self: Any, *arguments: Any) -> Any:
-        prepared = super()._prepare_for_training(*arguments)  # type: ignore[misc]
+        maps = self.is_deepspeed_enabled and not self.converted  # a conversion maps by itself
+        with mapped.loads() if maps else nullcontext():
+            prepared = super()._prepare_for_training(*arguments)  # type: ignore[misc]
+        if maps:
+            mapped.let_go(self.deepspeed.optimizer.optimizer)
         if self.args.fsdp:
             fsdp.check(self.model)
         return prepared
