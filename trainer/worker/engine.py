@@ -186,10 +186,10 @@ def load_only(trainer: Any, folder: Path, fit: Fit, *, steps: int) -> None:
 class Sharded:
     """For a TRL trainer: a checkpoint of DeepSpeed's or FSDP's is its ranks' parts, and no model beside them."""
 
-    def _prepare_for_training(self: Any, *arguments: Any) -> Any:
-        maps = self.is_deepspeed_enabled and not self.converted  # a conversion maps by itself
+    def _prepare_for_training(self: Any, max_steps: int, loader: Any, folder: str | None) -> Any:
+        maps = folder and self.is_deepspeed_enabled and not self.converted  # a conversion maps by itself
         with mapped.loads() if maps else nullcontext():
-            prepared = super()._prepare_for_training(*arguments)  # type: ignore[misc]
+            prepared = super()._prepare_for_training(max_steps, loader, folder)  # type: ignore[misc]
         if maps:
             mapped.let_go(self.deepspeed.optimizer.optimizer)
         if self.args.fsdp:
