@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch.utils.serialization import config
-
 
 @contextmanager
 def loads() -> Iterator[None]:
     """`torch.load` of a path maps the file: its pages are the system's, which takes them back."""
+    from torch.utils.serialization import config
+
     before = config.load.mmap
     config.load.mmap = True
     try:
@@ -29,6 +28,8 @@ def let_go(optimizer: Any) -> None:
     """Where a state on the host is the file's own pages, which a file on tmpfs would hold for as long as it is used, it
     becomes memory, a tensor at a time; what is loaded into other tensors is of no file.
     """
+    import torch
+
     for state in optimizer.state.values():
         for name, value in state.items():
             if torch.is_tensor(value) and value.device.type == "cpu":
