@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -108,21 +110,30 @@ def test_a_worker_killed_again_and_again_without_a_commit_is_not_recovered_for_e
     assert "2 attempts in a row" in view.events("failed")[-1]["message"]
 
 
+@contextmanager
+def noticed_at(step: int, view: RunView, source: str) -> Iterator[Notice]:
+    """A notice that comes once a step is told."""
+    notice = Notice()
+
+    def give() -> None:
+        wait_until(
+            lambda: view.bucket.get_or_none("events/0001.jsonl") and step in view.steps(), f"step {step}"
+        )
+        notice.give(source)
+
+    giver = threading.Thread(target=give)
+    giver.start()
+    yield notice
+    giver.join()
+
+
 def test_a_notice_saves_at_the_step_uploads_and_asks_for_recovery(
     request_: Request, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """Nothing is lost: the next attempt goes on at the very next step."""
     fate.setenv("FAKE_WORKER", "waits@3")
-    notice = Notice()
-
-    def give() -> None:
-        wait_until(lambda: view.bucket.get_or_none("events/0001.jsonl") and 3 in view.steps(), "step 3")
-        notice.give("SIGTERM")
-
-    giver = threading.Thread(target=give)
-    giver.start()
-    assert run(request_, notice) == ExitCode.RECOVER
-    giver.join()
+    with noticed_at(3, view, "SIGTERM") as notice:
+        assert run(request_, notice) == ExitCode.RECOVER
     assert view.committed_steps() == [3, 2]
     assert view.events("preempted")[0]["message"] == "at step 3"
     assert attempt(request_, fate) == ExitCode.DONE
@@ -136,16 +147,8 @@ def test_workers_that_are_stuck_do_not_hold_a_machine(
     fate.setenv("FAKE_WORKER", "deaf@5")
     fate.setattr(window, "STUCK_UNMEASURED_S", 0.5)
     fate.setattr(window, "STUCK_S", 0.5)
-    notice = Notice()
-
-    def give() -> None:
-        wait_until(lambda: view.bucket.get_or_none("events/0001.jsonl") and 5 in view.steps(), "step 5")
-        notice.give("budget")
-
-    giver = threading.Thread(target=give)
-    giver.start()
-    assert run(request_, notice) == ExitCode.RECOVER
-    giver.join()
+    with noticed_at(5, view, "budget") as notice:
+        assert run(request_, notice) == ExitCode.RECOVER
     assert view.committed_steps() == [4, 2]
     assert any("they are stuck" in event["message"] for event in view.events("log"))
     assert attempt(request_, fate) == ExitCode.DONE
