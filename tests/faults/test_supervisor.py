@@ -150,7 +150,7 @@ def test_workers_that_are_stuck_do_not_hold_a_machine(
     with noticed_at(5, view, "budget") as notice:
         assert run(request_, notice) == ExitCode.RECOVER
     assert view.committed_steps() == [4, 2]
-    assert any("they are stuck" in event["message"] for event in view.events("log"))
+    assert any("killed as stuck" in event["message"] for event in view.events("log"))
     assert attempt(request_, fate) == ExitCode.DONE
 
 

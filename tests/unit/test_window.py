@@ -175,3 +175,19 @@ def test_an_outage_is_said_once_a_minute_and_counted_each_try(
     ]
     assert "the bucket takes uploads again; it failed 13 times in 130 s" in caplog.messages
     assert [one["tries"] for one in told.events("upload_failed")] == [*range(1, 14), 1, 2]
+
+
+def test_workers_are_taken_for_stuck_by_what_they_have_taken_before() -> None:
+    """Two hours while nothing is known, a quarter of an hour at least, else five times step, save and evaluation."""
+
+    def step(number: int, at_s: float) -> Event:
+        return {"kind": "step", "step": number, "time": (BEGAN + timedelta(seconds=at_s)).isoformat()}
+
+    pace = Pace()
+    assert pace.stuck_s() == 7200.0
+    pace.add(step(1, 0.0))
+    pace.add(step(2, 100.0))
+    assert pace.stuck_s() == 900.0
+    pace.add({"kind": "saved", "stall_s": 20.0})
+    pace.add({"kind": "eval", "seconds": 1000.0})
+    assert pace.stuck_s() == 5 * (100.0 + 20.0 + 1000.0)

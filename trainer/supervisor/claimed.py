@@ -34,9 +34,6 @@ MAX_FRUITLESS = 2
 """Attempts in a row that were killed before they committed anything, after which it is no accident."""
 
 
-STUCK = "they are stuck, and killed; what they had staged is uploaded"
-
-
 class _Later(Unavailable):
     """The workers have no model or no GPU for now; unlike a bucket that is away, that may be how it stays."""
 
@@ -178,7 +175,9 @@ class Claimed:
             if self._narrator.listen():
                 heard_at = time.monotonic()
             elif told and time.monotonic() - heard_at >= self._narrator.stuck_s():
-                self._narrator.warned(f"the workers were asked to stop, and have told nothing since: {STUCK}")
+                self._narrator.warned(
+                    "the workers were asked to stop, told nothing since, and are killed as stuck"
+                )
                 workers.kill()
             workers.wait(POLL_S)
         self._narrator.listen()

@@ -13,7 +13,7 @@ SURE = 0.8
 """Share of a window that may be spoken for: rates differ from one upload to the next."""
 STUCK_S, STUCK_TIMES, STUCK_UNMEASURED_S = 900.0, 5.0, 7200.0
 """Own assumptions: workers that were asked to stop and have told nothing for a quarter of an hour, and for five times as long as
-a step and a save took, do not come back; before a step was timed, for two hours."""
+a step, a save and an evaluation took (the last step's is finished), do not come back; before a step was timed, for two hours."""
 REMEMBERED = 3
 """Saves that are looked back on; the slowest of them counts."""
 GB, MB = 1e9, 1e6
@@ -99,6 +99,7 @@ class Pace:
         self._size = 0
         self._uploads: tuple[tuple[int, float], ...] = ()
         self._stalls: tuple[float, ...] = ()
+        self._evaluation_s = 0.0
         self._steps: tuple[tuple[int, datetime], ...] = ()
 
     def add(self, event: Event) -> None:
@@ -110,6 +111,8 @@ class Pace:
                 self._uploads = (*self._uploads, (event["bytes"], event["seconds"]))[-REMEMBERED:]
             case "saved":
                 self._stalls = (*self._stalls, float(event["stall_s"]))[-REMEMBERED:]
+            case "eval":
+                self._evaluation_s = max(self._evaluation_s, float(event.get("seconds", 0.0)))
             case "started":
                 self._steps = ()
             case "step":
@@ -123,7 +126,7 @@ class Pace:
     def stuck_s(self) -> float:
         """Seconds without a word after which workers that were asked to stop are taken for stuck."""
         step_s = self._step_s()
-        known = STUCK_TIMES * (step_s + max(self._stalls, default=0.0))
+        known = STUCK_TIMES * (step_s + max(self._stalls, default=0.0) + self._evaluation_s)
         return max(STUCK_S, known) if step_s else STUCK_UNMEASURED_S
 
     def save(self) -> Save | None:
