@@ -14,22 +14,20 @@ import pytest
 from rich.console import Console
 
 from launcher.local import process
-from launcher.local.follow import MAX_FRUITLESS, Answer, Ending, Follower, Submission, Wishes, cancel, judge
+from launcher.local.follow import MAX_FRUITLESS, Answer, Ending, Follower, Submission, Wishes, cancel
 from launcher.local.machine import (
-    checked_run_id,
     print_log,
     submit,
     supervisor_command,
     supervisor_environment,
 )
 from launcher.local.preempt import Preemptions, plan
-from launcher.local.process import Home, LogTail, Record
+from launcher.local.process import Home, Record
 from launcher.local.progress import PlainView, facts
 from launcher.local.signals import Signals
 from launcher.runs.read import Reader, Run
 from tests.fakes import trainer_program
 from trainer.bucket import open_run
-from trainer.errors import UserError
 
 POLL_S = 0.02
 
@@ -310,87 +308,12 @@ def test_the_pid_file_holds_no_secret(site: Site) -> None:
     assert "hf_secret" not in repr(job)
 
 
-def test_the_same_run_in_two_buckets_is_two_runs(tmp_path: Path) -> None:
-    """What this machine keeps of a run depends on the bucket too."""
-    assert Home.of(tmp_path, "a-run", "/a").path != Home.of(tmp_path, "a-run", "/b").path
-
-
-def test_the_supervisors_command_line() -> None:
-    """The whole of it: the options first, so that an override can never be taken for one."""
-    command = supervisor_command("zephyr-tiny/dpo", ["beta=0.1"], checkpoints="gs://b/runs", run_id="a-run")
-    assert command == (
-        sys.executable, "-m", "trainer", "run", "--checkpoints", "gs://b/runs", "--run-id", "a-run",
-        "--", "zephyr-tiny/dpo", "beta=0.1",
-    )  # fmt: skip
-
-
-def test_the_supervisor_finds_this_package_and_the_chosen_python() -> None:
-    """Our package comes first, the caller's path stays, and the site's Python is passed on."""
-    environment = supervisor_environment(
-        {"PYTHONPATH": "/theirs", "A": "b"}, trainer_python=Path("/opt/python")
-    )
-    assert environment["PYTHONPATH"].split(os.pathsep) == [str(Path(process.__file__).parents[2]), "/theirs"]
-    assert (environment["A"], environment["AEOLUS_TRAINER_PYTHON"]) == ("b", "/opt/python")
-    assert "AEOLUS_TRAINER_PYTHON" not in supervisor_environment({})
-
-
-@pytest.mark.parametrize(("after", "total_steps"), [(0, 100), (37, 60), (0, 6)])
-def test_preemptions_are_planned_in_order_and_inside_the_training(after: int, total_steps: int) -> None:
-    """No two at one step, none before the start or at the last step, the same for the same seed."""
-    for seed in range(50):
-        spots = plan(after=after, total_steps=total_steps, times=5, seed=seed)
-        steps = [spot.step for spot in spots]
-        assert steps == sorted(set(steps))
-        assert after < steps[0] <= steps[-1] < total_steps
-        assert spots == plan(after=after, total_steps=total_steps, times=5, seed=seed)
-    assert plan(after=0, total_steps=100, times=5, seed=1) != plan(after=0, total_steps=100, times=5, seed=2)
-    assert len(plan(after=0, total_steps=100, times=5, seed=1)) == 5
-
-
-@pytest.mark.parametrize(
-    ("code", "cancelled", "how"),
-    [
-        (0, False, "done"),
-        (75, False, "recover"),
-        (75, True, "cancelled"),
-        (-9, False, "recover"),
-        (-15, True, "cancelled"),
-        (77, False, "superseded"),
-        (78, False, "refused"),
-        (2, True, "refused"),
-        (1, False, "failed"),
-    ],
-)
-def test_what_an_exit_code_means(code: int, cancelled: bool, how: str) -> None:
-    """Every exit code of the supervisor has one meaning."""
-    assert judge(code, Run("a-run", "/runs/a-run", (), ()), cancelled=cancelled) == how
-
-
-def test_a_log_is_followed_by_lines(tmp_path: Path) -> None:
-    """Half a line waits for its end; of a bar that is drawn over, the last state is a line."""
-    path = tmp_path / "log"
-    log = LogTail(path)
-    assert log.new_lines() == []
-    path.write_bytes(b"one\ntw")
-    assert log.new_lines() == ["one"]
-    path.write_bytes(b"one\ntwo\n10%\r50%\r100%\n")
-    assert log.new_lines() == ["two", "100%"]
-    assert LogTail(path, last_lines=2).new_lines() == ["two", "100%"]
-
-
 def test_the_log_of_an_ended_run_is_printed_whole(site: Site) -> None:
     """Following the log of a run that has ended comes back."""
     site.submit(site.job(steps=3))
     lines: list[str] = []
     print_log(site.home, lines.append, follow=True)
     assert lines == ["step 1/3", "step 2/3", "step 3/3"]
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", "-x", "a b", "x" * 101])
-def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
-    """A run's name is part of paths and of addresses."""
-    with pytest.raises(UserError, match="cannot name a run"):
-        checked_run_id(name)
 
 
 def test_the_live_line_tells_how_far_the_run_is(site: Site) -> None:
