@@ -46,7 +46,7 @@ lock: setup  ## compile the exact pins again
 	requirements/lock.sh
 
 fields: setup  ## the field list of the pinned TRL
-	$(TRAINER) -m trainer.recipe.make_fields
+	$(TRAINER) -m trainer.recipe.generate_fields
 
 soak: setup  ## 1,000 kills at random moments, some 25 minutes; KILLS=, SEED=, SOAK='--store s3' or --real
 	$(LAUNCHER) -m tests.soak --kills $(or $(KILLS),1000) --seed $(or $(SEED),0) $(SOAK)

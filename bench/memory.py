@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer.memory import GIB, Architecture, Case, Layout, known_architecture  # noqa: E402
+from trainer.architecture import Architecture, known_architecture  # noqa: E402
+from trainer.memory import GIB, Case, Layout  # noqa: E402
 from trainer.memory.usage import device_terms  # noqa: E402
 from trainer.recipe import DataSource, Mixture, Recipe  # noqa: E402
 

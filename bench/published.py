@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from trainer.architecture import Architecture
 from trainer.estimate import FUSED, Stack, Workload
 from trainer.hardware import Shape, gpu
-from trainer.memory import Architecture, Layout
+from trainer.memory import Layout
 from trainer.recipe import Recipe
 
 FOUNDRY = "https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md"

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from trainer.worker.checkpoint_identity import Identity
+from trainer.worker.reshard.deepspeed_checkpoint import ZeroState, pieces_of_stage_3
 from trainer.worker.reshard.fill import fill
-from trainer.worker.reshard.parts import Parts, pieces_of_stage_3
-from trainer.worker.reshard.stepped import Group, Part, Stepped, Target
-from trainer.worker.resume import Identity
+from trainer.worker.reshard.optimizer_layout import Group, OptimizerTensor, ParameterSlice, Target
 
 RANKS = 2
 BYTES = 12  # to a parameter: float32 master and AdamW's two moments
@@ -83,13 +83,13 @@ def engine(groups: list[dict[str, torch.Size]], rank: int, ranks: int) -> Target
     for number, group in enumerate(groups):
         counts = [shape.numel() for shape in group.values()]
         parts = [
-            Part(name, piece.start, piece.size, piece.offset)
+            ParameterSlice(name, piece.start, piece.size, piece.offset)
             for name, pieces in zip(group, pieces_of_stage_3(counts, ranks, number), strict=True)
             for piece in pieces
             if piece.rank == rank
         ]
         size = sum(-(-count // ranks) for count in counts)
-        stepped.append(Stepped(torch.zeros(size).fill_(1.0), next(iter(group)), parts))
+        stepped.append(OptimizerTensor(torch.zeros(size).fill_(1.0), next(iter(group)), parts))
     optimizer = torch.optim.AdamW([each.tensor for each in stepped])
     names = [name for group in groups for name in group]
     return Target(optimizer, [Group(optimizer.param_groups[0], names)], stepped)
@@ -106,7 +106,7 @@ def anonymous() -> int:
 class Highest:
     """Looks at this process's memory each time that something is copied into the engine."""
 
-    def __init__(self, saved: Parts) -> None:
+    def __init__(self, saved: ZeroState) -> None:
         self.keys, self.rates, self.loss_scale = saved.keys, saved.rates, saved.loss_scale
         self.count, self.shared, self._saved = saved.count, saved.shared, saved
         self.bytes = 0
@@ -122,7 +122,7 @@ def convert(folder: Path, groups: list[dict[str, torch.Size]], rank: int, ranks:
     theirs = Identity.model_construct(engine="zero3", world_size=RANKS)
     ready = engine(groups, rank, ranks)
     before, began = anonymous(), time.perf_counter()
-    saved = Highest(Parts(folder, theirs))
+    saved = Highest(ZeroState(folder, theirs))
     size = fill(ready, saved)
     took = time.perf_counter() - began
     moments = size * 2 // 3  # what the engine's optimizer has after it, and had not before

@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from servers import mounted, touch_memory
 
-from trainer.job import Staged, mark_staged
+from trainer.staged import Staged, mark_staged
 
 Tensors = dict[str, torch.Tensor]
 LAYERS = 12
@@ -63,7 +63,7 @@ def copy(folder: Path, weights: Tensors, optimizer: dict[str, object]) -> None:
 
 
 def stage(folder: Path, weights: Tensors, optimizer: dict[str, object]) -> None:
-    torch.serialization.set_crc32_options(compute_crc32=False)  # as trainer.worker.training does
+    torch.serialization.set_crc32_options(compute_crc32=False)  # as trainer.worker.train_and_export does
     try:
         save(folder, weights, optimizer)
     finally:

@@ -103,7 +103,7 @@ def make_model(into: Path, data: list[dict[str, Any]], size: Size, *, length: in
     import torch
     from transformers import MistralForCausalLM
 
-    from trainer.worker.model import _texts, _train_tokenizer
+    from trainer.worker.model_source import _texts, _train_tokenizer
 
     tokenizer = _train_tokenizer(_texts(data), min(size.vocab, 2048))
     tokenizer.chat_template = TEMPLATE

@@ -43,18 +43,18 @@ def timed_items(times: Times, name: str, items: Callable[..., Iterator[Any]]) ->
 
 def watch(times: Times) -> None:
     """Put the stopwatch around all that we add to a step."""
-    from trainer.worker import order
-    from trainer.worker.callback import Progress, Seen
-    from trainer.worker.channel import Channel
+    from trainer.worker import sampling
+    from trainer.worker.callback import Progress, TrainedTokens
+    from trainer.worker.supervisor_channel import Channel
 
-    Seen.hook = timed(times, "what the model sees, kept", Seen.hook)  # type: ignore[method-assign]
-    Seen.take = timed(times, "of it: digest, tokens, memory", Seen.take)  # type: ignore[method-assign]
+    TrainedTokens.hook = timed(times, "what the model sees, kept", TrainedTokens.hook)  # type: ignore[method-assign]
+    TrainedTokens.take = timed(times, "of it: digest, tokens, memory", TrainedTokens.take)  # type: ignore[method-assign]
     Channel.say = timed(times, "of it: lines to the supervisor", Channel.say)  # type: ignore[method-assign]
     Progress.on_log = timed(times, "after each step: what it was", Progress.on_log)  # type: ignore[method-assign]
     Progress.on_step_end = timed(  # type: ignore[method-assign]
         times, "after each step: stop or save?", Progress.on_step_end
     )
-    order.Batches.__iter__ = timed_items(times, "order of rows", order.Batches.__iter__)  # type: ignore[method-assign]
+    sampling.Batches.__iter__ = timed_items(times, "order of rows", sampling.Batches.__iter__)  # type: ignore[method-assign]
 
 
 class Clocks(NamedTuple):
@@ -68,7 +68,7 @@ class Clocks(NamedTuple):
 
 def watch_cpu(clocks: Clocks) -> None:
     from trainer.worker.callback import Progress
-    from trainer.worker.reference import Reference
+    from trainer.worker.reference_logps import Reference
 
     told, computed = Progress.on_log, Reference._compute  # noqa: SLF001
 
@@ -88,14 +88,14 @@ def watch_cpu(clocks: Clocks) -> None:
 
 def work() -> None:
     from trainer.worker import __main__ as worker
-    from trainer.worker import order
+    from trainer.worker import sampling
 
     times: Times = {}
     clocks = Clocks([], [])
     watch(times)
     watch_cpu(clocks)
     if os.environ.get(PLAIN):
-        order.may_sort = lambda _recipe: False
+        sampling.may_sort = lambda _recipe: False
     try:
         worker.main()
     finally:
@@ -108,7 +108,7 @@ def supervise(recipe: str, bucket: str, scratch: str) -> int:
 
     from trainer.recipe import load
     from trainer.supervisor.preemption import Notice
-    from trainer.supervisor.supervise import Request, run
+    from trainer.supervisor.run import Request, run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     request = Request(

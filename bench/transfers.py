@@ -36,10 +36,10 @@ def since(began: Spent) -> Spent:
 def ours(way: str, folder: Path, uri: str) -> Spent:
     """commit() and restore(), as the supervisor calls them."""
     from trainer.bucket import open_run
-    from trainer.bucket.attempt import claim
+    from trainer.bucket.attempts import claim
     from trainer.bucket.commit import commit
     from trainer.bucket.restore import restore
-    from trainer.job import Staged
+    from trainer.staged import Staged
 
     bucket = open_run(uri, "run")
     attempt = claim(bucket, {})

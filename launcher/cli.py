@@ -24,9 +24,10 @@ from launcher.watch.cli import watch
 from trainer.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from launcher.cloud.protocol import Cloud, Standing
-    from launcher.runs.read import Reader
-    from launcher.submit.standing import Known, Local, RowDict, Submitted
+    from launcher.cloud.protocol import Cloud, JobStatus
+    from launcher.registry.known import Known, Local, Submitted
+    from launcher.runs.run import Reader
+    from launcher.submit.status import RowDict
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 COLUMNS = {
@@ -120,7 +121,7 @@ def status(cloud: Cloud | None, everything: bool, as_json: bool) -> None:
     Dollars are the attempts' hours at the price of each one's machine, else of the machine that was chosen.
     """
     from launcher import render
-    from launcher.submit import standing
+    from launcher.submit import status as standing
 
     rows = standing.table(terminal.state_folder(), _cloud(cloud), now=time.time(), everything=everything)
     if as_json:
@@ -141,11 +142,11 @@ def status(cloud: Cloud | None, everything: bool, as_json: bool) -> None:
 @click.pass_obj
 def logs(cloud: Cloud | None, run: str, follow: bool, checkpoints: str | None) -> None:
     """Print the log of RUN: the supervisor's, by way of SkyPilot if it runs elsewhere."""
-    from launcher.local import machine
-    from launcher.submit import standing
+    from launcher.local import submit as machine
+    from launcher.registry import known
 
     found = _find(run, checkpoints)
-    if isinstance(found, standing.Local):
+    if isinstance(found, known.Local):
         machine.print_log(found.home, click.echo, follow=follow)
         return
     there = _standing(found, _cloud(cloud))
@@ -164,17 +165,18 @@ def logs(cloud: Cloud | None, run: str, follow: bool, checkpoints: str | None) -
 @click.pass_obj
 def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
     """Stop RUN: it saves, uploads and commits first, as far as the machine's notice allows."""
-    from launcher.submit import standing, stop
+    from launcher.registry import known
+    from launcher.submit import launch
 
     found = _find(run, checkpoints)
-    if isinstance(found, standing.Local):
+    if isinstance(found, known.Local):
         return _cancel_here(found)
     there = _standing(found, _cloud(cloud))
     if there is None or not there.at_work:
         click.echo(f"{run} is not at work: {there.said if there else 'SkyPilot has nothing of it'}")
         return ExitCode.DONE
     click.echo(f"cancelling {run} ({there.kind} {there.name}): it saves, uploads and commits first")
-    left = stop.cancel(there, _cloud(cloud), _reader(found), lambda line: click.echo(line, err=True))
+    left = launch.cancel(there, _cloud(cloud), _reader(found), lambda line: click.echo(line, err=True))
     if there.kind == "cluster" and _standing(found, _cloud(cloud)):  # Slurm's goes with its job
         click.echo(f"its cluster is still there, and paid: `launcher down {run}` gives it back")
     place = f"step {max(left.commits)}" if left.commits else "the beginning: nothing was committed yet"
@@ -188,11 +190,11 @@ def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
 @click.pass_context
 def down(context: click.Context, run: str, checkpoints: str | None) -> int:
     """Give back what RUN has rented; what is at work is cancelled first."""
-    from launcher.submit import standing
+    from launcher.registry import known
 
     found = _find(run, checkpoints)
     context.invoke(cancel, run=run, checkpoints=checkpoints)
-    if isinstance(found, standing.Submitted) and found.record.kind == "cluster":
+    if isinstance(found, known.Submitted) and found.record.kind == "cluster":
         cloud = _cloud(context.obj)
         if _standing(found, cloud):
             cloud.down(found.record.name, lambda line: click.echo(line, err=True))
@@ -201,7 +203,8 @@ def down(context: click.Context, run: str, checkpoints: str | None) -> int:
 
 
 def _cancel_here(found: Local) -> int:
-    from launcher.local import follow, machine, process
+    from launcher.local import follow, process
+    from launcher.local import submit as machine
 
     supervisor = process.attach(found.home)
     if supervisor is None:
@@ -217,21 +220,21 @@ def _cancel_here(found: Local) -> int:
 
 
 def _find(run: str, checkpoints: str | None) -> Known:
-    from launcher.runs.read import canonical
-    from launcher.submit import standing
+    from launcher.addresses import canonical
+    from launcher.registry import known
 
     address = canonical(checkpoints, Path.cwd()) if checkpoints else None
-    return standing.find(terminal.state_folder(), run, address)
+    return known.find(terminal.state_folder(), run, address)
 
 
-def _standing(found: Submitted, cloud: Cloud) -> Standing | None:
+def _standing(found: Submitted, cloud: Cloud) -> JobStatus | None:
     from launcher.cloud.protocol import find
 
     return find(cloud, found.record.name, found.record.kind)
 
 
 def _reader(found: Submitted) -> Reader:
-    from launcher.runs.read import Reader
+    from launcher.runs.run import Reader
     from trainer.bucket import open_run
 
     return Reader(open_run(found.record.checkpoints, found.record.run_id), found.record.run_id)

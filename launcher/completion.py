@@ -76,7 +76,7 @@ def completion(context: click.Context, shell: str) -> None:
 
 
 def _rows() -> list[dict[str, Any]]:
-    """Of the shipped snapshot of prices, as `launcher.prices.table` writes it."""
+    """Of the shipped snapshot of prices, as `launcher.prices.store` writes it."""
     table = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
     return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
+import re
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,3 +103,36 @@ def _explain(item: dict[str, Any]) -> str:
     near = difflib.get_close_matches(key, Settings.model_fields, n=1)
     known = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(Settings.model_fields)}"
     return f"{key}: unknown key; {known}"
+
+
+def remember(environ: Mapping[str, str], key: str, value: str) -> Path:
+    """Set `key` in the settings file, which is made if there is none; returns the file.
+
+    Raises:
+        SettingsError: the file cannot be read or written.
+    """
+    path = settings_file(environ)
+    try:
+        before = path.read_text() if path.exists() else ""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, with_key(before, key, value))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot write {key} to the settings in {path}: {error}") from None
+    return path
+
+
+def with_key(text: str, key: str, value: str) -> str:
+    """TOML with the key set: in its own line if it has one, else before the first table."""
+    line = f"{key} = {json.dumps(value)}"  # a JSON string is a TOML string
+    top, table, rest = re.match(r"(.*?)(^\[|\Z)(.*)", text, re.DOTALL | re.MULTILINE).groups()  # type: ignore[union-attr]
+    changed, count = re.subn(rf"^\s*{key}\s*=.*$", lambda _: line, top, count=1, flags=re.MULTILINE)
+    if not count:
+        changed = f"{top.rstrip()}\n{line}\n".lstrip()
+    return f"{changed}{table}{rest}"
+
+
+def _replace(path: Path, text: str) -> None:
+    """All of it or nothing: a full disk leaves the old file."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".config", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)  # noqa: PTH105 (one call, atomic)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from launcher.local.follow import Answer
-
+Answer = Literal["detach", "cancel", "continue"]
+"""What the user chooses after Ctrl-C."""
 WIDTH = 200
 """Characters of a line in a file: the widest table has 160."""
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import click
 
+from trainer.durations import DurationParam
 from trainer.errors import ExitCode, UserError
-from trainer.hours import Hours
 from trainer.supervisor.preemption import Notice
-from trainer.variables import BUDGET_USD, DEADLINE_H
+from trainer.task_variables import BUDGET_USD, DEADLINE_H
 
 TASK_ID_VARIABLE = "SKYPILOT_TASK_ID"
 """The same across the recoveries of a managed job, so it names the run (SkyPilot 0.14.1)."""
@@ -61,7 +61,7 @@ def main() -> None:
 @click.option(
     "--deadline",
     envvar=DEADLINE_H,
-    type=Hours(),
+    type=DurationParam(),
     metavar="TIME",
     help="90m, 24h, 2d since the first attempt began: likewise.",
 )
@@ -99,7 +99,7 @@ def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
 def export(uri: str, **wishes: Any) -> None:
     """Make a model for others of the run at URI: safetensors, tokenizer, configs, model card; no GPU is needed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    from trainer.supervisor.publish import Wish, export
+    from trainer.supervisor.export import Wish, export
 
     try:
         click.echo(export(uri, Wish(**wishes)))
@@ -110,11 +110,11 @@ def export(uri: str, **wishes: Any) -> None:
 
 def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Notice) -> ExitCode:
     # Imported here so that `--help` and a signal in the first moments are answered at once.
+    from trainer.accounting import Limits
     from trainer.recipe import default_run_id, load
-    from trainer.spent import Limits
-    from trainer.supervisor.metadata import Metadata
-    from trainer.supervisor.request import Request
-    from trainer.supervisor.supervise import run
+    from trainer.supervisor.attempt import RunRequest
+    from trainer.supervisor.preemption import Metadata
+    from trainer.supervisor.run import run
     from trainer.supervisor.team import position
 
     where = position(os.environ)
@@ -124,7 +124,7 @@ def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Noti
         logging.getLogger("trainer").info("%s", note)
     run_id = options.run_id or _task_id() or default_run_id(loaded.recipe)
     work = (options.work or _scratch()) / work_folder(run_id, options.checkpoints)
-    request = Request(
+    request = RunRequest(
         recipe=loaded.recipe,
         notes=loaded.notes,
         checkpoints=options.checkpoints,

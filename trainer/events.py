@@ -2,7 +2,7 @@
 
 Object stores cannot append, so the log is kept in memory and written whole: at once when
 something matters (a claim, a commit, an end), else at most every few seconds. It is of bounded size
-(`trainer.thinning`), and what is summed over many events is told by each of them, as `so_far`.
+(`trainer.event_thinning`), and what is summed over many events is told by each of them, as `so_far`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from trainer.thinning import MOST, VALUES, Lines
+from trainer.event_thinning import MOST, VALUES, EventLines
 
 Kind = Literal[
     "claimed",  # recipe, fit, shape, node, price (usd_per_h, market, cloud, region), plan: what was promised, limits,
@@ -75,7 +75,7 @@ class EventLog:
         self._write = write
         self._every_s = every_s
         self._clock = clock
-        self._lines = {kind: Lines(MOST.get(kind)) for kind in get_args(Kind)}
+        self._lines = {kind: EventLines(MOST.get(kind)) for kind in get_args(Kind)}
         self._so_far: dict[str, dict[str, float]] = {}
         self._added = 0
         self._written = 0

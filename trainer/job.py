@@ -13,16 +13,14 @@ job, writes checkpoint folders under `staging/` and drops a marker beside each c
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from trainer.fit import Fit
 from trainer.recipe import Recipe
 
-STAGED_SUFFIX = ".staged"
 STEPS = "steps.jsonl"
 
 
@@ -89,22 +87,6 @@ class Publish(BaseModel):
         return self.job.outcome
 
 
-class Staged(BaseModel):
-    """The marker beside a complete folder in staging; written last, by rename."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    folder: str
-    """Name of the folder beside the marker."""
-    step: int
-    kind: Literal["checkpoint", "final", "reference"] = "checkpoint"
-    """`reference`: log-probabilities of DPO's reference, which outlive the run; a later one replaces an earlier."""
-    stall_s: float = 0.0
-    """Seconds that training stood still while the folder was written."""
-    details: dict[str, Any] = {}
-    """What the manifest keeps beside the files: world size, engine, data digest."""
-
-
 class Outcome(BaseModel):
     """How the workers ended. An exit code is a number without a message, so the truth is in this file."""
 
@@ -121,26 +103,6 @@ class Outcome(BaseModel):
     def explains(self) -> bool:
         """It says why a rank failed, which the codes of those that waited for it do not."""
         return self.status in ("user_error", "no_room", "unavailable")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the whole new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def mark_staged(staging: Path, staged: Staged) -> None:
-    write_atomically(staging / f"{staged.folder}{STAGED_SUFFIX}", staged.model_dump_json())
-
-
-def pending(staging: Path) -> list[Staged]:
-    """Complete folders that wait for upload or are being uploaded, by step."""
-    found = []
-    for path in staging.glob(f"*{STAGED_SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError):  # uploaded, and removed since we looked
-            found.append(Staged.model_validate_json(path.read_text()))
-    return sorted(found, key=lambda staged: (staged.step, staged.kind == "final", staged.folder))
 
 
 class Tail:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher import terminal
+from trainer.durations import DurationParam
 from trainer.errors import ExitCode, UserError
-from trainer.hours import Hours
 
 if TYPE_CHECKING:
-    from launcher.checkpoints.care import Standing, Survey, Verdict
+    from launcher.checkpoints.inspect import CheckpointStatus, Survey, VerifyResult
     from launcher.checkpoints.pull import Pulled
     from trainer.bucket import Bucket
 
@@ -37,7 +37,7 @@ def checkpoints() -> None:
 def list_command(uri: str, step: int | None, as_json: bool) -> None:
     """The checkpoints of the run at URI, newest first, judged by their manifests and a listing."""
     from launcher import render
-    from launcher.checkpoints.care import survey
+    from launcher.checkpoints.inspect import survey
 
     bucket = _find(uri)
     found = survey(bucket)
@@ -67,9 +67,9 @@ def list_command(uri: str, step: int | None, as_json: bool) -> None:
 def verify(uri: str, step: int | None, final: bool, as_json: bool) -> int:
     """Read every byte of the run at URI, without writing any, against sizes and checksums."""
     from launcher import render
-    from launcher.checkpoints.care import survey
-    from launcher.checkpoints.care import verify as read_all
-    from launcher.checkpoints.transfer import bar
+    from launcher.checkpoints.inspect import survey
+    from launcher.checkpoints.inspect import verify as read_all
+    from launcher.checkpoints.pull import bar
 
     bucket = _find(uri)
     standings = _chosen(survey(bucket), step, final=final)
@@ -100,8 +100,8 @@ def pull(uri: str, dest: Path, step: int | None, final: bool, as_json: bool) -> 
     there with size and checksum is not fetched again.
     """
     from launcher.checkpoints import pull as pulling
-    from launcher.checkpoints.care import choose, survey
-    from launcher.checkpoints.transfer import bar
+    from launcher.checkpoints.inspect import choose, survey
+    from launcher.checkpoints.pull import bar
 
     if final and step is not None:
         raise click.UsageError("--final and --step are two different things: leave one out")
@@ -131,7 +131,7 @@ def pull(uri: str, dest: Path, step: int | None, final: bool, as_json: bool) -> 
     "--references", is_flag=True, help="What DPO's runs keep beside them; URI is the folder of runs."
 )
 @click.option(
-    "--older-than", type=Hours(), metavar="TIME", help="Of references, 90m, 24h, 2d.  [default: 7d]"
+    "--older-than", type=DurationParam(), metavar="TIME", help="Of references, 90m, 24h, 2d.  [default: 7d]"
 )
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @json_option
@@ -161,7 +161,7 @@ def prune(
 
 
 def _find(uri: str) -> Bucket:
-    from launcher.checkpoints.care import find
+    from launcher.checkpoints.inspect import find
 
     return find(uri, Path.cwd())
 
@@ -170,8 +170,8 @@ def _about(bucket: Bucket) -> dict[str, Any]:
     return {"run": bucket.run_id, "uri": bucket.uri}
 
 
-def _chosen(found: Survey, step: int | None, *, final: bool) -> Sequence[Standing]:
-    from launcher.checkpoints.care import choose
+def _chosen(found: Survey, step: int | None, *, final: bool) -> Sequence[CheckpointStatus]:
+    from launcher.checkpoints.inspect import choose
 
     if step is None and not final:
         return found.standings
@@ -179,7 +179,7 @@ def _chosen(found: Survey, step: int | None, *, final: bool) -> Sequence[Standin
     return [choose(found, final=True), *chosen] if final else chosen
 
 
-def _cells(standing: Standing) -> list[str]:
+def _cells(standing: CheckpointStatus) -> list[str]:
     from launcher import render
 
     row = standing.as_dict()
@@ -192,13 +192,13 @@ def _cells(standing: Standing) -> list[str]:
     return [str(values[name]) if values[name] is not None else "" for name in names]
 
 
-def _judged(verdict: Verdict) -> dict[str, Any]:
+def _judged(verdict: VerifyResult) -> dict[str, Any]:
     row = verdict.standing.as_dict()
     kept = {name: row[name] for name in ("step", "kind", "attempt", "files", "bytes")}
     return {**kept, "state": verdict.state, "failures": verdict.failures}
 
 
-def _show_verdicts(verdicts: Sequence[Verdict]) -> None:
+def _show_verdicts(verdicts: Sequence[VerifyResult]) -> None:
     from launcher import render
 
     rows = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from launcher import render
-from launcher.checkpoints import care, references
+from launcher.checkpoints import inspect, references
 from trainer.bucket import Bucket
 
 REFERENCES_OLDER_THAN_H = 7 * 24.0
@@ -19,8 +19,8 @@ REFERENCES_OLDER_THAN_H = 7 * 24.0
 
 def prune_checkpoints(bucket: Bucket, keep: int, *, yes: bool, as_json: bool) -> None:
     """Of a run, all but the newest `keep`; and what lost machines left."""
-    attempt = care.newest_attempt(bucket)
-    old = care.prunable(bucket, attempt, keep)
+    attempt = inspect.newest_attempt(bucket)
+    old = inspect.prunable(bucket, attempt, keep)
     what = (
         f"{len(old.steps)} checkpoints (steps {_listed(old.steps)}), {len(old.keys)} files,"
         f" {render.size(old.bytes)}; steps {_listed(old.kept)} stay"
@@ -28,7 +28,7 @@ def prune_checkpoints(bucket: Bucket, keep: int, *, yes: bool, as_json: bool) ->
     anything = bool(old.steps or old.keys)
     sure = anything and _agreed(what, yes=yes, as_json=as_json)
     if sure:
-        care.prune(bucket, attempt, keep)
+        inspect.prune(bucket, attempt, keep)
     if as_json:
         told = {"steps": old.steps, "files": len(old.keys), "bytes": old.bytes, "kept": old.kept}
         click.echo(render.to_json({"run": bucket.run_id, "uri": bucket.uri, **told, "deleted": sure}))

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from launcher.checkpoints.care import Tell
+from launcher.checkpoints.inspect import Tell
+from launcher.local.signals import Signals
 from trainer.bucket import Bucket
 from trainer.bucket.manifest import File, Manifest
 from trainer.bucket.restore import FILES_AT_ONCE, mismatch
@@ -145,3 +157,30 @@ def _bring(bucket: Bucket, about: Manifest, file: File, dest: Path, tell: Tell) 
     (dest / file.path).parent.mkdir(parents=True, exist_ok=True)
     partial.replace(dest / file.path)
     return None
+
+
+@contextmanager
+def bar(console: Console, what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left, on a terminal; what is given hears of bytes, on any thread.
+
+    After SIGINT or SIGTERM it raises KeyboardInterrupt, so that every transfer stops with its next piece.
+    """
+    progress = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with Signals() as signals, progress:
+        task = progress.add_task(what, total=total_bytes)
+
+        def tell(count: int) -> None:
+            if signals.wait(0):
+                raise KeyboardInterrupt
+            progress.advance(task, count)
+
+        yield tell

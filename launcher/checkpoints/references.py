@@ -11,23 +11,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.checkpoints.care import OF_A_RUN, PATIENCE
+from launcher.addresses import canonical
+from launcher.checkpoints.inspect import OF_A_RUN, PATIENCE
 from launcher.runs.listing import AT_ONCE
-from launcher.runs.read import canonical
 from trainer.bucket import Bucket, list_runs, open_run
 from trainer.bucket.manifest import final
-from trainer.bucket.reference import Entry, listed, shelves
+from trainer.bucket.reference_cache import Entry, listed, shelves
 from trainer.bucket.store import in_parallel
 from trainer.errors import BucketError, UserError
 from trainer.fit import reference_of
 from trainer.recipe import Recipe
-from trainer.recipe.reference import reference_key
+from trainer.recipe.model import reference_key
 
 RECORD = "run.json"
 
 
 @dataclass(frozen=True)
-class Kept:
+class RunReference:
     """What one run keeps of one reference."""
 
     recipe: str
@@ -54,8 +54,8 @@ class Kept:
 class References:
     """All that is kept below a folder of runs."""
 
-    unused: tuple[Kept, ...]
-    needed: tuple[Kept, ...]
+    unused: tuple[RunReference, ...]
+    needed: tuple[RunReference, ...]
 
 
 def find_runs(uri: str, cwd: Path) -> str:
@@ -92,7 +92,7 @@ def survey(runs: str, older_than: timedelta, *, now: datetime | None = None) -> 
         BucketError, Unavailable: as in `Bucket`.
     """
     found = [
-        Kept(recipe, entry)
+        RunReference(recipe, entry)
         for recipe, bucket in shelves(runs, patience=PATIENCE).items()
         for entry in listed(bucket)
     ]
@@ -101,7 +101,7 @@ def survey(runs: str, older_than: timedelta, *, now: datetime | None = None) -> 
     told = in_parallel(lambda name: _wanted(runs, name), names, threads=AT_ONCE)
     wanted = {name: recipe for name, recipe in zip(names, told, strict=True) if recipe is not None}
 
-    def is_needed(kept: Kept) -> bool:
+    def is_needed(kept: RunReference) -> bool:
         shelved = kept.entry.shelved
         if kept.entry.run_id in wanted:
             return True
@@ -112,7 +112,7 @@ def survey(runs: str, older_than: timedelta, *, now: datetime | None = None) -> 
     )
 
 
-def prune(runs: str, shown: Sequence[Kept], older_than: timedelta) -> None:
+def prune(runs: str, shown: Sequence[RunReference], older_than: timedelta) -> None:
     """Delete of what was shown all that is still not needed, and as it was; manifests go before files."""
     still = set(survey(runs, older_than).unused)
     buckets = shelves(runs, patience=PATIENCE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.cloud.protocol import Kind, Say, Standing
+from launcher.cloud.protocol import JobStatus, Kind, Say
 from trainer.errors import UserError
 
 
@@ -18,7 +18,7 @@ class FakeCloud:
         self.ends = ends
         self.launched: list[tuple[Kind, str, dict[str, Any]]] = []
         self.secrets: dict[str, str] = {}
-        self.standings: dict[tuple[Kind, str], Standing] = {}
+        self.standings: dict[tuple[Kind, str], JobStatus] = {}
         self.log = ["a line of the log"]
         self.asked: list[str] = []
         self.disabled: dict[str, str] = {}
@@ -44,22 +44,22 @@ class FakeCloud:
         self._ask(f"enabled {' '.join(infra)}")
         return {name: self.disabled.get(name) for name in infra}
 
-    def jobs(self, names: Sequence[str] | None = None) -> Mapping[str, Standing]:
+    def jobs(self, names: Sequence[str] | None = None) -> Mapping[str, JobStatus]:
         return self._of("managed job", names)
 
-    def clusters(self, names: Sequence[str] | None = None) -> Mapping[str, Standing]:
+    def clusters(self, names: Sequence[str] | None = None) -> Mapping[str, JobStatus]:
         return self._of("cluster", names)
 
-    def tried(self, standing: Standing) -> Sequence[str]:
+    def tried(self, standing: JobStatus) -> Sequence[str]:
         self._ask(f"tried {standing.name}")
         return [f"trying GCP for {standing.name}"]
 
-    def logs(self, standing: Standing, say: Say, *, follow: bool, tail: int = 0) -> None:
+    def logs(self, standing: JobStatus, say: Say, *, follow: bool, tail: int = 0) -> None:
         self._ask(f"logs {standing.name}{' -f' if follow else ''}")
         for line in self.log[-tail:]:
             say(line)
 
-    def cancel(self, standing: Standing, say: Say) -> None:
+    def cancel(self, standing: JobStatus, say: Say) -> None:
         self._ask(f"cancel {standing.name}")
         say(f"cancelling {standing.name}")
         self.standings[standing.kind, standing.name] = standing.model_copy(update={"phase": "cancelled"})
@@ -78,10 +78,10 @@ class FakeCloud:
         self.secrets = dict(secrets)
         job_id = len(self.launched)
         facts = {"kind": kind, "name": name, "job_id": job_id, "phase": self.ends, "said": self.ends.upper()}
-        self.standings[kind, name] = Standing.model_validate({**facts, "where": "GCP (us-central1)"})
+        self.standings[kind, name] = JobStatus.model_validate({**facts, "where": "GCP (us-central1)"})
         return job_id
 
-    def _of(self, kind: Kind, names: Sequence[str] | None) -> Mapping[str, Standing]:
+    def _of(self, kind: Kind, names: Sequence[str] | None) -> Mapping[str, JobStatus]:
         self._ask(f"{kind}s")
         return {
             name: each

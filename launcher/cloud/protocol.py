@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,7 +15,7 @@ Say = Callable[[str], None]
 """Takes a line as it comes."""
 
 
-class Standing(BaseModel):
+class JobStatus(BaseModel):
     """How SkyPilot sees a managed job, or a cluster and the job on it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,28 +64,42 @@ class Cloud(Protocol):
     def enabled(self, infra: Sequence[str]) -> Mapping[str, str | None]:
         """Each cloud: None if its credentials let machines be had, else why not."""
 
-    def jobs(self, names: Sequence[str] | None = None) -> Mapping[str, Standing]:
+    def jobs(self, names: Sequence[str] | None = None) -> Mapping[str, JobStatus]:
         """Managed jobs by name, of each name the newest; None: all."""
 
-    def clusters(self, names: Sequence[str] | None = None) -> Mapping[str, Standing]:
+    def clusters(self, names: Sequence[str] | None = None) -> Mapping[str, JobStatus]:
         """Clusters by name; None: all."""
 
-    def tried(self, standing: Standing) -> Sequence[str]:
+    def tried(self, standing: JobStatus) -> Sequence[str]:
         """What the controller of a managed job has said so far: the places that it tried."""
 
-    def logs(self, standing: Standing, say: Say, *, follow: bool, tail: int = 0) -> None:
+    def logs(self, standing: JobStatus, say: Say, *, follow: bool, tail: int = 0) -> None:
         """The job's log, or its last `tail` lines; with `follow`, until the job ends."""
 
-    def cancel(self, standing: Standing, say: Say) -> None:
+    def cancel(self, standing: JobStatus, say: Say) -> None:
         """Have the job end, with SIGTERM first; a managed job's machine goes, and so does Slurm's; a cluster stays."""
 
     def down(self, name: str, say: Say) -> None:
         """Give a cluster back."""
 
 
-def find(cloud: Cloud, name: str, kind: Kind | None = None) -> Standing | None:
+def find(cloud: Cloud, name: str, kind: Kind | None = None) -> JobStatus | None:
     """What SkyPilot has of a name: what is at work first, else the managed job, else the cluster."""
     found = [cloud.jobs([name]).get(name)] if kind != "cluster" else []
     found += [cloud.clusters([name]).get(name)] if kind != "managed job" else []
     known = [each for each in found if each]
     return next((each for each in known if each.at_work), known[0] if known else None)
+
+
+class CatalogRow(NamedTuple):
+    """An instance type in a region, as a catalog has it; SkyPilot's names throughout."""
+
+    infra: str
+    region: str
+    instance_type: str
+    accelerator: str
+    gpus: int
+    cores: int
+    host_memory_gib: float
+    usd_per_h: float | None
+    spot_usd_per_h: float | None

@@ -15,10 +15,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from launcher.cloud.faults import absent, sort_fault
-from launcher.cloud.protocol import Say, Standing
-from launcher.cloud.records import Lines, enabled_of, of_cluster, of_job
-from launcher.prices.offer import Row
+from launcher.cloud.protocol import CatalogRow, JobStatus, Say
+from launcher.cloud.skypilot_errors import absent, sort_fault
+from launcher.cloud.skypilot_records import LineStream, enabled_of, of_cluster, of_job
 from trainer.errors import Unavailable, UserError
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ that SkyPilot or pandas did not expect."""
 class Fetched(NamedTuple):
     """A cloud's catalog, and what SkyPilot warned of while it was read."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[CatalogRow, ...]
     warnings: tuple[str, ...] = ()
 
 
@@ -115,7 +114,7 @@ def _fetch_all(
             found[infra] = error
 
 
-def _rows(infra: str, catalog: Any) -> tuple[Row, ...]:
+def _rows(infra: str, catalog: Any) -> tuple[CatalogRow, ...]:
     listed = catalog.list_accelerators(gpus_only=True, clouds=infra, all_regions=True)
     infos = [info for group in listed.values() for info in group]
     rows = [row for info in infos if (row := _row(infra, info))]
@@ -124,7 +123,7 @@ def _rows(infra: str, catalog: Any) -> tuple[Row, ...]:
     return tuple(rows + (_other_hosts(rows, catalog) if infra == "gcp" else []))
 
 
-def _row(infra: str, info: Any) -> Row | None:
+def _row(infra: str, info: Any) -> CatalogRow | None:
     """An entry of SkyPilot's; None without cores, memory or price, or with a share of a GPU."""
     price, spot = _number(info.price), _number(info.spot_price)
     cores, memory, count = _number(info.cpu_count), _number(info.memory), _number(info.accelerator_count)
@@ -134,7 +133,7 @@ def _row(infra: str, info: Any) -> Row | None:
         or price is spot is None
     ):
         return None
-    return Row(
+    return CatalogRow(
         infra=infra,
         region=str(info.region),
         instance_type=str(info.instance_type),
@@ -147,7 +146,7 @@ def _row(infra: str, info: Any) -> Row | None:
     )
 
 
-def _other_hosts(rows: Sequence[Row], catalog: Any) -> list[Row]:
+def _other_hosts(rows: Sequence[CatalogRow], catalog: Any) -> list[CatalogRow]:
     """GCP's other hosts for the same GPUs: SkyPilot lists the cheapest alone, whose memory may not do.
 
     An L4 comes with 16 to 128 GiB of host memory (`g2-standard-4` to `-32`). GCP prices host and accelerator
@@ -162,21 +161,21 @@ def _other_hosts(rows: Sequence[Row], catalog: Any) -> list[Row]:
     ]
 
 
-def _host(instance_type: str, catalog: Any) -> Iterator[Row]:
+def _host(instance_type: str, catalog: Any) -> Iterator[CatalogRow]:
     ((accelerator, count),) = catalog.get_accelerators_from_instance_type(instance_type, "gcp").items()
     cores, memory = catalog.get_vcpus_mem_from_instance_type(instance_type, "gcp")
     places = catalog.get_region_zones_for_accelerators(accelerator, count, use_spot=False, clouds="gcp")
     having = {place.name for place in places}
     for place in catalog.get_region_zones_for_instance_type(instance_type, use_spot=False, clouds="gcp"):
         if place.name in having:
-            row = Row(
+            row = CatalogRow(
                 "gcp", place.name, instance_type, accelerator, count, int(cores), float(memory), None, None
             )
             price, spot = (_gcp_price(row, catalog, use_spot=use_spot) for use_spot in (False, True))
             yield row._replace(usd_per_h=price, spot_usd_per_h=spot)
 
 
-def _gcp_price(row: Row, catalog: Any, *, use_spot: bool) -> float | None:
+def _gcp_price(row: CatalogRow, catalog: Any, *, use_spot: bool) -> float | None:
     where = {"region": row.region, "zone": None, "clouds": "gcp"}
     try:
         host = catalog.get_hourly_cost(row.instance_type, use_spot=use_spot, **where)
@@ -241,7 +240,7 @@ class SkyPilot:
             request = sky.launch(
                 _task(sky, config, secrets), cluster_name=name, retry_until_up=retry_until_up
             )
-            job_id, _ = sky.stream_and_get(request, output_stream=Lines(say))
+            job_id, _ = sky.stream_and_get(request, output_stream=LineStream(say))
         return None if job_id is None else int(job_id)
 
     def launch_managed(
@@ -249,7 +248,7 @@ class SkyPilot:
     ) -> int:
         with _asking(f"launch the managed job {name}") as sky:
             request = sky.jobs.launch(_task(sky, config, secrets), name=name)
-            job_ids, _ = sky.stream_and_get(request, output_stream=Lines(say))
+            job_ids, _ = sky.stream_and_get(request, output_stream=LineStream(say))
         if not job_ids:
             raise Unavailable(f"SkyPilot took the managed job {name}, and gave it no number")
         return int(job_ids[0] if isinstance(job_ids, Sequence) else job_ids)
@@ -258,10 +257,10 @@ class SkyPilot:
         said: list[str] = []
         with _asking(f"check {', '.join(infra)}") as sky:
             request = sky.client.sdk.check(tuple(infra), verbose=False)  # `sky.check` is a module
-            found = sky.stream_and_get(request, output_stream=Lines(said.append))
+            found = sky.stream_and_get(request, output_stream=LineStream(said.append))
         return enabled_of(found, infra, said)
 
-    def jobs(self, names: Sequence[str] | None = None) -> Mapping[str, Standing]:
+    def jobs(self, names: Sequence[str] | None = None) -> Mapping[str, JobStatus]:
         with _asking("list managed jobs") as sky:
             try:
                 records, *_ = sky.get(sky.jobs.queue_v2(refresh=False, fields=list(JOB_FIELDS)))
@@ -271,21 +270,21 @@ class SkyPilot:
         newest = sorted(ours, key=lambda record: (record.job_id or 0, -(record.task_id or 0)))
         return {standing.name: standing for standing in map(of_job, newest)}
 
-    def clusters(self, names: Sequence[str] | None = None) -> Mapping[str, Standing]:
+    def clusters(self, names: Sequence[str] | None = None) -> Mapping[str, JobStatus]:
         with _asking("list clusters") as sky:
             listed = sky.get(sky.status(list(names) if names is not None else None))
             return {record.name: of_cluster(record, _job_on(sky, record)) for record in listed}
 
-    def tried(self, standing: Standing) -> Sequence[str]:
+    def tried(self, standing: JobStatus) -> Sequence[str]:
         said: list[str] = []
         with _asking(f"read the controller's log of {standing.name}") as sky:
             sky.jobs.tail_logs(
-                job_id=standing.job_id, follow=False, controller=True, output_stream=Lines(said.append)
+                job_id=standing.job_id, follow=False, controller=True, output_stream=LineStream(said.append)
             )
         return said
 
-    def logs(self, standing: Standing, say: Say, *, follow: bool, tail: int = 0) -> None:
-        lines = Lines(say)
+    def logs(self, standing: JobStatus, say: Say, *, follow: bool, tail: int = 0) -> None:
+        lines = LineStream(say)
         with _asking(f"read the log of {standing.name}") as sky:
             if standing.kind == "managed job":
                 sky.jobs.tail_logs(
@@ -294,7 +293,7 @@ class SkyPilot:
             else:
                 sky.tail_logs(standing.name, standing.job_id, follow, tail=tail, output_stream=lines)
 
-    def cancel(self, standing: Standing, say: Say) -> None:
+    def cancel(self, standing: JobStatus, say: Say) -> None:
         with _asking(f"cancel {standing.name}") as sky:
             # Gracefully: SIGTERM, and only then is the machine taken away. On Slurm it is the other way round:
             # to cancel a job is SIGKILL to its step, while the end of the allocation begins with SIGTERM.
@@ -305,11 +304,11 @@ class SkyPilot:
                 request = sky.down(standing.name)
             else:
                 request = sky.cancel(standing.name, all=True)
-            sky.stream_and_get(request, output_stream=Lines(say))
+            sky.stream_and_get(request, output_stream=LineStream(say))
 
     def down(self, name: str, say: Say) -> None:
         with _asking(f"take {name} down") as sky:
-            sky.stream_and_get(sky.down(name), output_stream=Lines(say))
+            sky.stream_and_get(sky.down(name), output_stream=LineStream(say))
 
 
 def accepts(config: Mapping[str, Any], secrets: Mapping[str, str]) -> None:

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from launcher.addresses import folder_of
 from launcher.doctor.check import Finding
-from launcher.runs.read import folder_of
 from trainer.bucket import Bucket, open_run
 from trainer.bucket.address import Patience
 from trainer.errors import BucketError

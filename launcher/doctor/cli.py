@@ -45,7 +45,7 @@ def doctor(
     """
     from launcher import render
     from launcher.cloud.skypilot import SkyPilot
-    from launcher.doctor.look import look
+    from launcher.doctor.checks import look
 
     out = sys.stdout  # SkyPilot's adapter sends what is printed to stderr for as long as it is at work
     with _Progress() as progress:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.doctor.check import Finding
+from trainer.architecture.hub_login import TOKEN
+from trainer.architecture.lookup import HUB
 from trainer.bucket import open_file
 from trainer.errors import UserError
 from trainer.recipe import DataSource, Recipe
-from trainer.recipe.architecture import HUB
-from trainer.recipe.hub_login import TOKEN
 
 TIMEOUT_S = 10.0
 GET_TOKEN = (
@@ -24,7 +24,7 @@ GET_TOKEN = (
 GATED = "accept its terms on the Hub, and pass your token as $HF_TOKEN; or check its name"
 
 
-class Answer(NamedTuple):
+class HubAnswer(NamedTuple):
     """A server's status; 0 where there was none, with the reason."""
 
     code: int
@@ -65,7 +65,7 @@ def model(recipe: Recipe, environ: Mapping[str, str]) -> Finding:
     if Path(name).is_absolute() or name.endswith(".gguf"):
         return _here("model", name)
     revision = str(recipe.model_args.get("model_revision") or "main")
-    answer = Answer(0)
+    answer = HubAnswer(0)
     for file in ("config.json", "adapter_config.json"):
         answer = _ask("HEAD", f"/{name}/resolve/{urllib.parse.quote(revision, safe='')}/{file}", environ)
         if answer.code != 404:
@@ -90,7 +90,7 @@ def data(source: DataSource, environ: Mapping[str, str]) -> Finding:
     return _on_hub("data", source.id, answer, environ)
 
 
-def _on_hub(what: str, name: str, answer: Answer, environ: Mapping[str, str]) -> Finding:
+def _on_hub(what: str, name: str, answer: HubAnswer, environ: Mapping[str, str]) -> Finding:
     if 200 <= answer.code < 400:
         return _ok(what, f"{name}, on {endpoint(environ)}")
     if answer.code in (401, 403):
@@ -106,7 +106,7 @@ def _on_hub(what: str, name: str, answer: Answer, environ: Mapping[str, str]) ->
 
 
 def _in_bucket(name: str) -> Finding:
-    from trainer.bucket.exported import find_exported
+    from trainer.bucket.restore import find_exported
 
     try:
         _bucket, manifest = find_exported(name)
@@ -125,26 +125,26 @@ def _ok(what: str, said: str) -> Finding:
     return Finding(name=what, status="ok", said=said)
 
 
-def _why(answer: Answer) -> str:
+def _why(answer: HubAnswer) -> str:
     return answer.why or f"it answers {answer.code}"
 
 
-def _ask(method: str, path: str, environ: Mapping[str, str]) -> Answer:
+def _ask(method: str, path: str, environ: Mapping[str, str]) -> HubAnswer:
     """The status alone; a redirect to where a file lies is not followed: it is there."""
     url = endpoint(environ) + path
     if not url.startswith(("https://", "http://")):
-        return Answer(0, f"{url} is no address of a server")
+        return HubAnswer(0, f"{url} is no address of a server")
     headers = {"Authorization": f"Bearer {environ[TOKEN]}"} if environ.get(TOKEN) else {}
     request = urllib.request.Request(url, headers=headers, method=method)  # noqa: S310 (looked at above)
     opener = urllib.request.build_opener(_Stays())
     try:
         with opener.open(request, timeout=TIMEOUT_S) as answer:
-            return Answer(int(answer.status))
+            return HubAnswer(int(answer.status))
     except urllib.error.HTTPError as error:
         error.close()
-        return Answer(error.code)
+        return HubAnswer(error.code)
     except (OSError, HTTPException, ValueError) as error:
-        return Answer(0, str(getattr(error, "reason", error)))
+        return HubAnswer(0, str(getattr(error, "reason", error)))
 
 
 class _Stays(urllib.request.HTTPRedirectHandler):

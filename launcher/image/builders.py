@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from launcher.image import spec as images
-from launcher.image.spec import BASE, BUILDERS, INPUTS, WHEELS, Builder, ImageError, Recipe
+from launcher.image.spec import BASE, BUILDERS, INPUTS, WHEELS, Builder, ImageError, ImageSpec
 from trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ KEPT_LINES = 200
 Say = Callable[[str], None]
 
 
-class Wishes(BaseModel):
+class BuildOptions(BaseModel):
     """What `build` is asked for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,7 +66,9 @@ class Built(BaseModel):
     layers: tuple[Layer, ...] = ()
 
 
-def ensure(wishes: Wishes, say: Say, *, environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Built:
+def ensure(
+    wishes: BuildOptions, say: Say, *, environ: Mapping[str, str] = os.environ, root: Path = ROOT
+) -> Built:
     """The image of this checkout: built unless the registry, or this machine, has it.
 
     Raises:
@@ -101,7 +103,7 @@ def ensure(wishes: Wishes, say: Say, *, environ: Mapping[str, str] = os.environ,
     )
 
 
-def name(wishes: Wishes, *, root: Path = ROOT) -> str:
+def name(wishes: BuildOptions, *, root: Path = ROOT) -> str:
     """What `ensure` would call the image of this checkout; builds nothing.
 
     Raises:
@@ -111,10 +113,10 @@ def name(wishes: Wishes, *, root: Path = ROOT) -> str:
     return images.name_of(read(root, wishes), wishes.registry)
 
 
-def read(root: Path, wishes: Wishes) -> Recipe:
+def read(root: Path, wishes: BuildOptions) -> ImageSpec:
     """Everything that goes into the image, as it lies in the checkout now."""
     files = images.sums((name, path.read_bytes()) for name, path in inputs(root, wishes.wheels))
-    return Recipe(
+    return ImageSpec(
         base=wishes.base,
         torch_backend=wishes.torch_backend,
         flash_attention=wishes.flash_attention,
@@ -179,7 +181,7 @@ def _lack(name: Builder, *, asked: bool) -> str | None:
     return None
 
 
-def _check(wishes: Wishes, root: Path) -> None:
+def _check(wishes: BuildOptions, root: Path) -> None:
     if not (root / images.DOCKERFILE).is_file():
         raise UserError(f"no {images.DOCKERFILE} in {root}", hint="run this from a checkout")
     if (wishes.push or wishes.builder == "gcloud") and not wishes.registry:
@@ -195,7 +197,7 @@ class _Work:
     """One builder on one image."""
 
     def __init__(
-        self, builder: Builder, image: str, recipe: Recipe, environ: Mapping[str, str], say: Say
+        self, builder: Builder, image: str, recipe: ImageSpec, environ: Mapping[str, str], say: Say
     ) -> None:
         self._builder: Builder = builder
         self._image = image
@@ -230,7 +232,7 @@ class _Work:
             return False
         return self._quiet(images.local_command(self._builder, self._image)).returncode == 0
 
-    def build(self, root: Path, wishes: Wishes) -> None:
+    def build(self, root: Path, wishes: BuildOptions) -> None:
         self._say(f"building {self._image} on {self._recipe.base}")
         with context(root, wishes.wheels) as folder, tempfile.TemporaryDirectory() as private:
             secret = None

@@ -11,7 +11,7 @@ import click
 from trainer.errors import ExitCode
 
 if TYPE_CHECKING:
-    from launcher.image.builders import Built, Wishes
+    from launcher.image.builders import BuildOptions, Built
 
 
 @click.command(short_help="Build the trainer's image.")
@@ -44,7 +44,7 @@ def build(*, as_json: bool, remember: bool, **options: Any) -> int:
     """
     from launcher import render
     from launcher.image import builders
-    from launcher.remember import remember as write
+    from launcher.settings import remember as write
 
     made = builders.ensure(_wishes(options), lambda line: click.echo(line, err=True))
     where = write(os.environ, "image", made.image) if remember else None
@@ -58,13 +58,13 @@ def build(*, as_json: bool, remember: bool, **options: Any) -> int:
     return ExitCode.DONE
 
 
-def _wishes(options: dict[str, Any]) -> Wishes:
+def _wishes(options: dict[str, Any]) -> BuildOptions:
     from launcher import settings
-    from launcher.image.builders import Wishes
+    from launcher.image.builders import BuildOptions
 
     site = settings.load(os.environ)
     given = {key: value for key, value in options.items() if value is not None}
-    return Wishes.model_validate({"registry": site.registry, **given})
+    return BuildOptions.model_validate({"registry": site.registry, **given})
 
 
 def _print(made: Built) -> None:

@@ -50,7 +50,7 @@ class ImageError(UserError):
     """An image that could not be built, or not be pushed."""
 
 
-class Recipe(BaseModel):
+class ImageSpec(BaseModel):
     """All that decides what is in an image."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,7 +75,7 @@ class Recipe(BaseModel):
         return hashlib.sha256(told.encode()).hexdigest()
 
 
-def name_of(recipe: Recipe, registry: str | None) -> str:
+def name_of(recipe: ImageSpec, registry: str | None) -> str:
     """`ghcr.io/me/aeolus-trainer:0123456789abcdef`; raises UserError for what is no registry."""
     place = (registry or LOCAL).removeprefix("docker:").rstrip("/")
     if "://" in place or not re.fullmatch(r"[a-z0-9.\[\]:_/-]+", place):
@@ -97,7 +97,7 @@ def image_id(image: str) -> str:
 
 
 def build_command(
-    builder: Builder, image: str, recipe: Recipe, context: str, *, secret: str | None
+    builder: Builder, image: str, recipe: ImageSpec, context: str, *, secret: str | None
 ) -> list[str]:
     """Build the context's Dockerfile; `secret` is the file that names the package index.
 
@@ -117,7 +117,7 @@ def build_command(
     return [*command, "-f", f"{context}/{DOCKERFILE}", "-t", image, context]
 
 
-def cloudbuild(image: str, recipe: Recipe) -> dict[str, Any]:
+def cloudbuild(image: str, recipe: ImageSpec) -> dict[str, Any]:
     """Steps for Google Cloud Build: https://docs.cloud.google.com/build/docs/build-config-file-schema."""
     words = build_command("docker", image, recipe, ".", secret=None)[1:]
     step = {"name": "gcr.io/cloud-builders/docker", "args": words, "env": ["DOCKER_BUILDKIT=1"]}

@@ -7,21 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from launcher.addresses import folder_of
 from launcher.local import process
-from launcher.local.preempt import Preemptions, Spot
-from launcher.local.process import Home, LogTail, Supervisor
-from launcher.local.progress import View
+from launcher.local.fault_injection import KillMoment, Preemptions
+from launcher.local.process import LogTail, Supervisor
+from launcher.local.progress import ProgressView
 from launcher.local.signals import Signals
-from launcher.runs.read import Attempt, Reader, Run, folder_of
+from launcher.registry.local import Home
+from launcher.runs.run import AttemptHistory, Reader, RunHistory
+from launcher.terminal import Answer
+from trainer.accounting import Limits
 from trainer.errors import ExitCode, UserError
-from trainer.spent import Limits
 
 MAX_FRUITLESS = 3
 """Recoveries in a row without a new commit, after which it is no accident."""
 REATTACH_LINES = 10
 """Lines of the log that somebody who comes back is shown."""
 
-Answer = Literal["detach", "cancel", "continue"]
 How = Literal["done", "detached", "cancelled", "stopped", "superseded", "refused", "gave up", "failed"]
 EXIT_CODES: dict[How, int] = {
     "done": ExitCode.DONE,
@@ -50,7 +52,7 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class FollowOptions:
     """How the user wants a run to be followed."""
 
     preemptions: Preemptions = field(default_factory=Preemptions)
@@ -84,9 +86,9 @@ class Follower:
         job: Submission,
         home: Home,
         reader: Reader,
-        view: View,
+        view: ProgressView,
         signals: Signals,
-        wishes: Wishes,
+        wishes: FollowOptions,
     ) -> None:
         self._job = job
         self._home = home
@@ -192,7 +194,7 @@ class Follower:
             except KeyboardInterrupt:
                 return "cancel"
 
-    def _preempt(self, supervisor: Supervisor, attempt: Attempt, spot: Spot) -> None:
+    def _preempt(self, supervisor: Supervisor, attempt: AttemptHistory, spot: KillMoment) -> None:
         if self._signals.wait(spot.delay * attempt.step_s) or not supervisor.lose():
             return
         self._look()
@@ -211,7 +213,7 @@ class Follower:
     def _newest_attempt(self) -> int:
         return self.run.attempts[-1].number if self.run.attempts else 0
 
-    def _current(self) -> Attempt | None:
+    def _current(self) -> AttemptHistory | None:
         """The attempt of the supervisor that we follow, once it has claimed one."""
         return self.run.attempts[-1] if self._newest_attempt() > self._known_attempt else None
 
@@ -239,7 +241,7 @@ class Follower:
         return Ending(how, messages[how], len(self._preemptions.steps))
 
 
-def judge(code: int, run: Run, *, cancelled: bool) -> How | Literal["recover"]:
+def judge(code: int, run: RunHistory, *, cancelled: bool) -> How | Literal["recover"]:
     """What the supervisor's exit code (negative: a signal) means for the run."""
     if code == ExitCode.DONE or run.state == "done":
         return "done"
@@ -275,7 +277,7 @@ def stopped_text(run_id: str, why: str) -> str:
     return f"{why}\n  `launcher submit --resume {run_id} --budget N`, or `--deadline`, with more goes on"
 
 
-def _told_code(attempt: Attempt | None) -> int:
+def _told_code(attempt: AttemptHistory | None) -> int:
     """The exit code of a supervisor that was not our child, as its attempt's last event tells it."""
     end = attempt.end if attempt else None
     if end is None:

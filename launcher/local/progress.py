@@ -12,10 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from launcher.render import duration
-from launcher.runs.read import Run
+from launcher.runs.run import RunHistory
 
 
-class View(Protocol):
+class ProgressView(Protocol):
     """Where a follower tells what happens."""
 
     def line(self, text: str) -> None:
@@ -24,7 +24,7 @@ class View(Protocol):
     def note(self, text: str) -> None:
         """A word of the launcher's own."""
 
-    def show(self, run: Run) -> None:
+    def show(self, run: RunHistory) -> None:
         """How the run stands."""
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
@@ -51,7 +51,7 @@ class PlainView:
     def note(self, text: str) -> None:
         self._console.print(Text(f"launcher: {text}"), soft_wrap=True)
 
-    def show(self, run: Run) -> None:
+    def show(self, run: RunHistory) -> None:
         """The log tells it."""
 
     @contextlib.contextmanager
@@ -89,7 +89,7 @@ class LiveView(PlainView):
     def note(self, text: str) -> None:
         self._console.print(Text(text, style="bold"), soft_wrap=True)
 
-    def show(self, run: Run) -> None:
+    def show(self, run: RunHistory) -> None:
         self._progress.update(self._task, completed=run.step, total=run.total_steps, facts=facts(run))
 
     @contextlib.contextmanager
@@ -106,7 +106,7 @@ def view_on(console: Console) -> LiveView | PlainView:
     return LiveView(console) if console.is_terminal else PlainView(console)
 
 
-def facts(run: Run) -> str:
+def facts(run: RunHistory) -> str:
     """The words behind the bar: time left, newest metrics, commits, preemptions."""
     if not run.attempts:
         return "starting"

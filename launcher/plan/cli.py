@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher import completion
+from trainer.durations import DurationParam
 from trainer.errors import ExitCode, UserError
-from trainer.hours import Hours
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from launcher.plan.rank import Plan, Rejected, Row, Wishes
+    from launcher.plan.rank import Plan, PlanRequest, PlanRow, Rejected
 
 TOP = 12
 """Rows that are shown without `--all`."""
@@ -41,7 +41,7 @@ TOP_REJECTED = 6
     help="Where; may be repeated.  [default: settings, else gcp, lambda]",
 )
 @click.option("--budget", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="At most.")
-@click.option("--deadline", type=Hours(), metavar="TIME", help="At most: 90m, 24h, 2d.")
+@click.option("--deadline", type=DurationParam(), metavar="TIME", help="At most: 90m, 24h, 2d.")
 @click.option("--by", type=click.Choice(["dollars", "hours"]), default="dollars", show_default=True)
 @click.option("--rows", type=click.IntRange(min=1), help="Of a data set that is not known here.")
 @click.option("--all", "everything", is_flag=True, help="Every row and every rejection.")
@@ -65,7 +65,7 @@ def plan(recipe: str, overrides: tuple[str, ...], **options: Any) -> int:
 
 def _plan(recipe: str, overrides: tuple[str, ...], options: dict[str, Any]) -> Plan:
     from launcher import settings
-    from launcher.plan import planning
+    from launcher.plan import plan as planning
     from trainer.recipe import load
 
     return planning.planned(
@@ -78,11 +78,11 @@ def _plan(recipe: str, overrides: tuple[str, ...], options: dict[str, Any]) -> P
     )
 
 
-def _wishes(options: dict[str, Any]) -> Wishes:
-    from launcher.plan.rank import Wishes, parse_gpus
+def _wishes(options: dict[str, Any]) -> PlanRequest:
+    from launcher.plan.rank import PlanRequest, parse_gpus
 
     accelerator, count = parse_gpus(options["gpus"]) if options["gpus"] else (None, None)
-    return Wishes(
+    return PlanRequest(
         accelerator=accelerator,
         count=count,
         nodes=options["nodes"],
@@ -101,7 +101,7 @@ def as_dict(planned: Plan) -> dict[str, Any]:
 
 def _print(planned: Plan, *, everything: bool) -> None:
     from launcher import terminal
-    from launcher.plan import planning
+    from launcher.plan import plan as planning
 
     console = terminal.stdout()
     rows = planned.rows if everything else planned.rows[:TOP]
@@ -121,7 +121,7 @@ def _print(planned: Plan, *, everything: bool) -> None:
         console.print(f"       {note}", style="dim", soft_wrap=True, markup=False)
 
 
-def _table(rows: tuple[Row, ...]) -> Any:
+def _table(rows: tuple[PlanRow, ...]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -135,7 +135,7 @@ def _table(rows: tuple[Row, ...]) -> Any:
     return table
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: PlanRow) -> list[str]:
     from trainer.hardware import usable_gib
 
     return [

@@ -9,13 +9,13 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from launcher.plan.spot import Spot, market, save_steps, spot_expectation
+from launcher.plan.spot import SpotOutlook, market, save_steps, spot_expectation
 from launcher.prices.offer import Offer, Prices
+from trainer.architecture import Architecture
 from trainer.errors import NoFit, UserError
 from trainer.estimate import Estimate, Workload, estimate
 from trainer.fit import Fit, fit
 from trainer.hardware import Shape, gpu
-from trainer.memory import Architecture
 from trainer.recipe import Recipe
 
 NOTICE_S: Mapping[str, float] = {"gcp": 30, "aws": 120, "azure": 30}
@@ -30,7 +30,7 @@ ON_ARM = "its cores are Arm, and the image is for x86-64; `--gpus` names it all 
 By = Literal["dollars", "hours"]
 
 
-class Wishes(BaseModel):
+class PlanRequest(BaseModel):
     """What the user said of where, and of how much it may be."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,7 +47,7 @@ class Wishes(BaseModel):
     by: By = "dollars"
 
 
-class Row(BaseModel):
+class PlanRow(BaseModel):
     """One way to run: what, where, and what it is expected to take."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,7 +59,7 @@ class Row(BaseModel):
     spot: bool
     fit: Fit
     estimate: Estimate
-    expectation: Spot | None
+    expectation: SpotOutlook | None
     """What preemptions make of it; None on demand."""
     usd_per_h: float
     """Of all nodes."""
@@ -95,7 +95,7 @@ class Plan(BaseModel):
 
     recipe: str
     workload: Workload
-    rows: tuple[Row, ...]
+    rows: tuple[PlanRow, ...]
     rejected: tuple[Rejected, ...]
     why: str
     """Of the choice."""
@@ -104,7 +104,7 @@ class Plan(BaseModel):
     notes: tuple[str, ...] = ()
 
     @property
-    def chosen(self) -> Row | None:
+    def chosen(self) -> PlanRow | None:
         return self.rows[0] if self.rows else None
 
 
@@ -135,14 +135,14 @@ def plan(
     architecture: Architecture | None,
     prices: Prices,
     workload: Workload,
-    wishes: Wishes | None = None,
+    wishes: PlanRequest | None = None,
 ) -> Plan:
     """Everything that could run the recipe, ranked by expected dollars or hours.
 
     Raises:
         UserError: nobody rents what was asked for.
     """
-    asked = wishes or Wishes()
+    asked = wishes or PlanRequest()
     if not prices.offers:
         raise UserError(
             "nothing is rented where you asked" + "".join(f"; {note}" for note in prices.notes),
@@ -150,7 +150,7 @@ def plan(
         )
     offers = _asked_for(prices.offers, asked)
     rejected: list[Rejected] = []
-    rows: list[Row] = []
+    rows: list[PlanRow] = []
     for shape, same in _by_shape(offers, asked.nodes).items():
         if shape.accelerator in ARM and asked.accelerator is None:
             rejected.append(
@@ -182,7 +182,7 @@ def plan(
     )
 
 
-def _asked_for(offers: Sequence[Offer], wishes: Wishes) -> list[Offer]:
+def _asked_for(offers: Sequence[Offer], wishes: PlanRequest) -> list[Offer]:
     """Offers of the GPUs that were named; at least one."""
     named = [offer for offer in offers if wishes.accelerator in (None, offer.shape.accelerator)]
     if not named:
@@ -202,7 +202,7 @@ def _asked_for(offers: Sequence[Offer], wishes: Wishes) -> list[Offer]:
     return _on_market(counted, wishes)
 
 
-def _on_market(offers: list[Offer], wishes: Wishes) -> list[Offer]:
+def _on_market(offers: list[Offer], wishes: PlanRequest) -> list[Offer]:
     """Those of the market that was named; at least one."""
     if wishes.spot is None:
         return offers
@@ -235,7 +235,7 @@ def _size(
     return _Sized(chosen, estimate(recipe, architecture, chosen, shape, workload))
 
 
-def _rows(shape: Shape, offers: Sequence[Offer], sized: _Sized, wishes: Wishes) -> Iterator[Row]:
+def _rows(shape: Shape, offers: Sequence[Offer], sized: _Sized, wishes: PlanRequest) -> Iterator[PlanRow]:
     """At most two for each cloud: on demand and spot, each in its cheapest region."""
     for infra in dict.fromkeys(offer.infra for offer in offers):
         here = [offer for offer in offers if offer.infra == infra]
@@ -253,9 +253,9 @@ def _dear(offer: Offer, usd_per_h: float | None) -> tuple[float, bool, str]:
     return usd_per_h or 0.0, not offer.region.startswith("us-"), offer.region
 
 
-def _on_demand(shape: Shape, offer: Offer, sized: _Sized) -> Row:
+def _on_demand(shape: Shape, offer: Offer, sized: _Sized) -> PlanRow:
     usd_per_h = (offer.usd_per_h or 0.0) * shape.nodes
-    return Row(
+    return PlanRow(
         offer=offer,
         shape=shape,
         spot=False,
@@ -269,7 +269,7 @@ def _on_demand(shape: Shape, offer: Offer, sized: _Sized) -> Row:
     )
 
 
-def _on_spot(shape: Shape, offer: Offer, sized: _Sized, *, regions: int) -> Row:
+def _on_spot(shape: Shape, offer: Offer, sized: _Sized, *, regions: int) -> PlanRow:
     """A recovery looks for a machine in all regions, so one waits less where there are more."""
     known = market(offer.infra, shape.accelerator, count=shape.count, zones=regions)
     time = sized.estimate
@@ -286,7 +286,7 @@ def _on_spot(shape: Shape, offer: Offer, sized: _Sized, *, regions: int) -> Row:
         ),  # the step that it comes in ends first
     )
     usd_per_h = (offer.spot_usd_per_h or 0.0) * shape.nodes
-    return Row(
+    return PlanRow(
         offer=offer,
         shape=shape,
         spot=True,
@@ -300,7 +300,7 @@ def _on_spot(shape: Shape, offer: Offer, sized: _Sized, *, regions: int) -> Row:
     )
 
 
-def _over(row: Row, wishes: Wishes) -> str:
+def _over(row: PlanRow, wishes: PlanRequest) -> str:
     """Why the budget or the deadline forbids it; empty: they do not."""
     over: list[str] = []
     if wishes.budget_usd is not None and row.usd > wishes.budget_usd:
@@ -310,10 +310,10 @@ def _over(row: Row, wishes: Wishes) -> str:
     return "; ".join(over)
 
 
-def _more(over: Iterable[Row], wishes: Wishes) -> str:
+def _more(over: Iterable[PlanRow], wishes: PlanRequest) -> str:
     """The limits that would let the nearest one run: of two that are given, only one is raised if that is enough."""
 
-    def raised(row: Row) -> tuple[int, float, float]:
+    def raised(row: PlanRow) -> tuple[int, float, float]:
         dear = wishes.budget_usd is not None and row.usd > wishes.budget_usd
         slow = wishes.deadline_h is not None and row.hours > wishes.deadline_h
         return dear + slow, row.usd if dear else 0.0, row.hours
@@ -327,12 +327,12 @@ def _more(over: Iterable[Row], wishes: Wishes) -> str:
     return f"`{' '.join(words)}` would do for {least.names()}"
 
 
-def _key(row: Row, by: By) -> tuple[float, float, str]:
+def _key(row: PlanRow, by: By) -> tuple[float, float, str]:
     first, second = (row.usd, row.hours) if by == "dollars" else (row.hours, row.usd)
     return first, second, row.names()
 
 
-def _why(rows: Sequence[Row], wishes: Wishes, refused: Sequence[Rejected]) -> str:
+def _why(rows: Sequence[PlanRow], wishes: PlanRequest, refused: Sequence[Rejected]) -> str:
     if not rows and refused:
         return f"all {len(refused)} that fit are too dear or too slow"
     if not rows:

@@ -74,7 +74,7 @@ def market(infra: str, accelerator: str | None, *, count: int = 1, zones: int = 
     )
 
 
-class Spot(BaseModel):
+class SpotOutlook(BaseModel):
     """What a run on spot is expected to take; `inf` where it never ends."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -131,7 +131,7 @@ def spot_expectation(  # noqa: PLR0913 - a run, its checkpoints and its market
     load_s: float = 0.0,
     notice_s: float = 0.0,
     interval_s: float | None = None,
-) -> Spot:
+) -> SpotOutlook:
     """Expected hours of a run.
 
     Args:
@@ -245,14 +245,14 @@ def _saves(costs: _Costs) -> int:
     return whole + (rest > 0)
 
 
-def _result(costs: _Costs, held: _Held, *, provision_h: float, saved_in_time: bool) -> Spot:
+def _result(costs: _Costs, held: _Held, *, provision_h: float, saved_in_time: bool) -> SpotOutlook:
     preemptions = costs.rate * held.hours
     saving = _saves(costs) * costs.save + costs.upload
     starting = (1 + costs.rate * held.first) * _start(costs.load, costs.rate)
     starting += costs.rate * held.more * _start(costs.restart, costs.rate)
     waiting = provision_h * (preemptions + 1)
     lost = held.hours - costs.work - saving - starting if math.isfinite(held.hours) else math.inf
-    return Spot(
+    return SpotOutlook(
         hours=held.hours + waiting,
         paid_hours=held.hours,
         preemptions=preemptions,

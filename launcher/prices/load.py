@@ -12,7 +12,7 @@ from launcher.cloud import skypilot
 from launcher.cloud.skypilot import Fetched
 from launcher.prices import store
 from launcher.prices.offer import Offer, Prices, offer_of
-from launcher.prices.table import Table
+from launcher.prices.store import Table
 from trainer.errors import Unavailable, UserError
 
 __all__ = ["DEFAULT_INFRA", "Catalogs", "Offer", "Prices", "load_prices"]
@@ -31,7 +31,7 @@ Catalogs = Callable[[Sequence[str]], Mapping[str, Fetched | UserError]]
 """`launcher.cloud.skypilot.catalogs`, or a stand-in for it."""
 
 
-class _Found(NamedTuple):
+class _CloudPrices(NamedTuple):
     """A cloud's prices, where they are from, and what there is to say of that."""
 
     table: Table
@@ -79,7 +79,7 @@ def load_prices(
 
 def _find(
     clouds: Sequence[str], *, now: datetime, folder: Path, catalogs: Catalogs, refresh: bool
-) -> dict[str, _Found]:
+) -> dict[str, _CloudPrices]:
     at_hand = {} if refresh else {cloud: _at_hand(cloud, now=now, folder=folder) for cloud in clouds}
     asked = [cloud for cloud in clouds if not at_hand.get(cloud)]
     answers = catalogs(asked) if asked else {}
@@ -89,16 +89,16 @@ def _find(
     }
 
 
-def _at_hand(cloud: str, *, now: datetime, folder: Path) -> _Found | None:
+def _at_hand(cloud: str, *, now: datetime, folder: Path) -> _CloudPrices | None:
     """What need not be asked for: a fresh cache, or the fallback if SkyPilot has just failed."""
     kept = store.cached(cloud, folder=folder)
     if kept and store.fresh(kept, now=now):
-        return _Found(kept, "cache")
+        return _CloudPrices(kept, "cache")
     why = store.failure(cloud, now=now, folder=folder)
     return _fallback(cloud, why, folder=folder) if why else None
 
 
-def _answered(cloud: str, answer: Fetched | UserError, *, now: datetime, folder: Path) -> _Found:
+def _answered(cloud: str, answer: Fetched | UserError, *, now: datetime, folder: Path) -> _CloudPrices:
     """SkyPilot's answer, or the fallback; raises SkyPilot's error if there is none."""
     if isinstance(answer, Fetched) and answer.rows:
         return _live(cloud, answer, now=now, folder=folder)
@@ -111,15 +111,15 @@ def _answered(cloud: str, answer: Fetched | UserError, *, now: datetime, folder:
     return found
 
 
-def _live(cloud: str, answer: Fetched, *, now: datetime, folder: Path) -> _Found:
+def _live(cloud: str, answer: Fetched, *, now: datetime, folder: Path) -> _CloudPrices:
     """SkyPilot's answer; kept only if it had nothing to warn of, such as that its own copy is old."""
     table = Table(now, "SkyPilot's catalog", answer.rows)
     if not answer.warnings:
         store.keep(cloud, table, folder=folder)
-    return _Found(table, "skypilot", tuple(f"SkyPilot: {text}" for text in answer.warnings))
+    return _CloudPrices(table, "skypilot", tuple(f"SkyPilot: {text}" for text in answer.warnings))
 
 
-def _fallback(cloud: str, why: str, *, folder: Path) -> _Found | None:
+def _fallback(cloud: str, why: str, *, folder: Path) -> _CloudPrices | None:
     """The newer of an old cache and the snapshot, with a note of its date and of why it is used."""
     tables: dict[Source, Table | None] = {
         "cache": store.cached(cloud, folder=folder),
@@ -130,7 +130,7 @@ def _fallback(cloud: str, why: str, *, folder: Path) -> _Found | None:
         return None
     table, source = max(known, key=lambda one: one[0].taken)
     note = f"{cloud}: prices of {table.taken.date()}, from the {NAMES[source]}: {why}"
-    return _Found(table, source, (note,))
+    return _CloudPrices(table, source, (note,))
 
 
 def _offers(table: Table, region: str | None) -> Iterable[Offer]:

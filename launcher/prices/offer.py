@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from launcher.cloud.protocol import CatalogRow
 from trainer.hardware import Gpu, Shape, known_gpu
 
 LAMBDA_PCIE = ("gpu_1x_a100", "gpu_2x_a100", "gpu_4x_a100")
@@ -15,20 +16,6 @@ https://docs.lambda.ai/api/cloud, `description` of `GET /instance-types`"""
 RUNPOD_PCIE = ("A100-80GB", "H100")
 """What SkyPilot's catalog calls RunPod's PCIe boards; the SXM ones end in `-SXM` there.
 https://github.com/skypilot-org/skypilot/blob/master/sky/catalog/data_fetchers/fetch_runpod.py"""
-
-
-class Row(NamedTuple):
-    """An instance type in a region, as a catalog has it; SkyPilot's names throughout."""
-
-    infra: str
-    region: str
-    instance_type: str
-    accelerator: str
-    gpus: int
-    cores: int
-    host_memory_gib: float
-    usd_per_h: float | None
-    spot_usd_per_h: float | None
 
 
 class Offer(BaseModel):
@@ -64,7 +51,7 @@ class Prices(BaseModel):
     """What a reader of the prices should know: why they are old, what has none."""
 
 
-def offer_of(row: Row) -> Offer | None:
+def offer_of(row: CatalogRow) -> Offer | None:
     """The offer that a row is; None if its accelerator is no GPU of the table, as TPUs are not."""
     board = _board(row)
     if board is None:
@@ -88,7 +75,7 @@ def offer_of(row: Row) -> Offer | None:
     )
 
 
-def _board(row: Row) -> Gpu | None:
+def _board(row: CatalogRow) -> Gpu | None:
     pcie = (
         "pcie" in row.instance_type.lower()
         or (row.infra == "lambda" and row.instance_type in LAMBDA_PCIE)

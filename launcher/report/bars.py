@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.report.svg import Markup, Scale, box, chart, line, plain, text, ticks
 from launcher.runs.account import Memory
-from launcher.runs.hours import NAMES, Hours
+from launcher.runs.time_breakdown import NAMES, TimeBreakdown
 
 KINDS = {
     "useful_s": "useful",
@@ -21,7 +21,7 @@ KINDS = {
 CHARACTER_PX = 7.0
 
 
-def time_bar(spent: Hours, width: float) -> Markup:
+def time_bar(spent: TimeBreakdown, width: float) -> Markup:
     """The parts of paid time on one bar; those that are wide enough have their share on them."""
     paid_s = spent.paid_s or 1.0
     at, marks = 0.0, []

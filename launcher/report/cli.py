@@ -13,9 +13,9 @@ from launcher import completion, terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from launcher.report.words import Rows
+    from launcher.report.tables import ReportTable
     from launcher.runs.account import Account
-    from launcher.runs.read import Run
+    from launcher.runs.run import RunHistory
 
 
 @click.command(short_help="What a run took, or two beside each other.")
@@ -38,8 +38,8 @@ def report(runs: tuple[str, ...], html: Path | None, as_json: bool, checkpoints:
     RUN is a run's name or its address, such as s3://bucket/prefix/RUN. With OTHER: the two beside each other.
     """
     from launcher import render
+    from launcher.registry.find import place
     from launcher.runs.account import account
-    from launcher.runs.find import place
 
     if len(runs) > 2:
         raise click.UsageError(f"{len(runs)} runs: one is told of, or two are compared")
@@ -58,7 +58,7 @@ def report(runs: tuple[str, ...], html: Path | None, as_json: bool, checkpoints:
         click.echo(f"page: {html}", err=True)
 
 
-def _page(runs: list[Run], accounts: list[Account]) -> str:
+def _page(runs: list[RunHistory], accounts: list[Account]) -> str:
     from datetime import UTC, datetime
 
     from launcher.report import page
@@ -71,22 +71,22 @@ def _page(runs: list[Run], accounts: list[Account]) -> str:
 
 def _print(accounts: list[Account]) -> None:
     from launcher import render
-    from launcher.report import words
+    from launcher.report import tables
 
     console = terminal.stdout()
     if len(accounts) == 2:
-        _table(console, words.compared((accounts[0], accounts[1])))
+        _table(console, tables.compared((accounts[0], accounts[1])))
         return
     (one,) = accounts
-    facts = [(name, f"{value}  {word}".rstrip()) for name, value, word in words.figures(one)]
-    console.print(render.facts_table([("state", one.state), *facts, *words.beside(one)], title=one.run))
-    _table(console, words.attempts(one))
-    _table(console, words.spent(one))
-    if against := words.promised(one):
+    facts = [(name, f"{value}  {word}".rstrip()) for name, value, word in tables.figures(one)]
+    console.print(render.facts_table([("state", one.state), *facts, *tables.beside(one)], title=one.run))
+    _table(console, tables.attempts(one))
+    _table(console, tables.spent(one))
+    if against := tables.promised(one):
         _table(console, against)
 
 
-def _table(console: Console, rows: Rows) -> None:
+def _table(console: Console, rows: ReportTable) -> None:
     from launcher import render
 
     console.print()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from launcher.report.panels import Curve, Panel, Points
+from launcher.report.series import Curve, Panel, Points
 from launcher.report.svg import Markup, Scale, box, chart, joined, line, path, plain, tag, text, ticks
 
 TOP, BOTTOM, LEFT, RIGHT = 44.0, 44.0, 52.0, 62.0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 
 from launcher.report.svg import Markup, joined, tag
-from launcher.report.words import Rows
+from launcher.report.tables import ReportTable
 
 WIDE_PX, NARROW_PX = 940.0, 340.0
 """Of pictures: of a page's full width, and of a phone of 360 pixels."""
@@ -60,7 +60,9 @@ def picture(draw: Callable[[float], Markup], caption: str | None = None) -> Mark
     return tag("figure", wide, narrow, below)
 
 
-def table(rows: Rows, *, sums: bool = False, swatches: Sequence[str] = (), cards: bool = False) -> Markup:
+def table(
+    rows: ReportTable, *, sums: bool = False, swatches: Sequence[str] = (), cards: bool = False
+) -> Markup:
     """A table whose rows become cards on a phone, with `cards`.
 
     Args:

@@ -17,7 +17,7 @@ MARKS = {"done": "✓", "lost": "✕", "preempted": "◆", "failed": "!", "super
 WIDE_PX = 600
 
 
-class Part(NamedTuple):
+class TimelineSpan(NamedTuple):
     """A stretch of an attempt, in the order in which it came, as far as sums can tell."""
 
     kind: str
@@ -25,20 +25,22 @@ class Part(NamedTuple):
     said: str
 
 
-def parts(attempt: AttemptAccount) -> Iterator[Part]:
+def parts(attempt: AttemptAccount) -> Iterator[TimelineSpan]:
     """Boot, set-up, useful steps with their evaluations and saves, steps that were lost, and what came last."""
     spent = attempt.hours
     begin = spent.setup_s + spent.restore_s
     between = spent.evaluation_s + spent.stall_s
     steps = spent.useful_s + spent.redone_s
     share = spent.useful_s / steps if steps else 1.0
-    yield Part("boot", spent.boot_s, f"boot until the claim {duration(spent.boot_s)}")
-    yield Part("setup", begin, f"set-up {duration(spent.setup_s)}, restore {duration(spent.restore_s)}")
-    yield Part("useful", spent.useful_s + between * share, "useful steps, with evaluations and saves")
-    yield Part(
+    yield TimelineSpan("boot", spent.boot_s, f"boot until the claim {duration(spent.boot_s)}")
+    yield TimelineSpan(
+        "setup", begin, f"set-up {duration(spent.setup_s)}, restore {duration(spent.restore_s)}"
+    )
+    yield TimelineSpan("useful", spent.useful_s + between * share, "useful steps, with evaluations and saves")
+    yield TimelineSpan(
         "redone", spent.redone_s + between * (1 - share), f"{attempt.lost_steps} steps that were redone later"
     )
-    yield Part("rest", spent.upload_s + spent.other_s, "last upload, export, and other")
+    yield TimelineSpan("rest", spent.upload_s + spent.other_s, "last upload, export, and other")
 
 
 def draw(account: Account, width: float) -> Markup:

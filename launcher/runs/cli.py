@@ -12,7 +12,7 @@ import click
 from launcher import terminal
 
 if TYPE_CHECKING:
-    from launcher.runs.listing import Listed
+    from launcher.runs.listing import RunListing
 
 COLUMNS = ("run", "state", ">step", ">loss", ">last commit", ">attempts", ">$", "last heard of")
 
@@ -27,8 +27,8 @@ COLUMNS = ("run", "state", ">step", ">loss", ">last commit", ">attempts", ">$", 
 def runs(checkpoints: str | None, as_json: bool) -> None:
     """List the runs that are in the bucket, whoever started them, the latest first."""
     from launcher import render, settings
+    from launcher.addresses import canonical
     from launcher.runs.listing import listing
-    from launcher.runs.read import canonical
 
     address = canonical(checkpoints or settings.load(os.environ).checkpoints, Path.cwd())
     now = time.time()
@@ -48,7 +48,7 @@ def runs(checkpoints: str | None, as_json: bool) -> None:
             click.echo(f"{row.run}: {row.error}", err=True)
 
 
-def _cells(row: Listed, now: float) -> list[str]:
+def _cells(row: RunListing, now: float) -> list[str]:
     from launcher.render import ago
 
     of = f" of {row.total_steps:,}" if row.total_steps else ""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from launcher.runs.read import Run
+from launcher.runs.run import RunHistory
+from trainer.accounting import Limits, used_up
 from trainer.errors import UserError
 from trainer.events import of_kind
-from trainer.spent import Limits, used_up
 
 
-def refuse_used_up(run: Run, limits: Limits, *, now: datetime) -> None:
+def refuse_used_up(run: RunHistory, limits: Limits, *, now: datetime) -> None:
     """Another attempt would be paid for nothing: it would stop as soon as it had begun.
 
     Raises:
@@ -26,13 +26,13 @@ def refuse_used_up(run: Run, limits: Limits, *, now: datetime) -> None:
     )
 
 
-def kept(run: Run) -> Limits:
+def kept(run: RunHistory) -> Limits:
     """What the newest attempt keeps to, by its claim."""
     claims = of_kind(run.attempts[-1].events, "claimed") if run.attempts else []
     return Limits.model_validate((claims[-1].get("limits") if claims else None) or {})
 
 
-def unchanged(run: Run, limits: Limits) -> str | None:
+def unchanged(run: RunHistory, limits: Limits) -> str | None:
     """What to say to who asks for other limits while the run is at work; None if they are the same."""
     if not run.attempts or kept(run) == limits:
         return None
@@ -42,5 +42,5 @@ def unchanged(run: Run, limits: Limits) -> str | None:
     )
 
 
-def _commit(run: Run) -> str:
+def _commit(run: RunHistory) -> str:
     return f"step {max(run.commits)}" if run.commits else "none"

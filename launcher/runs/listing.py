@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.runs import money
-from launcher.runs.read import Reader, Run
+from launcher.runs import account
+from launcher.runs.run import Reader, RunHistory
 from trainer.bucket import list_runs, open_run
 from trainer.errors import UserError
 
@@ -18,7 +18,7 @@ SILENT_S = 300.0
 
 
 @dataclass(frozen=True)
-class Listed:
+class RunListing:
     """One run of a bucket."""
 
     run: str
@@ -42,7 +42,7 @@ class Listed:
         return asdict(self)
 
 
-def listing(checkpoints: str, *, now: float) -> list[Listed]:
+def listing(checkpoints: str, *, now: float) -> list[RunListing]:
     """Every run below an address, the latest first; folders that hold no run are left out.
 
     Args:
@@ -58,19 +58,19 @@ def listing(checkpoints: str, *, now: float) -> list[Listed]:
     return sorted((row for row in rows if row), key=lambda row: row.last or 0.0, reverse=True)
 
 
-def _listed(checkpoints: str, run_id: str, now: float) -> Listed | None:
+def _listed(checkpoints: str, run_id: str, now: float) -> RunListing | None:
     try:
         run = Reader(open_run(checkpoints, run_id), run_id).read()
     except (UserError, ValueError, KeyError) as error:  # one that is damaged does not hide the others
         reason = error.message if isinstance(error, UserError) else f"its events cannot be read: {error}"
-        return Listed(run_id, "?", "", None, None, None, None, None, None, None, error=reason)
+        return RunListing(run_id, "?", "", None, None, None, None, None, None, None, error=reason)
     return _row(run, now) if run.attempts or run.commits else None
 
 
-def _row(run: Run, now: float) -> Listed:
+def _row(run: RunHistory, now: float) -> RunListing:
     last = run.attempts[-1].ended if run.attempts else None
     silent = run.state == "running" and last is not None and now - last > SILENT_S
-    return Listed(
+    return RunListing(
         run=run.run_id,
         state="silent" if silent else run.state,
         method=run.method,
@@ -79,6 +79,6 @@ def _row(run: Run, now: float) -> Listed:
         loss=run.steps[-1].get("loss") if run.steps else None,
         committed=max(run.commits, default=None),
         attempts=len(run.attempts),
-        usd=money.bill(run, now=now if run.state == "running" and not silent else None).usd,
+        usd=account.bill(run, now=now if run.state == "running" and not silent else None).usd,
         last=last,
     )

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher import completion, terminal
+from trainer.durations import DurationParam
 from trainer.errors import ExitCode, UserError
-from trainer.hours import Hours
 
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud
     from launcher.local.follow import Ending, Submission
-    from launcher.runs.read import Run
+    from launcher.runs.run import RunHistory
     from launcher.settings import Settings
-    from launcher.submit.order import Order, Wanted
-    from trainer.spent import Limits
+    from launcher.submit.prepare import Order, SubmitOptions
+    from trainer.accounting import Limits
 
 LOCAL = "local"
 LOCAL_ONLY = ("preempt",)
@@ -85,7 +85,10 @@ or the deadline is used up, what there is is saved, --resume with a higher one g
     help="At most, of all attempts together: the plan keeps to it, and so does the run, which saves and stops.",
 )
 @click.option(
-    "--deadline", type=Hours(), metavar="TIME", help="Likewise, since the first attempt began: 90m, 24h, 2d."
+    "--deadline",
+    type=DurationParam(),
+    metavar="TIME",
+    help="Likewise, since the first attempt began: 90m, 24h, 2d.",
 )
 @click.option(
     "--resume",
@@ -142,15 +145,15 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def _here(recipe: str | None, overrides: Sequence[str], options: dict[str, Any]) -> int:
-    from launcher.local import machine
-    from launcher.local.follow import Wishes
-    from launcher.local.preempt import Preemptions
+    from launcher.local import submit as machine
+    from launcher.local.fault_injection import Preemptions
+    from launcher.local.follow import FollowOptions
     from launcher.submit import job_files
 
     name = job_files.recipe_of(recipe or job_files.DEFAULT)
     job = _submission(name, overrides, options)
     preemptions = Preemptions(times=options["preempt"], seed=options["preempt_seed"])
-    wishes = Wishes(preemptions=preemptions, detach=options["detach"], ask=_ask())
+    wishes = FollowOptions(preemptions=preemptions, detach=options["detach"], ask=_ask())
     ending, run = machine.submit(job, wishes, state=terminal.state_folder(), console=terminal.stderr())
     _tell(ending, run, job.checkpoints, asked=options["preempt"], as_json=options["as_json"])
     return ending.exit_code
@@ -162,8 +165,8 @@ def _there(
     from datetime import UTC, datetime
 
     from launcher.cloud.skypilot import SkyPilot
-    from launcher.submit import order as orders
-    from launcher.submit.launch import Desk
+    from launcher.submit import prepare as orders
+    from launcher.submit.launch import SubmitContext
     from launcher.submit.launch import submit as launch
 
     order = orders.prepare(_wanted(recipe, overrides, options), environ=os.environ, now=datetime.now(UTC))
@@ -173,7 +176,7 @@ def _there(
         _print_order(order, as_json=options["as_json"])
         return ExitCode.DONE
     console = terminal.stderr()
-    desk = Desk(
+    desk = SubmitContext(
         cloud=cloud or SkyPilot(),
         state=terminal.state_folder(),
         say=lambda line: console.print(line, markup=False, emoji=False, soft_wrap=True),
@@ -185,8 +188,8 @@ def _there(
     return ending.exit_code
 
 
-def _wanted(recipe: str | None, overrides: tuple[str, ...], options: dict[str, Any]) -> Wanted:
-    from launcher.submit.order import Wanted
+def _wanted(recipe: str | None, overrides: tuple[str, ...], options: dict[str, Any]) -> SubmitOptions:
+    from launcher.submit.prepare import SubmitOptions
 
     same = (
         "gpus",
@@ -200,7 +203,7 @@ def _wanted(recipe: str | None, overrides: tuple[str, ...], options: dict[str, A
         "retry_until_up",
         "rows",
     )
-    return Wanted(
+    return SubmitOptions(
         source=recipe,
         overrides=overrides,
         budget_usd=options["budget"],
@@ -226,10 +229,10 @@ def _print_order(order: Order, *, as_json: bool) -> None:
 
 def _submission(recipe: str, overrides: Sequence[str], options: dict[str, Any]) -> Submission:
     from launcher import settings
-    from launcher.local import machine
+    from launcher.addresses import canonical
+    from launcher.local import submit as machine
     from launcher.local.follow import Submission
-    from launcher.runs.read import canonical
-    from launcher.submit import promise
+    from launcher.submit import cost_variables
     from trainer.recipe import default_run_id, load
 
     site = settings.load(os.environ)
@@ -237,7 +240,7 @@ def _submission(recipe: str, overrides: Sequence[str], options: dict[str, Any]) 
     address = canonical(options["checkpoints"] or site.checkpoints, Path.cwd())
     run_id = machine.checked_run_id(options["name"]) if options["name"] else default_run_id(loaded.recipe)
     limits = _limits_here(site, options)
-    told = promise.own_price(site.usd_per_h) | promise.limits(limits)
+    told = cost_variables.own_price(site.usd_per_h) | cost_variables.limits(limits)
     return Submission(
         run_id=run_id,
         recipe=recipe,
@@ -250,18 +253,18 @@ def _submission(recipe: str, overrides: Sequence[str], options: dict[str, Any]) 
 
 def _limits_here(site: Settings, options: dict[str, Any]) -> Limits:
     """On this machine, whose price is what its owner says."""
-    from launcher.submit import promise
-    from trainer.spent import Limits
+    from launcher.submit import cost_variables
+    from trainer.accounting import Limits
 
     if options["budget"] and site.usd_per_h is None:
-        raise UserError("this machine has no price", hint=promise.SAY_PRICE)
+        raise UserError("this machine has no price", hint=cost_variables.SAY_PRICE)
     budget_usd = options["budget"] or (site.budget_usd if site.usd_per_h is not None else None)
     return Limits(budget_usd=budget_usd, deadline_h=options["deadline"])
 
 
 def _tell(
     ending: Ending,
-    run: Run,
+    run: RunHistory,
     checkpoints: str,
     *,
     asked: int,
@@ -270,15 +273,15 @@ def _tell(
 ) -> None:
     """The report: table or JSON, and the picture as soon as there is something to see."""
     from launcher import render
-    from launcher.local.process import Home
-    from launcher.runs import report
+    from launcher.registry.local import Home
+    from launcher.runs import summary
 
-    facts = report.summary(run, usd_per_h=usd_per_h)
+    facts = summary.summary(run, usd_per_h=usd_per_h)
     picture = None
     if run.steps and ending.how != "detached":
         home = Home.of(terminal.state_folder(), run.run_id, checkpoints).path
-        picture = report.picture_path(checkpoints, run.run_id, home=home)
-        report.draw(run, picture)
+        picture = summary.picture_path(checkpoints, run.run_id, home=home)
+        summary.draw(run, picture)
     if as_json:
         about = {"ending": ending.how, "message": ending.message, "preempted_on_request": ending.preempted}
         click.echo(render.to_json({**facts.as_dict(), **about, "report": str(picture) if picture else None}))

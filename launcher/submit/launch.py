@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from launcher.cloud.protocol import Cloud, Kind, Say, Standing, find
+from launcher.cloud.protocol import Cloud, JobStatus, Kind, Say, find
 from launcher.image import builders
-from launcher.image.builders import Wishes
+from launcher.image.builders import BuildOptions
 from launcher.local import process
-from launcher.local.follow import Answer, Ending, How, stopped_text
-from launcher.local.process import Home
+from launcher.local.follow import Ending, How, stopped_text
+from launcher.registry import submitted
+from launcher.registry.local import Home
+from launcher.registry.submitted import Sent
 from launcher.runs import limits
-from launcher.runs.read import Reader, Run
-from launcher.submit import stop, submissions
-from launcher.submit.order import Order
-from launcher.submit.submissions import Sent
+from launcher.runs.run import Reader, RunHistory
+from launcher.submit.prepare import Order
+from launcher.terminal import Answer
 from trainer.bucket import open_run
 from trainer.errors import ExitCode, UserError
 from trainer.events import Event
@@ -34,13 +35,13 @@ Ask = Callable[[], Answer]
 
 
 @dataclass(frozen=True)
-class Desk:
+class SubmitContext:
     """Where a submission is made: this machine's memory of them, the cloud, the terminal, the clock."""
 
     cloud: Cloud
     state: Path
     say: Say
-    build: Callable[[Wishes, Say], object] = builders.ensure
+    build: Callable[[BuildOptions, Say], object] = builders.ensure
     """Makes an order's image."""
     ask: Ask | None = None
     """What a Ctrl-C asks; without it, Ctrl-C leaves the run at work."""
@@ -48,7 +49,7 @@ class Desk:
     sleep: Callable[[float], None] = time.sleep
 
 
-def submit(order: Order, desk: Desk, *, detach: bool) -> tuple[Ending, Run]:
+def submit(order: Order, desk: SubmitContext, *, detach: bool) -> tuple[Ending, RunHistory]:
     """Bring the run to its end, or leave it at work if the user wants that; what is at work is never rented twice.
 
     Raises:
@@ -75,8 +76,8 @@ def submit(order: Order, desk: Desk, *, detach: bool) -> tuple[Ending, Run]:
 
 
 def follow(
-    standing: Standing, reader: Reader, desk: Desk, *, run_id: str, tail: int = 0, seen: int = 0
-) -> tuple[Ending, Run]:
+    standing: JobStatus, reader: Reader, desk: SubmitContext, *, run_id: str, tail: int = 0, seen: int = 0
+) -> tuple[Ending, RunHistory]:
     """Show the log until the job ends, or the user leaves it; the first `seen` attempts are of earlier jobs."""
     try:
         ended = _watch(standing, desk, tail=tail)
@@ -86,7 +87,7 @@ def follow(
             return follow(standing, reader, desk, run_id=run_id, tail=REATTACH_LINES, seen=seen)
         if answer == "detach":
             return Ending("detached", detached_text(standing, run_id)), reader.read()
-        stop.cancel(standing, desk.cloud, reader, desk.say, sleep=desk.sleep)
+        cancel(standing, desk.cloud, reader, desk.say, sleep=desk.sleep)
         ended = find(desk.cloud, standing.name, standing.kind)
     run = reader.read()
     if ended and ended.at_work:
@@ -95,7 +96,7 @@ def follow(
     return Ending(how, _told(how, ended, run, seen=seen)), run
 
 
-def judge(standing: Standing | None, run: Run, *, seen: int = 0) -> How:
+def judge(standing: JobStatus | None, run: RunHistory, *, seen: int = 0) -> How:
     """What became of a job that is no longer at work; a cluster that is gone leaves its run's bucket to tell.
 
     The ends of the first `seen` attempts are other jobs': this one may have had no machine at all.
@@ -114,7 +115,7 @@ def judge(standing: Standing | None, run: Run, *, seen: int = 0) -> How:
     return "failed"
 
 
-def detached_text(standing: Standing, run_id: str) -> str:
+def detached_text(standing: JobStatus, run_id: str) -> str:
     """What somebody who leaves needs to come back."""
     return (
         f"training goes on by itself: {_what(standing)}\n"
@@ -132,13 +133,13 @@ def _not_here(order: Order, state: Path) -> None:
         )
 
 
-def _at_work(order: Order, desk: Desk) -> Standing | None:
+def _at_work(order: Order, desk: SubmitContext) -> JobStatus | None:
     """The run's job that is at work already."""
     standing = find(desk.cloud, order.name)
     if standing is None or not standing.at_work:
         return None
-    mine = submissions.recall(desk.state, order.request.run_id, order.request.checkpoints)
-    others = [sent for sent in submissions.known(desk.state) if sent.name == order.name]
+    mine = submitted.recall(desk.state, order.request.run_id, order.request.checkpoints)
+    others = [sent for sent in submitted.known(desk.state) if sent.name == order.name]
     if mine is None and others:
         raise UserError(
             f"{_what(standing)} is at work on a run of this name in {others[0].checkpoints}",
@@ -146,28 +147,28 @@ def _at_work(order: Order, desk: Desk) -> Standing | None:
         )
     desk.say(f"run {order.request.run_id} is at work already, as {_what(standing)}: nothing is rented")
     if mine is None:  # submitted from elsewhere
-        submissions.remember(desk.state, _sent(order, desk, standing.job_id, kind=standing.kind))
+        submitted.remember(desk.state, _sent(order, desk, standing.job_id, kind=standing.kind))
     return standing
 
 
-def _launch(order: Order, desk: Desk) -> Standing:
+def _launch(order: Order, desk: SubmitContext) -> JobStatus:
     if order.build:
         desk.build(order.build, desk.say)
-    before = submissions.recall(desk.state, order.request.run_id, order.request.checkpoints)
+    before = submitted.recall(desk.state, order.request.run_id, order.request.checkpoints)
     kind: Kind = "managed job" if order.managed else "cluster"
     sent = _sent(order, desk, None, kind=kind)
-    submissions.remember(desk.state, sent)
+    submitted.remember(desk.state, sent)
     try:
         job_id = _ask(order, desk)
     except (UserError, KeyboardInterrupt):
         _forget(before, sent, desk)
         raise
-    submissions.remember(desk.state, sent.model_copy(update={"job_id": job_id}))
+    submitted.remember(desk.state, sent.model_copy(update={"job_id": job_id}))
     found = find(desk.cloud, order.name, kind)
-    return found or Standing(kind=kind, name=order.name, job_id=job_id, phase="waiting", said="SUBMITTED")
+    return found or JobStatus(kind=kind, name=order.name, job_id=job_id, phase="waiting", said="SUBMITTED")
 
 
-def _ask(order: Order, desk: Desk) -> int | None:
+def _ask(order: Order, desk: SubmitContext) -> int | None:
     if order.managed:
         return desk.cloud.launch_managed(order.config, name=order.name, secrets=order.secrets, say=desk.say)
     return desk.cloud.launch(
@@ -179,18 +180,18 @@ def _ask(order: Order, desk: Desk) -> int | None:
     )
 
 
-def _forget(before: Sent | None, sent: Sent, desk: Desk) -> None:
+def _forget(before: Sent | None, sent: Sent, desk: SubmitContext) -> None:
     """A launch that failed leaves no record, unless it left a machine: that one must be seen in `status`."""
-    left: Standing | None = None
+    left: JobStatus | None = None
     with contextlib.suppress(UserError):
         left = find(desk.cloud, sent.name, sent.kind)
     if left is None and before:
-        submissions.remember(desk.state, before)
+        submitted.remember(desk.state, before)
     elif left is None:
-        submissions.forget(desk.state, sent)
+        submitted.forget(desk.state, sent)
 
 
-def _sent(order: Order, desk: Desk, job_id: int | None, *, kind: Kind) -> Sent:
+def _sent(order: Order, desk: SubmitContext, job_id: int | None, *, kind: Kind) -> Sent:
     return Sent(
         run_id=order.request.run_id,
         recipe=order.recipe,
@@ -206,9 +207,9 @@ def _sent(order: Order, desk: Desk, job_id: int | None, *, kind: Kind) -> Sent:
     )
 
 
-def _watch(standing: Standing, desk: Desk, *, tail: int) -> Standing | None:
+def _watch(standing: JobStatus, desk: SubmitContext, *, tail: int) -> JobStatus | None:
     """Until the job is no longer at work: how it stands then; None if its cluster is gone."""
-    now: Standing | None = standing
+    now: JobStatus | None = standing
     broken = 0
     while now and now.at_work and broken < BROKEN:
         now = _wait_for_machine(now, desk)
@@ -220,9 +221,9 @@ def _watch(standing: Standing, desk: Desk, *, tail: int) -> Standing | None:
     return now
 
 
-def _wait_for_machine(standing: Standing, desk: Desk) -> Standing | None:
+def _wait_for_machine(standing: JobStatus, desk: SubmitContext) -> JobStatus | None:
     """A managed job that waits for its machine: what its controller tries where, as it tries it."""
-    now: Standing | None = standing
+    now: JobStatus | None = standing
     seen = 0
     while now and now.kind == "managed job" and now.phase == "waiting":
         lines = desk.cloud.tried(now)
@@ -234,11 +235,11 @@ def _wait_for_machine(standing: Standing, desk: Desk) -> Standing | None:
     return now
 
 
-def _end(run: Run, seen: int) -> Event | None:
+def _end(run: RunHistory, seen: int) -> Event | None:
     return run.attempts[-1].end if len(run.attempts) > seen else None
 
 
-def _told(how: How, standing: Standing | None, run: Run, *, seen: int) -> str:
+def _told(how: How, standing: JobStatus | None, run: RunHistory, *, seen: int) -> str:
     end = _end(run, seen)
     said = str(end.get("message", "")) if end else ""
     why = said or (standing.reason if standing and standing.reason else "") or "it left no message"
@@ -258,7 +259,43 @@ def _told(how: How, standing: Standing | None, run: Run, *, seen: int) -> str:
     return messages[how] + rest
 
 
-def _what(standing: Standing) -> str:
+def _what(standing: JobStatus) -> str:
     number = f" {standing.job_id}" if standing.kind == "managed job" and standing.job_id is not None else ""
     where = f" on {standing.where}" if standing.where else ""
     return f"{standing.kind}{number} {standing.name}{where} ({standing.said})"
+
+
+GRACE_S = 45.0
+"""On a cluster: SkyPilot sends SIGTERM, and SIGKILL 30 s later (`sky/skylet/subprocess_daemon.py`, 0.14.1)."""
+GONE_S = 600.0
+"""For a managed job to be CANCELLED: until then its machine is being given back."""
+CANCEL_POLL_S = 2.0
+
+
+def cancel(
+    standing: JobStatus,
+    cloud: Cloud,
+    reader: Reader,
+    say: Say,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> RunHistory:
+    """Cancel the job; returns the run as it was left.
+
+    Raises:
+        UserError: SkyPilot refuses, or the bucket cannot be read.
+    """
+    cloud.cancel(standing, say)
+    until = clock() + (GRACE_S if standing.kind == "cluster" else GONE_S)
+    while not _over(standing, cloud, reader.read()) and clock() < until:
+        sleep(CANCEL_POLL_S)
+    return reader.read()
+
+
+def _over(standing: JobStatus, cloud: Cloud, run: RunHistory) -> bool:
+    """Whether the attempt has told its end; a managed job must be gone, too."""
+    if standing.kind == "cluster":
+        return not run.attempts or run.attempts[-1].end is not None
+    now = find(cloud, standing.name, standing.kind)
+    return now is None or not now.at_work

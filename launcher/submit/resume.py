@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from launcher import settings
+from launcher.addresses import canonical
+from launcher.registry import known
+from launcher.registry.known import Known, Local
 from launcher.runs.limits import kept
-from launcher.runs.read import Reader, canonical
-from launcher.submit import standing
-from launcher.submit.standing import Known, Local
+from launcher.runs.run import Reader
 from trainer.bucket import open_run
 from trainer.errors import UserError
 from trainer.recipe import Recipe, load
@@ -66,11 +67,11 @@ def resume(run_id: str, options: Mapping[str, Any], *, state: Path, environ: Map
 
 
 def _known(run_id: str, checkpoints: str | None, state: Path) -> Known | None:
-    here = [each for each in standing.known(state) if each.record.run_id == run_id]
+    here = [each for each in known.known(state) if each.record.run_id == run_id]
     if not here:
         return None
     if checkpoints is None:
-        return standing.find(state, run_id, None)
+        return known.find(state, run_id, None)
     address = canonical(checkpoints, Path.cwd())
     return next((each for each in here if each.record.checkpoints == address), None)
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from launcher.plan.rank import Plan, Row
+from launcher.plan.rank import Plan, PlanRow
 from trainer.errors import RecipeError, UserError
 
 VARIABLES = ("RECIPE", "CHECKPOINTS", "OVERRIDES", "RUN")
@@ -45,7 +45,7 @@ class Candidate(BaseModel):
     """Hosts of one GPU differ in memory, which the plan has counted."""
 
 
-class Request(BaseModel):
+class TaskSpec(BaseModel):
     """What is asked of SkyPilot, but for the values of secrets."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,7 +70,7 @@ class Request(BaseModel):
     """Whether the cluster goes down `IDLE_MIN` after its last job; managed jobs see to that themselves."""
 
 
-def task_config(base: Mapping[str, Any], request: Request) -> Config:
+def task_config(base: Mapping[str, Any], request: TaskSpec) -> Config:
     """The task of `jobs/` with what was asked for: `setup` and `run` stay as they are.
 
     Raises:
@@ -127,7 +127,7 @@ def to_yaml(config: Mapping[str, Any]) -> str:
     return yaml.dump(dict(config), Dumper=_Readable, sort_keys=False, width=120, allow_unicode=True)
 
 
-def _envs(base: Mapping[str, Any], request: Request) -> dict[str, str]:
+def _envs(base: Mapping[str, Any], request: TaskSpec) -> dict[str, str]:
     given = {str(name): str(value or "") for name, value in (base.get("envs") or {}).items()}
     if missing := [name for name in VARIABLES if name not in given]:
         hint = "see `envs` of jobs/dpo_full.yaml"
@@ -156,7 +156,7 @@ def _handed_on(overrides: Sequence[str]) -> Iterator[str]:
         yield word
 
 
-def _resources(base: Mapping[str, Any], request: Request) -> Config:
+def _resources(base: Mapping[str, Any], request: TaskSpec) -> Config:
     common = {key: value for key, value in base.items() if key not in CHOICE}
     if request.image:
         common["image_id"] = f"docker:{request.image.removeprefix('docker:')}"
@@ -177,7 +177,7 @@ def _entry(candidate: Candidate, base: Mapping[str, Any]) -> Config:
     return {**entry, **{key: value for key, value in same.items() if key not in PLACE}}
 
 
-def _candidate(row: Row, asked: Sequence[str]) -> Candidate:
+def _candidate(row: PlanRow, asked: Sequence[str]) -> Candidate:
     regions = {name.lower() for name in asked if "/" in name}
     pinned = f"{row.offer.infra}/{row.offer.region}"
     return Candidate(

@@ -15,7 +15,7 @@ MARGIN = 8
 Points = Sequence[tuple[float, float]]
 
 
-class Line(NamedTuple):
+class BrailleCurve(NamedTuple):
     """A curve, or with `sign` a character at each of its points."""
 
     points: Points
@@ -24,7 +24,7 @@ class Line(NamedTuple):
 
 
 def plot(
-    lines: Sequence[Line], *, width: int, height: int, last_step: int, ends: Sequence[int] = ()
+    lines: Sequence[BrailleCurve], *, width: int, height: int, last_step: int, ends: Sequence[int] = ()
 ) -> list[Text]:
     """Rows of text, the lowest with the steps.
 
@@ -68,7 +68,7 @@ class Canvas:
         self._signs: dict[tuple[int, int], str] = {}
         self._styles: dict[tuple[int, int], str] = {}
 
-    def draw(self, line: Line) -> None:
+    def draw(self, line: BrailleCurve) -> None:
         before: tuple[int, int] | None = None
         for step, value in line.points:
             if not math.isfinite(value):

@@ -13,7 +13,7 @@ from launcher import completion, terminal
 
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud
-    from launcher.watch.source import Seen
+    from launcher.watch.state import RunSnapshot
 
 
 @click.command(short_help="Progress, curves, dollars of a run at work.")
@@ -38,15 +38,15 @@ def watch(
     RUN is a run's name or its address, such as s3://bucket/prefix/RUN. Elsewhere than on a terminal, a line whenever
     something has changed.
     """
-    from launcher.runs.find import known, place
-    from launcher.runs.read import folder_of
+    from launcher.addresses import folder_of
+    from launcher.registry.find import place, started_here
     from launcher.watch import follow
-    from launcher.watch.keys import NoKeys, keys
-    from launcher.watch.source import Source
-    from launcher.watch.view import View
+    from launcher.watch.follow import NoKeys, keys
+    from launcher.watch.state import Source
+    from launcher.watch.view import RunView
 
     found = place(run, checkpoints, state=terminal.state_folder(), environ=os.environ, cwd=Path.cwd())
-    if not known(found, terminal.state_folder()):
+    if not started_here(found, terminal.state_folder()):
         found.read()  # a name that nobody knows is refused rather than waited for
     source = Source(found, lambda: _cloud(cloud), state=terminal.state_folder())
     console = terminal.stdout()
@@ -62,10 +62,10 @@ def watch(
     if as_json:
         _print_json(seen)
     else:
-        console.print(View(seen, rows=30))
+        console.print(RunView(seen, rows=30))
 
 
-def _print_json(seen: Seen) -> None:
+def _print_json(seen: RunSnapshot) -> None:
     from launcher import render
 
     about: dict[str, Any] = {"state": seen.state, "at_work": seen.at_work, "held_by": seen.said}

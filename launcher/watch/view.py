@@ -11,10 +11,10 @@ from rich.text import Text
 
 from launcher.render import duration, list_table, usd
 from launcher.report.curves import half_width, running_mean
-from launcher.report.panels import Panel, panels
-from launcher.watch.braille import Line, plot
-from launcher.watch.facts import pairs
-from launcher.watch.source import Seen
+from launcher.report.series import Panel, panels
+from launcher.watch.braille import BrailleCurve, plot
+from launcher.watch.state import RunSnapshot
+from launcher.watch.text import pairs
 
 LAST_ATTEMPTS = 8
 ROWS = 30
@@ -27,10 +27,10 @@ STYLES = {"running": "green", "done": "green", "failed": "red", "preempted": "ye
 COLUMNS = ("attempt", "where", "market", ">$/h", ">time", ">$", ">steps", "end")
 
 
-class View:
+class RunView:
     """Drawn anew for the size that the terminal has."""
 
-    def __init__(self, seen: Seen, *, hint: str = "", rows: int | None = None) -> None:
+    def __init__(self, seen: RunSnapshot, *, hint: str = "", rows: int | None = None) -> None:
         self._seen = seen
         self._hint = hint
         self._rows = rows
@@ -50,7 +50,7 @@ class View:
         yield below
 
 
-def head(seen: Seen) -> Text:
+def head(seen: RunSnapshot) -> Text:
     one = seen.account
     state = Text(f" {seen.state} ", style=f"bold reverse {STYLES.get(seen.state, 'cyan')}")
     newest = one.attempts[-1] if one.attempts else None
@@ -60,7 +60,7 @@ def head(seen: Seen) -> Text:
     return Text(one.run, style="bold").append(" ").append_text(state).append(f"  {about}", style="dim")
 
 
-def bar(seen: Seen, width: int) -> RenderableType:
+def bar(seen: RunSnapshot, width: int) -> RenderableType:
     run = seen.run
     if not run.total_steps:
         return Text("no step yet: setting up" if seen.at_work else "no step yet", style="dim")
@@ -75,7 +75,7 @@ def bar(seen: Seen, width: int) -> RenderableType:
     return grid
 
 
-def facts(seen: Seen) -> Table:
+def facts(seen: RunSnapshot) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -100,9 +100,9 @@ def _curves(panel: Panel, width: int, rows: int) -> Group:
     drawn = []
     for curve in panel.curves:
         if curve.kind == "train":
-            drawn.append(Line(running_mean(curve.points, half_width(len(curve.points))), "cyan"))
+            drawn.append(BrailleCurve(running_mean(curve.points, half_width(len(curve.points))), "cyan"))
         if curve.kind == "test":
-            drawn.append(Line(curve.points, "bold yellow", "●"))
+            drawn.append(BrailleCurve(curve.points, "bold yellow", "●"))
     title = Text(panel.title.lower(), style="bold").append("  train ").append("⠒⠒", style="cyan")
     if any(line.sign and line.points for line in drawn):
         title.append("  test ").append("●", style="bold yellow")
@@ -120,7 +120,7 @@ def _curves(panel: Panel, width: int, rows: int) -> Group:
     )
 
 
-def attempts(seen: Seen) -> Table:
+def attempts(seen: RunSnapshot) -> Table:
     shown = seen.account.attempts[-LAST_ATTEMPTS:]
     rows = []
     for one in shown:

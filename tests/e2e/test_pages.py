@@ -9,7 +9,7 @@ import pytest
 
 from launcher.report import page
 from launcher.runs.account import account
-from launcher.runs.read import Reader, Run
+from launcher.runs.run import Reader, RunHistory
 from tests.e2e.browser import Browser, NotToBeHad, browser
 from tests.fakes.journeys import LEGS, Leg, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
@@ -47,7 +47,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in texts}
 
 
-def read(bucket: Path, name: str) -> Run:
+def read(bucket: Path, name: str) -> RunHistory:
     return Reader(open_run(str(bucket), name), name).read()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.prices.offer import Row
+from launcher.cloud.protocol import CatalogRow
 from launcher.prices.store import SNAPSHOT
 from trainer.recipe import names
 
@@ -73,7 +73,7 @@ def at_one_price(row: dict[str, Any]) -> set[str]:
     """Regions that have the machine at the row's price."""
     alike = [
         each
-        for each in (Row(*row) for row in json.loads(Path(SNAPSHOT).read_text())["rows"])
+        for each in (CatalogRow(*row) for row in json.loads(Path(SNAPSHOT).read_text())["rows"])
         if (each.infra, each.instance_type) == (row["offer"]["infra"], row["offer"]["instance_type"])
         and each.accelerator == row["shape"]["accelerator"]
     ]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from launcher.prices.offer import Row
+from launcher.cloud.protocol import CatalogRow
 from launcher.prices.store import SNAPSHOT
 from tests.harness import ROOT
 from trainer.recipe import load
@@ -140,7 +140,7 @@ def chosen(said: str) -> list[Choice]:
 def cheapest(infra: str, gpus: str, *, nodes: int = 1) -> list[Choice]:
     """What the snapshot says, as SkyPilot writes it: of regions at one price it may take any."""
     name, count = gpus.split(":")
-    rows = [Row(*row) for row in json.loads(Path(SNAPSHOT).read_text())["rows"]]
+    rows = [CatalogRow(*row) for row in json.loads(Path(SNAPSHOT).read_text())["rows"]]
     alike = [row for row in rows if (row.infra, row.accelerator, row.gpus) == (infra, name, int(count))]
     spot = infra == "gcp"
     prices = {row: (row.spot_usd_per_h if spot else row.usd_per_h) or float("inf") for row in alike}

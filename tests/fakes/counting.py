@@ -19,7 +19,8 @@ import threading
 from pathlib import Path
 
 from tests.fakes.lockstep import Lockstep
-from trainer.job import Job, Outcome, Staged, mark_staged, pending, write_atomically
+from trainer.job import Job, Outcome
+from trainer.staged import Staged, mark_staged, pending, write_atomically
 
 WEIGHT_BYTES = 4_000_000
 

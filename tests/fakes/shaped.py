@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer import __main__ as command
 from trainer.fit import Fit
-from trainer.supervisor import supervise
+from trainer.supervisor import run
 
 
 def shaped(real: Any) -> Any:
@@ -31,5 +31,5 @@ def shaped(real: Any) -> Any:
 
 
 if __name__ == "__main__":
-    supervise.fit = shaped(supervise.fit)  # a laptop has no shape of two GPUs to offer
+    run.fit = shaped(run.fit)  # a laptop has no shape of two GPUs to offer
     command.main()

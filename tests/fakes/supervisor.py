@@ -13,9 +13,9 @@ from pathlib import Path
 
 from trainer.errors import UserError
 from trainer.recipe import Recipe
+from trainer.supervisor.attempt import RunRequest
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.request import Request
-from trainer.supervisor.supervise import run
+from trainer.supervisor.run import run
 
 RECIPE = {
     "name": "fake",
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     notice = Notice()
     notice.listen()
-    request = Request(
+    request = RunRequest(
         recipe=Recipe.model_validate(RECIPE),
         checkpoints=checkpoints,
         run_id=run_id,

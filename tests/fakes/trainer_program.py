@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trainer.events import EventLog
-from trainer.job import write_atomically
+from trainer.staged import write_atomically
 
 
 class Trainer:

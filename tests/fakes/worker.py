@@ -24,8 +24,9 @@ import threading
 import time
 from pathlib import Path
 
-from trainer.job import Job, Outcome, Staged, mark_staged, pending, write_atomically
-from trainer.room import no_room
+from trainer.disk_full import no_room
+from trainer.job import Job, Outcome
+from trainer.staged import Staged, mark_staged, pending, write_atomically
 
 TOTAL_STEPS = 6
 SAVE_STEPS = 2

@@ -12,10 +12,10 @@ from tests.faults.test_supervisor import RECIPE
 from tests.harness import RunView
 from tests.mounts import tmpfs
 from trainer.errors import ExitCode, NoRoom, UserError
+from trainer.supervisor.attempt import RunRequest
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.request import Request
+from trainer.supervisor.run import run
 from trainer.supervisor.staging import Wanted
-from trainer.supervisor.supervise import run
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def fate(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def request_(tmp_path: Path, *, work: Path, tmpfs: Path, staging: Wanted) -> Request:
-    return Request(
+def request_(tmp_path: Path, *, work: Path, tmpfs: Path, staging: Wanted) -> RunRequest:
+    return RunRequest(
         recipe=RECIPE,
         checkpoints=str(tmp_path / "runs"),
         run_id="r",

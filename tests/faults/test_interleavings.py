@@ -13,12 +13,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from obstore.store import MemoryStore
 
 from tests.servers.stores import Died, FailsAt, MemoryBucket
-from trainer.bucket.attempt import Attempt, claim
-from trainer.bucket.commit import commit, prune
+from trainer.bucket.attempts import Attempt, claim
+from trainer.bucket.commit import commit
 from trainer.bucket.manifest import committed, sizes
 from trainer.bucket.restore import restore
+from trainer.bucket.retention import prune
 from trainer.errors import Superseded, Unavailable
-from trainer.job import Staged
+from trainer.staged import Staged
 
 STEP = 10
 OPERATIONS = st.integers(0, 14)

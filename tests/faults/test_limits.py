@@ -15,16 +15,16 @@ import psutil
 import pytest
 
 from launcher.runs.account import account
-from launcher.runs.read import Reader
+from launcher.runs.run import Reader
 from tests.faults.test_supervisor import RECIPE
 from tests.harness import ROOT, RunView, wait_until
+from trainer.accounting import Limits, boot_s, of_attempt
 from trainer.errors import ExitCode
-from trainer.spent import Limits, boot_s, of_attempt
+from trainer.supervisor.attempt import RunRequest
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.price import CLUSTER
-from trainer.supervisor.request import Request
-from trainer.supervisor.supervise import run
-from trainer.variables import BUDGET_USD, DEADLINE_H, PRICES, USD_PER_H
+from trainer.supervisor.run import run
+from trainer.task_variables import BUDGET_USD, DEADLINE_H, PRICES, USD_PER_H
 
 TOTAL_STEPS = 12
 A_DOLLAR_A_SECOND = "3600"
@@ -32,10 +32,10 @@ RECIPE_12 = RECIPE.model_copy(update={"trainer_args": {"max_steps": TOTAL_STEPS,
 
 
 @pytest.fixture
-def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRequest:
     monkeypatch.setenv("AEOLUS_TRAINER_PYTHON", sys.executable)
     monkeypatch.setenv(USD_PER_H, A_DOLLAR_A_SECOND)
-    return Request(
+    return RunRequest(
         recipe=RECIPE_12,
         checkpoints=str(tmp_path / "runs"),
         run_id="r",
@@ -44,7 +44,7 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
     )
 
 
-def under(request: Request, **limits: float) -> Request:
+def under(request: RunRequest, **limits: float) -> RunRequest:
     return request.model_copy(update={"limits": Limits(**limits)})
 
 
@@ -61,7 +61,7 @@ def waits(monkeypatch: pytest.MonkeyPatch, *, for_ever: bool) -> None:
 
 
 def test_a_budget_of_two_attempts_stops_the_run_and_a_higher_one_ends_it_unchanged(
-    request_: Request, monkeypatch: pytest.MonkeyPatch
+    request_: RunRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All attempts pay together; what there was is committed; the same budget starts nothing more."""
     view = RunView(request_.checkpoints, request_.run_id)
@@ -116,7 +116,7 @@ def boots(monkeypatch: pytest.MonkeyPatch, *, ago_s: float) -> None:
     monkeypatch.setattr(psutil, "boot_time", lambda: booted)
 
 
-def test_a_budget_is_kept_with_the_boot_in_it(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_is_kept_with_the_boot_in_it(request_: RunRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """At work for less than the budget alone would have paid for; the same machine's next attempt pays its boot no more."""
     view = RunView(request_.checkpoints, request_.run_id)
     boots(monkeypatch, ago_s=1000)
@@ -142,7 +142,7 @@ def test_a_budget_is_kept_with_the_boot_in_it(request_: Request, monkeypatch: py
 
 
 def test_a_boot_that_has_cost_the_budget_starts_nothing(
-    request_: Request, monkeypatch: pytest.MonkeyPatch
+    request_: RunRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even the fetching of the model."""
     view = RunView(request_.checkpoints, request_.run_id)
@@ -151,7 +151,9 @@ def test_a_boot_that_has_cost_the_budget_starts_nothing(
     assert [event["kind"] for event in view.events()] == ["claimed", "limit", "stopped"]
 
 
-def test_limits_are_no_part_of_the_run_s_identity(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_are_no_part_of_the_run_s_identity(
+    request_: RunRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """run.json does not know them; what an attempt was told is in its own events."""
     waits(monkeypatch, for_ever=False)
     run(under(request_, budget_usd=50_000, deadline_h=24), Notice())

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runs.read import Reader
+from launcher.runs.run import Reader
 from tests.faults.test_nodes import assert_alike, checkpoints, finish, nodes, recipe  # noqa: F401 (fixtures)
 from tests.harness import RunView
+from trainer.accounting import of_attempt
 from trainer.bucket.manifest import committed
 from trainer.errors import ExitCode
-from trainer.spent import of_attempt
 from trainer.supervisor.price import CLUSTER
-from trainer.variables import BUDGET_USD, DEADLINE_H, PRICES
+from trainer.task_variables import BUDGET_USD, DEADLINE_H, PRICES
 
 USD_PER_S_OF_A_NODE = 0.5
 BOTH_USD_PER_H = 2 * USD_PER_S_OF_A_NODE * 3600

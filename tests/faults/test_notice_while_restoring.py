@@ -11,13 +11,13 @@ from tests.faults.test_supervisor import attempt, fate, request_, view
 from tests.harness import RunView
 from tests.servers.stores import MemoryBucket
 from trainer.bucket.manifest import File
-from trainer.bucket.reference import Shelved
+from trainer.bucket.reference_cache import ReferenceManifest
 from trainer.bucket.restore import fetch
 from trainer.errors import ExitCode
-from trainer.supervisor.bringing import Bringing, Given
+from trainer.supervisor.attempt import RunRequest
+from trainer.supervisor.inputs import TransferCancelled, TransferProgress
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.request import Request
-from trainer.supervisor.supervise import run
+from trainer.supervisor.run import run
 
 __all__ = ["fate", "request_", "view"]
 
@@ -36,7 +36,7 @@ class WhileRestoring(Notice):
         return super().given
 
 
-def test_a_notice_ends_a_restore(request_: Request, view: RunView, fate: pytest.MonkeyPatch) -> None:
+def test_a_notice_ends_a_restore(request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch) -> None:
     """Its bytes would be of no use here: the attempt asks for a recovery at once, and the next one has all it needs."""
     assert attempt(request_, fate, "killed@5") == ExitCode.RECOVER
     assert run(request_, WhileRestoring(request_.work)) == ExitCode.RECOVER
@@ -51,20 +51,20 @@ def test_what_was_brought_in_part_is_not_there(tmp_path: Path) -> None:
     """A folder appears whole or not at all."""
     bucket, notice = MemoryBucket(), Notice()
     bucket.put("f/r/0001-000000001/a", b"1234")
-    part = Shelved(
+    part = ReferenceManifest(
         run_id="r", attempt=1, fingerprint="f", pairs=1, created="2026-01-01T00:00:00Z",
         files=(File(path="a", size=4, xxh3="0"),),
     )  # fmt: skip
     notice.give("SIGTERM")
-    with pytest.raises(Given):
-        fetch(bucket, part, tmp_path / "there", Bringing(notice))
+    with pytest.raises(TransferCancelled):
+        fetch(bucket, part, tmp_path / "there", TransferProgress(notice))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_long_restore_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
     """A hundred gigabytes take minutes."""
     times = iter([0.0, 10.0, 20.0, 25.0, 40.0])
-    bringing = Bringing(Notice(), every_s=20.0, clock=lambda: next(times))
+    bringing = TransferProgress(Notice(), every_s=20.0, clock=lambda: next(times))
     with caplog.at_level(logging.INFO, logger="trainer"):
         for _ in range(4):
             bringing(2 * 10**9)

@@ -14,16 +14,15 @@ from tests.faults.test_supervisor import RECIPE
 from tests.harness import ROOT, RunView, wait_until
 from tests.servers.metadata import MetadataServer
 from trainer.errors import ExitCode
-from trainer.supervisor.metadata import HOST_VARIABLE, SOURCE, Metadata
-from trainer.supervisor.preemption import Notice
-from trainer.supervisor.request import Request
-from trainer.supervisor.supervise import run
+from trainer.supervisor.attempt import RunRequest
+from trainer.supervisor.preemption import HOST_VARIABLE, SOURCE, Metadata, Notice
+from trainer.supervisor.run import run
 
 
 @pytest.fixture
-def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRequest:
     monkeypatch.setenv("AEOLUS_TRAINER_PYTHON", sys.executable)
-    return Request(
+    return RunRequest(
         recipe=RECIPE,
         checkpoints=str(tmp_path / "runs"),
         run_id="r",
@@ -33,7 +32,7 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
 
 
 def test_a_preemption_during_a_run_is_saved_committed_and_recovered(
-    request_: Request, monkeypatch: pytest.MonkeyPatch
+    request_: RunRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step that training was in is the next attempt's start, and the window was told beforehand."""
     view = RunView(request_.checkpoints, request_.run_id)

@@ -10,11 +10,10 @@ import pytest
 from tests.harness import RunView
 from tests.soak.ledger import Ledger, Reference
 from tests.soak.soak import KEEP, Trial, soak
-from trainer.bucket import Bucket, open_run
-from trainer.bucket import attempt as attempts
+from trainer.bucket import Bucket, attempts, open_run
 from trainer.bucket.commit import commit
 from trainer.bucket.manifest import commit_key, committed
-from trainer.job import Staged
+from trainer.staged import Staged
 
 STEPS = (10, 20, 30, 40)
 EXPECTED = Reference(

@@ -14,11 +14,12 @@ from obstore.store import MemoryStore
 from tests.servers.s3 import FaultyS3
 from tests.servers.stores import Died, FailsAt, MemoryBucket
 from trainer.bucket import Bucket, open_run
-from trainer.bucket.attempt import Attempt, claim
-from trainer.bucket.commit import commit, prune
+from trainer.bucket.attempts import Attempt, claim
+from trainer.bucket.commit import commit
 from trainer.bucket.manifest import committed, sizes
 from trainer.bucket.restore import restore
-from trainer.job import Staged
+from trainer.bucket.retention import prune
+from trainer.staged import Staged
 
 ROOT = Path(__file__).resolve().parents[2]
 NEVER = 10**9
@@ -144,10 +145,10 @@ def test_the_scenarios_are_long_enough_to_mean_something() -> None:
 COMMIT = """
 import sys
 from pathlib import Path
-from trainer.bucket.attempt import Attempt
+from trainer.bucket.attempts import Attempt
 from trainer.bucket import open_run
 from trainer.bucket.commit import commit
-from trainer.job import Staged
+from trainer.staged import Staged
 bucket = open_run(sys.argv[1], "run")
 commit(bucket, Attempt(bucket, 1), Path(sys.argv[2]), Staged(folder="checkpoint-20", step=20), "digest")
 """

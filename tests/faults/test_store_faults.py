@@ -11,12 +11,12 @@ from tests.servers.s3 import ACCESS, FaultyS3, Rule
 from tests.unit.test_uploader import Told, stage
 from trainer.bucket import Bucket, open_run
 from trainer.bucket.address import Patience
-from trainer.bucket.attempt import claim
+from trainer.bucket.attempts import claim
 from trainer.bucket.manifest import committed
 from trainer.bucket.restore import restore
 from trainer.bucket.uploader import Uploader
 from trainer.errors import BucketError, Unavailable
-from trainer.job import pending
+from trainer.staged import pending
 
 QUICK = Patience(open_s=0.5, transfer_s=0.3, request_s=0.5)
 ALL = "checkpoints/|commits/"

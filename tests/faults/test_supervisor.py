@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.harness import RunView, wait_until
-from trainer.bucket import attempt as attempts
+from trainer.bucket import attempts
 from trainer.bucket.manifest import committed
 from trainer.errors import ExitCode, ModelError, RecipeError, Superseded, UserError
 from trainer.recipe import Recipe
-from trainer.supervisor import window
+from trainer.supervisor import save_window
+from trainer.supervisor.attempt import RunRequest
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.request import Request
-from trainer.supervisor.supervise import run
+from trainer.supervisor.run import run
 
 RECIPE = Recipe.model_validate(
     {
@@ -32,8 +32,8 @@ RECIPE = Recipe.model_validate(
 
 
 @pytest.fixture
-def request_(tmp_path: Path) -> Request:
-    return Request(
+def request_(tmp_path: Path) -> RunRequest:
+    return RunRequest(
         recipe=RECIPE,
         checkpoints=str(tmp_path / "runs"),
         run_id="r",
@@ -43,7 +43,7 @@ def request_(tmp_path: Path) -> Request:
 
 
 @pytest.fixture
-def view(request_: Request) -> RunView:
+def view(request_: RunRequest) -> RunView:
     return RunView(request_.checkpoints, request_.run_id)
 
 
@@ -54,13 +54,13 @@ def fate(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def attempt(request: Request, fate: pytest.MonkeyPatch, what: str = "") -> ExitCode:
+def attempt(request: RunRequest, fate: pytest.MonkeyPatch, what: str = "") -> ExitCode:
     fate.setenv("FAKE_WORKER", what)
     return run(request, Notice())
 
 
 def test_an_undisturbed_run_ends_done_with_its_model_committed(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """The final model is committed like a checkpoint, and the two newest checkpoints stay."""
     assert attempt(request_, fate) == ExitCode.DONE
@@ -72,7 +72,7 @@ def test_an_undisturbed_run_ends_done_with_its_model_committed(
 
 
 def test_a_done_run_says_so_and_does_nothing_again(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """The same command twice costs nothing and changes nothing."""
     attempt(request_, fate)
@@ -82,7 +82,7 @@ def test_a_done_run_says_so_and_does_nothing_again(
 
 
 def test_a_crash_of_training_keeps_what_was_staged(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """A bug is not retried, but the checkpoint before it is safe, and a mended program goes on from it."""
     assert attempt(request_, fate, "crash@5") == ExitCode.BUG
@@ -93,7 +93,7 @@ def test_a_crash_of_training_keeps_what_was_staged(
 
 
 def test_a_killed_worker_is_worth_a_recovery(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """The kernel or the cloud killed it: another machine can do better."""
     assert attempt(request_, fate, "killed@3") == ExitCode.RECOVER
@@ -102,7 +102,7 @@ def test_a_killed_worker_is_worth_a_recovery(
 
 
 def test_a_worker_killed_again_and_again_without_a_commit_is_not_recovered_for_ever(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """A host that runs out of memory at the first step would cost money all night."""
     codes = [attempt(request_, fate, "killed@1") for _ in range(3)]
@@ -128,7 +128,7 @@ def noticed_at(step: int, view: RunView, source: str) -> Iterator[Notice]:
 
 
 def test_a_notice_saves_at_the_step_uploads_and_asks_for_recovery(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """Nothing is lost: the next attempt goes on at the very next step."""
     fate.setenv("FAKE_WORKER", "waits@3")
@@ -141,12 +141,12 @@ def test_a_notice_saves_at_the_step_uploads_and_asks_for_recovery(
 
 
 def test_workers_that_are_stuck_do_not_hold_a_machine(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """Asked to stop, they hear nothing: they are killed, and what they had staged is committed."""
     fate.setenv("FAKE_WORKER", "deaf@5")
-    fate.setattr(window, "STUCK_UNMEASURED_S", 0.5)
-    fate.setattr(window, "STUCK_S", 0.5)
+    fate.setattr(save_window, "STUCK_UNMEASURED_S", 0.5)
+    fate.setattr(save_window, "STUCK_S", 0.5)
     with noticed_at(5, view, "budget") as notice:
         assert run(request_, notice) == ExitCode.RECOVER
     assert view.committed_steps() == [4, 2]
@@ -155,7 +155,7 @@ def test_workers_that_are_stuck_do_not_hold_a_machine(
 
 
 def test_a_notice_before_the_start_rents_no_second_look(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """A machine that is already going starts nothing."""
     fate.setenv("FAKE_WORKER", "")
@@ -166,7 +166,7 @@ def test_a_notice_before_the_start_rents_no_second_look(
 
 
 def test_a_recipe_that_the_worker_refuses_is_not_retried(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """The worker's message reaches the user, with the exit code that ends recovery."""
     with pytest.raises(RecipeError, match="the data is not to be had") as caught:
@@ -176,7 +176,7 @@ def test_a_recipe_that_the_worker_refuses_is_not_retried(
 
 
 def test_a_hub_that_is_away_is_worth_a_recovery_but_not_for_ever(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """A run that had trained for days would end with it; one whose model nobody has would cost money all night."""
     assert attempt(request_, fate, "killed@3") == ExitCode.RECOVER
@@ -190,7 +190,9 @@ def test_a_hub_that_is_away_is_worth_a_recovery_but_not_for_ever(
     assert view.events("failed")[-1]["exit_code"] == ExitCode.CONFIG
 
 
-def test_another_recipe_under_the_same_run_id_is_refused(request_: Request, fate: pytest.MonkeyPatch) -> None:
+def test_another_recipe_under_the_same_run_id_is_refused(
+    request_: RunRequest, fate: pytest.MonkeyPatch
+) -> None:
     """Two recipes in one run would be a model that nobody asked for."""
     attempt(request_, fate, "killed@3")
     other = request_.model_copy(update={"recipe": RECIPE.model_copy(update={"global_batch_size": 8})})
@@ -199,7 +201,7 @@ def test_another_recipe_under_the_same_run_id_is_refused(request_: Request, fate
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_believed(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """The one before is taken, and the reason is told."""
     attempt(request_, fate, "crash@5")
@@ -215,7 +217,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_not_believed(
 
 
 def test_two_that_verify_stay_beside_one_that_does_not(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """The damaged one is the newest, and its sizes are right: it must not push out the one that the run went on from."""
     attempt(request_, fate, "crash@5")
@@ -241,7 +243,7 @@ def test_two_that_verify_stay_beside_one_that_does_not(
 
 
 def test_a_superseded_attempt_stops_and_commits_nothing(
-    request_: Request, view: RunView, fate: pytest.MonkeyPatch
+    request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """Two controllers on one run: the older one ends with its own exit code and leaves the bucket alone."""
     fate.setenv("FAKE_WORKER", "waits@3")
@@ -263,7 +265,7 @@ def test_a_superseded_attempt_stops_and_commits_nothing(
 
 
 def test_a_model_in_a_bucket_that_is_not_there_yet_is_named(
-    request_: Request, tmp_path: Path, fate: pytest.MonkeyPatch
+    request_: RunRequest, tmp_path: Path, fate: pytest.MonkeyPatch
 ) -> None:
     """DPO asked for before its SFT is done."""
     recipe = RECIPE.model_copy(

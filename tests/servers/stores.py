@@ -10,7 +10,7 @@ from pathlib import Path
 from obstore.store import MemoryStore
 
 from trainer.bucket import Bucket, Checked, Object
-from trainer.bucket.store import nobody
+from trainer.bucket.store import ignore_progress
 from trainer.errors import Unavailable
 
 
@@ -112,7 +112,7 @@ class FailsAt(MemoryBucket):
             super().delete([key])
             self._after(operation)
 
-    def download(self, key: str, path: Path, tell: Callable[[int], object] = nobody) -> Checked:
+    def download(self, key: str, path: Path, tell: Callable[[int], object] = ignore_progress) -> Checked:
         operation = self._next()
         self._before(operation)
         got = super().download(key, path, tell)

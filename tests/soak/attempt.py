@@ -8,14 +8,14 @@ import os
 import sys
 from pathlib import Path
 
+from trainer.accounting import Limits
 from trainer.errors import UserError
 from trainer.recipe import load
-from trainer.spent import Limits
+from trainer.supervisor.attempt import RunRequest
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.request import Request
-from trainer.supervisor.supervise import run
+from trainer.supervisor.run import run
 from trainer.supervisor.team import position
-from trainer.variables import BUDGET_USD, DEADLINE_H
+from trainer.task_variables import BUDGET_USD, DEADLINE_H
 
 PROGRAM = "tests.fakes.counting"
 
@@ -33,7 +33,7 @@ def main() -> int:
     notice.listen()
     loaded = load(given.recipe, ())
     work = Path(given.work) / given.run_id
-    request = Request(
+    request = RunRequest(
         recipe=loaded.recipe,
         checkpoints=given.checkpoints,
         run_id=given.run_id,

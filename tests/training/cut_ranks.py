@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from trainer.job import Job, Outcome
-from trainer.worker.channel import Channel
-from trainer.worker.reshard.chunks import Chunks
+from trainer.worker.reshard.checkpoint_state import WEIGHTS
+from trainer.worker.reshard.dcp_folder import MODEL, OPTIMIZER
 from trainer.worker.reshard.fill import fill
-from trainer.worker.reshard.folder import MODEL, OPTIMIZER
-from trainer.worker.reshard.saved import WEIGHTS
-from trainer.worker.reshard.stepped import target
+from trainer.worker.reshard.fsdp_checkpoint import FsdpState
+from trainer.worker.reshard.optimizer_layout import target
+from trainer.worker.supervisor_channel import Channel
 
 WIDTHS = (7, 33, 5)
 STEPS = 3
@@ -65,7 +65,7 @@ def whole(trainer: Any) -> dict[tuple[str, str], Any]:
     return found
 
 
-def differences(saved: Chunks, wanted: dict[tuple[str, str], Any]) -> list[str]:
+def differences(saved: FsdpState, wanted: dict[tuple[str, str], Any]) -> list[str]:
     """Of what is read, from the first element on and from one in the middle."""
     wrong = []
     for (name, key), tensor in wanted.items():
@@ -84,7 +84,7 @@ def compare(folder: Path) -> list[str]:
         step(trained, number)
     save(trained, folder)
     wanted = whole(trained)
-    saved = Chunks(folder, [[name] for name, _ in trained.model.named_parameters()])
+    saved = FsdpState(folder, [[name] for name, _ in trained.model.named_parameters()])
     wrong = differences(saved, wanted)
     other = trainer_of(2)
     fill(target(other, "fsdp2"), saved)

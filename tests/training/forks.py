@@ -14,7 +14,7 @@ import pytest
 
 from tests.training.forked import ADDRESS_VARIABLE, PROGRAM_VARIABLE
 from trainer.job import Job
-from trainer.leash import leashed
+from trainer.parent_death import leashed
 from trainer.supervisor.workers import PROGRAM, Workers, environment
 
 OF_ONE = {

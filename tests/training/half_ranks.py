@@ -16,13 +16,13 @@ import torch
 
 from trainer.fit import Fit
 from trainer.job import Job, Outcome
-from trainer.worker.channel import Channel
+from trainer.worker.checkpoint_identity import Identity
 from trainer.worker.engine import deepspeed_config
+from trainer.worker.reshard.checkpoint_state import CheckpointState
+from trainer.worker.reshard.deepspeed_checkpoint import ZeroState
 from trainer.worker.reshard.fill import fill
-from trainer.worker.reshard.parts import Parts
-from trainer.worker.reshard.saved import Saved
-from trainer.worker.reshard.stepped import settle, target
-from trainer.worker.resume import Identity
+from trainer.worker.reshard.optimizer_layout import settle, target
+from trainer.worker.supervisor_channel import Channel
 
 WIDTHS = (7, 33, 5)  # nothing of it is a multiple of the ranks
 STEPS = 3
@@ -89,7 +89,7 @@ def numbers(trainer: Any, engine: str) -> dict[str, Any]:
     return found
 
 
-def differences(trainer: Any, engine: str, saved: Saved) -> list[str]:
+def differences(trainer: Any, engine: str, saved: CheckpointState) -> list[str]:
     """Of what an engine holds from what was saved; nothing of it may be rounded."""
     wrong = []
     for what, held in numbers(trainer, engine).items():
@@ -120,7 +120,7 @@ def one(job: Job, form: tuple[str, bool]) -> Fit:
     return Fit.model_validate({**job.fit.model_dump(), **update})
 
 
-def into_whole(saved: Saved) -> list[str]:
+def into_whole(saved: CheckpointState) -> list[str]:
     """Float32 weights, as one process trains them."""
     model = model_of(9)
     wrapped = SimpleNamespace(optimizer=optimizer_of(model))
@@ -138,7 +138,7 @@ def compare(job: Job, written: tuple[str, bool]) -> list[str]:
     folder = job.staging / f"{written[0]}-{written[1]}"
     trainer.deepspeed.save_checkpoint(str(folder), tag="global_step3")
     about = Identity.model_construct(engine=written[0], world_size=job.fit.processes)
-    saved = Parts(Path(folder), about)
+    saved = ZeroState(Path(folder), about)
     weights = model_weights(trainer)
     wrong = [f"{written} to whole: {each}" for each in into_whole(saved)]
     for form in FORMS:

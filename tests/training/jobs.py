@@ -13,8 +13,8 @@ from trainer.hardware import Shape
 from trainer.job import Job, Outcome
 from trainer.recipe import load
 from trainer.worker.__main__ import run, tame
-from trainer.worker.channel import Channel
-from trainer.worker.stack import method_of, uncollected
+from trainer.worker.imports import train_function, uncollected
+from trainer.worker.supervisor_channel import Channel
 
 LAPTOP = Shape(accelerator=None, count=0, memory_gib=None, cores=1, host_memory_gib=8.0, node="test")
 SMALL = (
@@ -80,7 +80,7 @@ def without_test_data(job: Job) -> Job:
 def import_stack(method: str) -> None:
     """As a worker does, so that the collector passes over it here too."""
     with uncollected():
-        method_of(method)
+        train_function(method)
 
 
 def train(job: Job, channel: Channel | None = None) -> Trained:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import ModelError
-from trainer.worker.adapters import from_hub
+from trainer.worker.model_source import from_hub
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trainer.errors import DataError
 from trainer.recipe import Recipe
 from trainer.worker import ultrafeedback
-from trainer.worker.forms import Malformed, Pair, check_columns, dpo_form
+from trainer.worker.row_formats import Malformed, Pair, check_columns, dpo_form
 from trainer.worker.sources import read
 from trainer.worker.ultrafeedback import ALIKE, UNRATED, Rated, binarise, pick, rate
 

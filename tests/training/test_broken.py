@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.training.jobs import SMALL, make_job, train
-from trainer.worker.broken import broken
+from trainer.worker.failures import broken
 
 ECC = "CUDA error: uncorrectable ECC error encountered"
 

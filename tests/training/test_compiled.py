@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT, wait_until
-from trainer.worker.compiled import _turn
+from trainer.worker.deepspeed_ops import _turn
 
 COMPILES = """
 import sys, time
-from trainer.worker.compiled import _turn
+from trainer.worker.deepspeed_ops import _turn
 with _turn("an_op"):
     print("mine", flush=True)
     open(sys.argv[1], "w").close()  # as torch does

@@ -25,10 +25,11 @@ from safetensors.torch import load_file
 from tests.training import forks
 from tests.training.jobs import Trained, train
 from tests.training.ranks import finish, ranks_job, run, run_started, start, wait_for_step
-from trainer.job import Job, Outcome, pending
+from trainer.job import Job, Outcome
+from trainer.staged import pending
 from trainer.supervisor.workers import Workers
 from trainer.worker.consolidate import consolidate
-from trainer.worker.reference_store import VALUES
+from trainer.worker.reference_files import VALUES
 
 SFT, DPO = "zephyr-tiny/sft", "zephyr-tiny/dpo"
 ENGINES: dict[str, dict[str, Any]] = {

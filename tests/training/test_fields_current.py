@@ -19,9 +19,9 @@ pytest.importorskip("trl", reason="TRL is not installed; this runs in the traine
 def test_the_field_list_equals_the_installed_trls() -> None:
     """A recipe is checked on the laptop against what the node will take.
 
-    After an upgrade: `python -m trainer.recipe.make_fields`.
+    After an upgrade: `python -m trainer.recipe.generate_fields`.
     """
-    from trainer.recipe.make_fields import text
+    from trainer.recipe.generate_fields import text
 
     assert json.loads(PATH.read_text()) == json.loads(text())
     assert PATH.read_text() == text()

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from trainer.errors import DataError
-from trainer.worker.forms import Chat, Completion, Malformed, Pair, check_columns, dpo_form, sft_form
+from trainer.worker.row_formats import (
+    Chat,
+    Completion,
+    Malformed,
+    Pair,
+    check_columns,
+    dpo_form,
+    sft_form,
+)
 
 ASK = {"role": "user", "content": "q"}
 YES = {"role": "assistant", "content": "yes"}

@@ -12,7 +12,7 @@ import pytest
 
 from tests.mounts import tmpfs
 from tests.training.jobs import SMALL, make_job
-from trainer.room import take_on_ballast
+from trainer.disk_full import reserve_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +27,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 def test_a_save_that_does_not_fit_is_an_outcome_and_leaves_nothing_half_written(small: Path) -> None:
     """Whatever package hits the end of the disk: no traceback, no unfinished folder, the numbers."""
     job = make_job(small / "work", "zephyr-tiny/sft", *SMALL, "save_steps=1", "max_steps=20")
-    take_on_ballast(job.work)
+    reserve_disk(job.work)
     file = job.work / "job.json"
     file.write_text(job.model_dump_json())
     ended = subprocess.run(

@@ -12,11 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from trainer.memory import Architecture, Case, Layout
-from trainer.memory.activations import Tokens, activations
-from trainer.memory.passing import saved_head_bytes
-from trainer.memory.states import adapter, gradients, optimizer, parameters
-from trainer.memory.table import ROWS, config_of, known_architecture
+from trainer.architecture import Architecture
+from trainer.architecture.table import ROWS, config_of, known_architecture
+from trainer.memory import Case, Layout
+from trainer.memory.activations import TokenBatch, activations
+from trainer.memory.resident import adapter, gradients, optimizer, parameters
+from trainer.memory.transients import saved_head_bytes
 from trainer.recipe import DataSource, Mixture, Recipe
 
 SEQUENCES, LENGTH = 2, 96
@@ -172,7 +173,7 @@ def saved_bytes(tiny: Tiny, *, padded: bool = False) -> int:
 
 
 def predicted(tiny: Tiny, *, padded: bool = False) -> float:
-    tokens = Tokens(SEQUENCES, LENGTH)
+    tokens = TokenBatch(SEQUENCES, LENGTH)
     return activations(tiny.case, tokens, padded=padded).bytes + saved_head_bytes(tiny.case, tokens)
 
 
@@ -346,7 +347,8 @@ def test_the_worker_loads_what_memory_counts(
 ) -> None:
     """Mixed precision steps float32 weights: DeepSpeed's masters, or else the policy itself; a reference is as it is."""
     from trainer.fit import Fit
-    from trainer.worker.model import Base, load
+    from trainer.worker.model import load
+    from trainer.worker.model_source import Base
 
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_for("mistral"))).save_pretrained(tmp_path)
     planned = Fit.model_validate({**GPU_FIT, "engine": engine})

@@ -13,12 +13,12 @@ import pytest
 from tests.training.jobs import LORA, SMALL, Trained, make_job, without_test_data
 from trainer.errors import ModelError
 from trainer.job import Job
-from trainer.worker import model, sources
+from trainer.worker import failures, model, model_source, sources
 from trainer.worker.chat import load_tokenizer
 
 
-def located(job: Job) -> model.Base:
-    return model.locate(job, sources.read(job.recipe).train)
+def located(job: Job) -> model_source.Base:
+    return model_source.locate(job, sources.read(job.recipe).train)
 
 
 def digest(job: Job) -> str:
@@ -109,12 +109,12 @@ def test_a_gated_model_asks_for_a_token() -> None:
     """The way out of a refusal is in the message."""
     error = OSError("You are trying to access a gated repo.")
     error.__cause__ = GatedRepoError("401 Client Error")
-    assert "HF_TOKEN" in str(model.explained("org/model", error))
+    assert "HF_TOKEN" in str(failures.explained("org/model", error))
 
 
 def test_an_unreachable_hub_is_told_as_such() -> None:
     """Neither here nor there."""
-    assert "Hub that we can reach" in str(model.explained("org/model", OSError("We couldn't connect")))
+    assert "Hub that we can reach" in str(failures.explained("org/model", OSError("We couldn't connect")))
 
 
 def test_the_recipes_template_comes_before_the_tokenizers(
@@ -136,7 +136,7 @@ def test_an_adapter_as_the_model_is_merged(tmp_path: Path, small: Callable[..., 
     found = located(job)
     assert found.name is None
     merged = model.load(found, job.recipe, job.fit)
-    plain = model.load(model.Base(str(base), None), job.recipe, job.fit)
+    plain = model.load(model_source.Base(str(base), None), job.recipe, job.fit)
     assert weights(merged).keys() == weights(plain).keys()
     changed = {name for name, weight in weights(merged).items() if not weight.equal(weights(plain)[name])}
     assert changed
@@ -173,10 +173,10 @@ def test_what_is_made_once_is_whole_or_not_there(tmp_path: Path) -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        model.once(tmp_path / "made", fail)
+        model_source.make_once(tmp_path / "made", fail)
     assert [path.name for path in tmp_path.iterdir()] == [".made.lock"]
-    model.once(tmp_path / "made", lambda into: (into / "all").touch())
-    model.once(tmp_path / "made", fail)
+    model_source.make_once(tmp_path / "made", lambda into: (into / "all").touch())
+    model_source.make_once(tmp_path / "made", fail)
     assert [file.name for file in (tmp_path / "made").iterdir()] == ["all"]
 
 
@@ -190,6 +190,6 @@ def test_of_many_ranks_one_makes_it(tmp_path: Path) -> None:
         (into / "model").touch()
 
     with ThreadPoolExecutor(4) as ranks:
-        folders = list(ranks.map(lambda _: model.once(tmp_path / "made", slow), range(4)))
+        folders = list(ranks.map(lambda _: model_source.make_once(tmp_path / "made", slow), range(4)))
     assert len(made) == 1
     assert all((folder / "model").is_file() for folder in folders)

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from tests.training.jobs import LAPTOP  # noqa: F401 (the trainer's environment is here)
 from trainer.recipe import Recipe
-from trainer.recipe.dealing import may_sort
-from trainer.worker.order import Batches, Split, dealt, lengths_of, shuffled
+from trainer.recipe.model import may_sort
+from trainer.worker.sampling import Batches, Split, dealt, lengths_of, shuffled
 
 ROWS = 107
 LENGTHS = np.random.default_rng(0).integers(5, 500, ROWS)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from trainer.worker.pace import Pace, peaks
+from trainer.worker.callback import StepTimer, peaks
 
 
 def test_only_steps_are_counted() -> None:
     """An evaluation of seven seconds and a save of one lie between steps of two and of three."""
     now = [100.0]
-    pace = Pace(lambda: now[0])
+    pace = StepTimer(lambda: now[0])
     took = []
     for seconds, stop in ((2.0, pace.step), (7.0, pace.other), (1.0, pace.other), (3.0, pace.step)):
         now[0] += seconds

@@ -16,8 +16,8 @@ from tests.servers.hub_uploads import Hub
 from tests.training.jobs import LORA, SMALL, Trained, make_job, train
 from trainer.errors import ModelError
 from trainer.job import Job, Publish
-from trainer.worker import model, sources
-from trainer.worker.publish import publish
+from trainer.worker import model, model_source, sources
+from trainer.worker.publish_model import publish
 
 SFT = "zephyr-tiny/sft"
 QLORA = (
@@ -80,7 +80,7 @@ def with_adapter(job: Job, adapter: Path) -> tuple[Any, Any]:
     """The model as it was trained: base, quantised or not, and adapter; and the base."""
     from peft import PeftModel
 
-    base = model.locate(job, sources.read(job.recipe).train)
+    base = model_source.locate(job, sources.read(job.recipe).train)
     loaded = model.load(base, job.recipe, job.fit)
     return PeftModel.from_pretrained(loaded, str(adapter)), model.load(base, job.recipe, job.fit)
 
@@ -116,7 +116,7 @@ def test_the_wrong_base_would_show(tmp_path: Path) -> None:
 
     trained = train(make_job(tmp_path / "job", SFT, *FEW, *QLORA))
     before, _ = with_adapter(trained.job, trained.checkpoint(2))
-    base = model.locate(trained.job, sources.read(trained.job.recipe).train)
+    base = model_source.locate(trained.job, sources.read(trained.job.recipe).train)
     unquantised = {**trained.job.recipe.model_args, "load_in_4bit": False}
     recipe = trained.job.recipe.model_copy(update={"model_args": unquantised})
     wrong = PeftModel.from_pretrained(model.load(base, recipe, trained.job.fit), str(trained.checkpoint(2)))

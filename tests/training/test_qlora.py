@@ -16,7 +16,7 @@ from tests.training.ranks import ranks_job, run, start, wait_for_step
 from tests.training.test_engines import ENGINES, QLORA, SFT, steps_of, tokens_of
 from tests.training.test_reshard import rest_of
 from trainer.job import Job
-from trainer.worker.reshard.saved import HIDDEN
+from trainer.worker.reshard.checkpoint_state import HIDDEN
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is for Linux only")
 

@@ -10,8 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from trainer.errors import ModelError, Unavailable
 from trainer.recipe import DataSource
 from trainer.worker import sources
-from trainer.worker.model import explained
-from trainer.worker.reach import out_of_reach
+from trainer.worker.failures import explained, out_of_reach
 
 
 class TransportError(Exception):

@@ -19,10 +19,10 @@ from safetensors.torch import load_file as load_weights
 
 from tests.training.jobs import LORA, SMALL, Trained, make_job, train
 from trainer.job import Job
-from trainer.worker import reference
-from trainer.worker.channel import Channel
-from trainer.worker.data import Tokens
-from trainer.worker.reference_store import VALUES
+from trainer.worker import reference_logps
+from trainer.worker.data import TokenizedDataset
+from trainer.worker.reference_files import VALUES
+from trainer.worker.supervisor_channel import Channel
 
 DPO = "zephyr-tiny/dpo"
 PLAIN = ("loss_type=sigmoid", "loss_weights=null", "eval_strategy=steps", "eval_steps=2")
@@ -207,13 +207,13 @@ def test_a_lost_machine_loses_a_minute_of_the_pass(tmp_path: Path) -> None:
     columns = {
         "prompt_ids": [[1]] * pairs, "chosen_ids": [[row] for row in range(pairs)], "rejected_ids": [[-row] for row in range(pairs)],
     }  # fmt: skip
-    tokens = Tokens(datasets.Dataset.from_dict(columns), 3 * pairs, "data")
+    tokens = TokenizedDataset(datasets.Dataset.from_dict(columns), 3 * pairs, "data")
 
     def attempt(name: str, batches: int, kept: Path | None) -> tuple[Trainer, Job, Any]:
         job = make_job(tmp_path / name, DPO, *SMALL).model_copy(update={"reference": kept})
-        about = reference.about(job, tokens, "model")
+        about = reference_logps.about(job, tokens, "model")
         minutes = iter(range(0, 10**6, 61))
-        pass_ = reference.Reference(
+        pass_ = reference_logps.Reference(
             job, Channel(job), about, tokens, None, clock=lambda: float(next(minutes))
         )
         trainer = Trainer(job, batches=batches)

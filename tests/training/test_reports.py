@@ -11,8 +11,8 @@ import pytest
 from tests.harness import wait_until
 from tests.servers.stores import MemoryBucket
 from tests.training.jobs import SMALL, make_job, train
-from trainer.supervisor.mirror import Mirror
-from trainer.worker import reports
+from trainer.supervisor.tracker_sync import Mirror
+from trainer.worker import trackers
 
 SFT = "zephyr-tiny/sft"
 
@@ -72,11 +72,11 @@ def test_wandb_is_one_run_told_its_steps(tmp_path: Path, offline: None) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     first = train(make_job(tmp_path / "first", SFT, *SMALL, "report_to=wandb"))
     assert first.outcome.status == "done"
-    assert os.environ["WANDB_RUN_ID"] == reports.run_id(first.job)
+    assert os.environ["WANDB_RUN_ID"] == trackers.run_id(first.job)
     assert os.environ["WANDB_RESUME"] == "allow"
     wandb.finish()  # as the end of a process does: another process writes the file
     (file,) = first.job.reports.glob("wandb/offline-run-*/*.wandb")
-    assert file.name == f"run-{reports.run_id(first.job)}.wandb"
+    assert file.name == f"run-{trackers.run_id(first.job)}.wandb"
 
     def steps() -> list[int]:
         return [int(row["_step"]) for row in wandb_history(file) if "train/loss" in row]
@@ -88,8 +88,8 @@ def test_a_runs_id_is_its_own(tmp_path: Path) -> None:
     """The same at each attempt; a run of the same name in another bucket, or made anew, is another."""
     job = make_job(tmp_path / "job", SFT, *SMALL)
     later = job.model_copy(update={"attempt": 7, "work": tmp_path / "elsewhere"})
-    assert reports.run_id(job) == reports.run_id(later)
-    assert reports.run_id(job) != reports.run_id(job.model_copy(update={"report_id": "gs://other 2026"}))
+    assert trackers.run_id(job) == trackers.run_id(later)
+    assert trackers.run_id(job) != trackers.run_id(job.model_copy(update={"report_id": "gs://other 2026"}))
 
 
 def test_reports_are_copied_as_they_grow(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from tests.training.ranks import ranks_job
 from tests.training.test_engines import SFT, needs_compiler
 from tests.training.test_reshard import LORA, assert_goes_on, trained
 from trainer.errors import UserError
-from trainer.worker.reshard.saved import mapped
-from trainer.worker.reshard.whole import Whole
+from trainer.worker.reshard.checkpoint_state import mapped
+from trainer.worker.reshard.replica_checkpoint import ReplicaState
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is for Linux only")
 PAGED = (*LORA, "optim=paged_adamw_32bit")
@@ -36,7 +36,7 @@ def test_eight_bits_are_refused(tmp_path: Path) -> None:
     states = mapped(folder / "optimizer.pt")["state"]
     order = [[str(number)] for number in range(len(states))]
     with pytest.raises(UserError, match="which is not one number for each weight"):
-        Whole(folder, order)
+        ReplicaState(folder, order)
     assert torch.uint8 in {
         each.dtype for state in states.values() for hidden in state.values() if isinstance(hidden, dict)
         for each in hidden.values()

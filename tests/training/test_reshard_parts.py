@@ -15,12 +15,11 @@ from tests.training import forks
 from tests.training.ranks import finish, ranks_job
 from tests.training.test_engines import needs_compiler
 from trainer.job import Outcome
-from trainer.worker.reshard.folder import INDEX, Folder
-from trainer.worker.reshard.layout import converts
-from trainer.worker.reshard.parts import Piece, pieces_of_stage_2, pieces_of_stage_3
-from trainer.worker.reshard.resharded import seed_anew
-from trainer.worker.reshard.saved import own_keys
-from trainer.worker.resume import Identity
+from trainer.worker.checkpoint_identity import Identity
+from trainer.worker.reshard.checkpoint_state import own_keys
+from trainer.worker.reshard.dcp_folder import INDEX, Folder
+from trainer.worker.reshard.deepspeed_checkpoint import Piece, pieces_of_stage_2, pieces_of_stage_3
+from trainer.worker.reshard.trainer_mixin import converts, seed_anew
 
 COUNTS = [12, 1, 7, 30, 2]
 

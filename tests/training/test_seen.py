@@ -7,12 +7,12 @@ import torch
 from transformers import TrainingArguments
 
 from tests.training.jobs import LAPTOP  # noqa: F401 (the trainer's environment is here)
-from trainer.worker.callback import Seen, Taken
+from trainer.worker.callback import Taken, TrainedTokens
 
 SEQUENCES = ([5, 6, 7], [8, 9], [1, 2, 3, 4], [5])
 
 
-def taken(seen: Seen) -> Taken:
+def taken(seen: TrainedTokens) -> Taken:
     return seen.take(TrainingArguments(output_dir="unused", use_cpu=True, report_to="none"))
 
 
@@ -43,7 +43,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_set_of_sequences_has_one_digest(way: str) -> None:
     """However they are dealt to micro batches, padded or packed; and the next step begins with nothing."""
-    model, seen, whole = torch.nn.Identity(), Seen(), Seen()
+    model, seen, whole = torch.nn.Identity(), TrainedTokens(), TrainedTokens()
     whole.hook(model, (), WAYS["one micro batch"][0])
     for inputs in WAYS[way]:
         seen.hook(model, (), inputs)
@@ -56,7 +56,7 @@ def test_other_tokens_have_another_digest() -> None:
     """One token less is seen."""
     digests = []
     for sequences in (SEQUENCES, (*SEQUENCES[:3], [])):
-        seen = Seen()
+        seen = TrainedTokens()
         seen.hook(torch.nn.Identity(), (), padded(sequences, 4))
         digests.append(taken(seen).samples)
     assert digests[0] != digests[1]
@@ -65,7 +65,7 @@ def test_other_tokens_have_another_digest() -> None:
 def test_a_forward_is_not_held_up() -> None:
     """Before a forward nothing is read: on a GPU that would wait for all that was handed to it before."""
     unreadable = {"input_ids": torch.empty(2, 3, dtype=torch.int64, device="meta")}
-    seen = Seen()
+    seen = TrainedTokens()
     seen.hook(torch.nn.Identity(), (), unreadable)
     with pytest.raises(NotImplementedError):
         taken(seen)
@@ -73,7 +73,7 @@ def test_a_forward_is_not_held_up() -> None:
 
 def test_evaluation_is_not_counted() -> None:
     """Neither a model in evaluation nor a pass without gradients is training."""
-    seen, model = Seen(), torch.nn.Identity()
+    seen, model = TrainedTokens(), torch.nn.Identity()
     with torch.no_grad():
         seen.hook(model, (), padded(SEQUENCES, 4))
     seen.hook(model.eval(), (), padded(SEQUENCES, 4))

@@ -12,8 +12,8 @@ from trainer.errors import DataError
 from trainer.recipe import Recipe
 from trainer.worker import chat, data
 from trainer.worker.chat import ZEPHYR_TEMPLATE, Renderer
-from trainer.worker.forms import Malformed
-from trainer.worker.model import _train_tokenizer
+from trainer.worker.model_source import _train_tokenizer
+from trainer.worker.row_formats import Malformed
 from trainer.worker.synthetic import chats, preferences
 
 ASK = {"role": "user", "content": "What is a hammer?"}

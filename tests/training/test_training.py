@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.jobs import LORA, SMALL, Trained, make_job, train, without_test_data
-from trainer.job import Staged, pending
-from trainer.worker.channel import Channel
+from trainer.staged import Staged, pending
+from trainer.worker.supervisor_channel import Channel
 
 SFT, DPO = "zephyr-tiny/sft", "zephyr-tiny/dpo"
 Small = Callable[..., Trained]

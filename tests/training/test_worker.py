@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.training.jobs import SMALL, make_job
-from trainer.worker.stack import uncollected
+from trainer.worker.imports import uncollected
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTING = """
 import os, signal, sys
 from pathlib import Path
-from trainer.worker.channel import Channel
+from trainer.worker.supervisor_channel import Channel
 from trainer.job import Job
 channel = Channel(Job.model_validate_json(Path(sys.argv[1]).read_text()))
 channel.listen()

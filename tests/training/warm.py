@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from trainer.leash import die_with_parent
-from trainer.worker.stack import QUIET, method_of, uncollected
+from trainer.parent_death import die_with_parent
+from trainer.worker.imports import QUIET, train_function, uncollected
 
 REQUEST_BYTES = 1 << 20
 MINDED = {"jemalloc_bg_thd"}
@@ -52,8 +52,8 @@ def import_stack() -> None:
     with uncollected():
         import transformers.models.mistral.modeling_mistral  # noqa: F401
 
-        method_of("sft")
-        method_of("dpo")
+        train_function("sft")
+        train_function("dpo")
         if "DS_ACCELERATOR" in os.environ:
             import deepspeed  # noqa: F401
     assert threads() <= MINDED, f"a fork would lack the threads {threads()}"

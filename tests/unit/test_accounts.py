@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runs import money
+from launcher.runs import account as money
 from launcher.runs.account import account
-from launcher.runs.hours import NAMES, Hours, hours
-from launcher.runs.read import Attempt, Reader, Run
+from launcher.runs.run import AttemptHistory, Reader, RunHistory
+from launcher.runs.time_breakdown import NAMES, TimeBreakdown, hours
 from tests.fakes.journeys import BEGIN, LEGS, PLAN, Leg, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
+from trainer.accounting import of_run
 from trainer.bucket import open_run
 from trainer.events import Event
-from trainer.spent import of_run
 
 
-def run_of(*attempts: list[Event], finished: str | None = None) -> Run:
-    made = tuple(Attempt(number, tuple(events)) for number, events in enumerate(attempts, 1))
-    return Run("a-run", "/runs/a-run", made, (), finished)
+def run_of(*attempts: list[Event], finished: str | None = None) -> RunHistory:
+    made = tuple(AttemptHistory(number, tuple(events)) for number, events in enumerate(attempts, 1))
+    return RunHistory("a-run", "/runs/a-run", made, (), finished)
 
 
 def claim(at_s: float, *, boot_s: float = 0.0, **price: object) -> Event:
@@ -116,7 +116,7 @@ def test_every_second_that_is_paid_is_in_one_part() -> None:
         )
     )
     spent = hours(run, run.attempts[0])
-    assert spent == Hours(
+    assert spent == TimeBreakdown(
         useful_s=40, restore_s=15, setup_s=35, evaluation_s=5, stall_s=3, upload_s=14, other_s=0
     )
     assert spent.paid_s == 112
@@ -185,7 +185,7 @@ def test_a_boot_is_paid_and_is_no_useful_time() -> None:
     assert (spent.boot_s, spent.setup_s) == (60.0, pytest.approx(5.0))
     assert spent.goodput == pytest.approx(15 / 80)
     waits = run_of([claim(0, boot_s=60, usd_per_h=1.0), told("failed", 9, message="", exit_code=75)])
-    assert hours(waits, waits.attempts[0]) == Hours(boot_s=60, setup_s=9)
+    assert hours(waits, waits.attempts[0]) == TimeBreakdown(boot_s=60, setup_s=9)
 
 
 def test_logs_of_before_are_read_too() -> None:
@@ -199,12 +199,12 @@ def test_logs_of_before_are_read_too() -> None:
 
 
 @pytest.fixture
-def three_clouds(tmp_path: Path) -> Run:
+def three_clouds(tmp_path: Path) -> RunHistory:
     write_journey(tmp_path / "a-run", journey())
     return Reader(open_run(str(tmp_path), "a-run"), "a-run").read()
 
 
-def test_a_journey_over_three_clouds_is_told_in_full(three_clouds: Run) -> None:
+def test_a_journey_over_three_clouds_is_told_in_full(three_clouds: RunHistory) -> None:
     """Ends, places, markets, steps, and totals that are the sums of the attempts."""
     told = account(three_clouds)
     assert [one.how for one in told.attempts] == ["lost", "preempted", "failed", "done"]
@@ -226,7 +226,7 @@ def test_a_journey_over_three_clouds_is_told_in_full(three_clouds: Run) -> None:
     assert (told.state, told.lost_steps, told.commits) == ("done", 101, 10)
 
 
-def test_boots_shorten_the_time_without_a_machine(three_clouds: Run) -> None:
+def test_boots_shorten_the_time_without_a_machine(three_clouds: RunHistory) -> None:
     """What was waiting is paid; all parts still add up to the whole, which begins with the first boot."""
     boots = (300.0, 540.0, 100.0, 600.0)
     legs = tuple(leg._replace(boot_s=boot_s) for leg, boot_s in zip(LEGS, boots, strict=True))
@@ -244,7 +244,7 @@ def test_boots_shorten_the_time_without_a_machine(three_clouds: Run) -> None:
     assert (first["began"], first["hours"]["boot_s"]) == ("2026-03-14T08:55:00+00:00", 300.0)
 
 
-def test_memory_is_held_against_the_fit(three_clouds: Run) -> None:
+def test_memory_is_held_against_the_fit(three_clouds: RunHistory) -> None:
     """Predicted term by term, measured, and what is there."""
     gpu = account(three_clouds).attempts[0].gpu
     assert (gpu.predicted_gib, gpu.measured_gib, gpu.there_gib) == (74.0, 70.4, 79.2)
@@ -253,7 +253,7 @@ def test_memory_is_held_against_the_fit(three_clouds: Run) -> None:
 
 def test_the_parts_have_names() -> None:
     """Each of them is shown."""
-    assert set(NAMES) == set(Hours.__dataclass_fields__)
+    assert set(NAMES) == set(TimeBreakdown.__dataclass_fields__)
 
 
 def test_a_claim_that_is_not_understood_hides_nothing_else(tmp_path: Path) -> None:

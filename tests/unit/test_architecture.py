@@ -20,11 +20,12 @@ CONTRACT = {
     "estimate",
     "bucket",
     "events",
-    "hours",
-    "spent",
-    "variables",
+    "durations",
+    "accounting",
+    "task_variables",
+    "architecture",
 }
-"""What the launcher shares with the node; `job` and `leash` are between supervisor and worker."""
+"""What the launcher shares with the node; `job`, `staged` and `parent_death` are between supervisor and worker."""
 DECIDES = (
     "trainer.fit.",
     "trainer.memory.",
@@ -52,7 +53,7 @@ def below(name: str) -> str:
 TRAINER = modules("trainer")
 LAUNCHER = modules("launcher")
 WORKER = [path for path in TRAINER if "worker" in path.parts]
-NOT_WORKER = [path for path in TRAINER if path not in WORKER and path.stem != "make_fields"]
+NOT_WORKER = [path for path in TRAINER if path not in WORKER and path.stem != "generate_fields"]
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
+from trainer.architecture import Architecture, known_architecture
+from trainer.architecture.lookup import HubAway, architecture_for, find_architecture
+from trainer.architecture.table import known_models
 from trainer.bucket import open_run
 from trainer.bucket.manifest import File, Manifest
 from trainer.errors import ModelError, UserError
 from trainer.hardware import Shape
-from trainer.memory import Architecture, known_architecture
-from trainer.memory.table import known_models
 from trainer.recipe import DataSource, Mixture, Recipe
-from trainer.recipe.architecture import HubAway, architecture_for, find_architecture
 
 PUBLISHED = {
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,

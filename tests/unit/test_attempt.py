@@ -10,7 +10,7 @@ import pytest
 from tests.servers.s3 import FaultyS3
 from tests.servers.stores import MemoryBucket, Unconditional
 from trainer.bucket import open_run
-from trainer.bucket.attempt import Attempt, claim
+from trainer.bucket.attempts import Attempt, claim
 from trainer.errors import Superseded
 
 

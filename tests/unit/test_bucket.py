@@ -12,8 +12,8 @@ from obstore.store import MemoryStore
 
 from tests.servers.s3 import FaultyS3
 from tests.servers.stores import MemoryBucket
-from trainer.bucket.address import Patience, Place, parse
-from trainer.bucket.pieces import WINDOW_BYTES
+from trainer.bucket.address import BucketAddress, Patience, parse
+from trainer.bucket.ranged_reads import WINDOW_BYTES
 from trainer.bucket.store import PART_BYTES, Checked, Object, in_parallel, list_runs, open_run
 from trainer.errors import BucketError, Unavailable
 
@@ -93,9 +93,9 @@ def test_an_address_that_is_none_names_the_valid_ones(uri: str) -> None:
 
 def test_addresses_are_taken_apart() -> None:
     """Slashes too many do not make another place."""
-    assert parse("s3://b//x/y/") == Place("s3", "b", "x/y")
-    assert parse("gs://b") == Place("gs", "b", "")
-    assert parse("file:///tmp/x") == parse("/tmp/x/") == Place("file", "", "/tmp/x")
+    assert parse("s3://b//x/y/") == BucketAddress("s3", "b", "x/y")
+    assert parse("gs://b") == BucketAddress("gs", "b", "")
+    assert parse("file:///tmp/x") == parse("/tmp/x/") == BucketAddress("file", "", "/tmp/x")
     assert str(parse("s3://b").child("run")) == "s3://b/run"
     assert str(parse("/").child("run")) == "/run"
 

@@ -10,7 +10,7 @@ import yaml
 
 from trainer.events import Event
 from trainer.recipe import Recipe, load
-from trainer.supervisor.card import POINTS, card, front_matter
+from trainer.supervisor.model_card import POINTS, card, front_matter
 
 
 def events() -> list[Event]:

@@ -16,15 +16,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.checkpoints.transfer import bar
+from launcher.checkpoints.pull import bar
 from launcher.cli import main
 from tests.harness import ROOT, wait_until
 from tests.servers.s3 import FaultyS3
-from trainer.bucket import Bucket, open_run
-from trainer.bucket import attempt as attempts
+from trainer.bucket import Bucket, attempts, open_run
 from trainer.bucket.commit import commit
 from trainer.bucket.manifest import committed
-from trainer.job import Staged
+from trainer.staged import Staged
 
 RUN = "a-run"
 FILES = {"model.safetensors": b"weights" * 5000, "nested/empty": b"", "state.json": b"{}"}

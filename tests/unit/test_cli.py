@@ -14,9 +14,9 @@ import pytest
 
 from launcher.cli import main
 from launcher.local import process
-from launcher.local.machine import supervisor_environment
-from launcher.local.process import Home
-from launcher.runs.read import Reader
+from launcher.local.submit import supervisor_environment
+from launcher.registry.local import Home
+from launcher.runs.run import Reader
 from launcher.settings import VARIABLES
 from tests.fakes import trainer_program
 from tests.fakes.runs import attempt_events, write_commit, write_events

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from launcher.cloud.faults import KNOWN, absent, plain, sort_fault
-from launcher.cloud.records import PHASES, Lines, of_cluster, of_job
+from launcher.cloud.skypilot_errors import KNOWN, absent, plain, sort_fault
+from launcher.cloud.skypilot_records import PHASES, LineStream, of_cluster, of_job
 from trainer.errors import Unavailable
 
 
@@ -149,7 +149,7 @@ def test_every_phase_is_one_of_ours() -> None:
 def test_lines_come_whole_and_plain() -> None:
     """A spinner draws one line over and over: its last state counts; half a line waits."""
     heard: list[str] = []
-    stream = Lines(heard.append)
+    stream = LineStream(heard.append)
     stream.write("\x1b[32mUp")
     stream.write("\x1b[0m\nWaiting 1\rWaiting 2\r\nhalf")
     stream.flush()

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from launcher.cloud.fake import FakeCloud
-from launcher.cloud.protocol import Kind, Phase, Standing
-from launcher.runs.read import Reader
-from launcher.submit import submissions
-from launcher.submit.standing import find, table, usd_so_far
-from launcher.submit.submissions import Sent
+from launcher.cloud.protocol import JobStatus, Kind, Phase
+from launcher.registry import submitted
+from launcher.registry.known import find
+from launcher.registry.submitted import Sent
+from launcher.runs.run import Reader
+from launcher.submit.status import table, usd_so_far
 from tests.fakes.runs import BEGIN, attempt_events, write_commit, write_events
 from trainer.bucket import open_run
 from trainer.errors import Unavailable, UserError
@@ -39,12 +40,12 @@ class Site:
             "submitted": BEGAN,
         }
         sent = Sent.model_validate({**some, **given})
-        submissions.remember(self.state, sent)
+        submitted.remember(self.state, sent)
         return sent
 
     def stands(self, phase: Phase, run: str = "a-run", kind: Kind = "managed job", **given: Any) -> None:
         some = {"kind": kind, "name": run, "job_id": 3, "phase": phase, "said": phase.upper()}
-        self.cloud.standings[kind, run] = Standing.model_validate({**some, "where": "gcp/us-east4", **given})
+        self.cloud.standings[kind, run] = JobStatus.model_validate({**some, "where": "gcp/us-east4", **given})
 
     def train(self, run: str = "a-run", *, done: bool = False, **given: Any) -> None:
         write_events(self.runs / run, attempt_events(1, start=0, last=97, total_steps=200, **given))
@@ -184,7 +185,7 @@ def test_the_latest_comes_first_and_a_damaged_record_is_left_out(site: Site) -> 
     """A file of another version is no reason to show nothing."""
     site.send("old", submitted=BEGAN)
     site.send("new", submitted=BEGAN + 5)
-    (site.state / submissions.FOLDER / "broken.json").write_text("{}")
+    (site.state / submitted.FOLDER / "broken.json").write_text("{}")
     assert [row["run"] for row in site.rows()] == ["new", "old"]
 
 

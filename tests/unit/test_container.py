@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from launcher.image import builders
-from launcher.image.builders import Wishes
+from launcher.image.builders import BuildOptions
 from launcher.settings import Settings
-from launcher.submit.container import Container, container, login
+from launcher.submit.image import Container, container, login
 from launcher.submit.task import to_yaml
 from tests.unit.test_orders import _no_settings, order  # noqa: F401 (a fixture)
 from trainer.errors import UserError
@@ -27,7 +27,7 @@ def test_an_image_is_the_one_that_is_named() -> None:
 def test_auto_is_this_checkouts_image_by_its_content() -> None:
     """Its name is known before it is there, so a dry run shows it and builds nothing."""
     made = container("auto", Settings(registry="ghcr.io/me"), own=False)
-    assert made.wishes == Wishes(registry="ghcr.io/me", push=True)
+    assert made.wishes == BuildOptions(registry="ghcr.io/me", push=True)
     assert made.image == builders.name(made.wishes)
     assert made.image.startswith("ghcr.io/me/aeolus-trainer:")
     assert container(None, Settings(image="auto", registry="ghcr.io/me"), own=False) == made
@@ -43,7 +43,7 @@ def test_auto_wants_a_registry() -> None:
 def test_a_dry_run_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builders, "ensure", None)
     made = order(gpus="A100:8", image="auto", environ={"AEOLUS_REGISTRY": "ghcr.io/me"})
-    assert made.build == Wishes(registry="ghcr.io/me", push=True)
+    assert made.build == BuildOptions(registry="ghcr.io/me", push=True)
     assert made.config["resources"]["image_id"] == f"docker:{builders.name(made.build)}"
 
 

@@ -9,8 +9,7 @@ import pytest
 from tests.conftest import reach
 from tests.servers.gcs import GCS
 from trainer.bucket import open_run
-from trainer.bucket.address import Patience
-from trainer.bucket.credentials import shared_file
+from trainer.bucket.address import Patience, shared_file
 from trainer.errors import BucketError
 
 

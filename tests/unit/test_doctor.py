@@ -11,10 +11,10 @@ import pytest
 
 from launcher.cli import main
 from launcher.cloud.fake import FakeCloud
-from launcher.cloud.records import enabled_of
-from launcher.doctor import bucket, here, hub
+from launcher.cloud.skypilot_records import enabled_of
+from launcher.doctor import bucket, hub, machine
 from launcher.doctor.check import HIDDEN, Check, Finding, run_all
-from launcher.doctor.look import look
+from launcher.doctor.checks import look
 from launcher.settings import VARIABLES, Settings
 from tests.servers.hub import Hub
 from trainer.bucket import open_run
@@ -226,14 +226,14 @@ def test_one_cloud_will_do() -> None:
     """And with none, each says why."""
     cloud = FakeCloud()
     cloud.disabled = {"lambda": "Reason [compute]: no key"}
-    found = here.clouds(cloud, ("gcp", "lambda"))
+    found = machine.clouds(cloud, ("gcp", "lambda"))
     assert [(each.status, each.in_the_way) for each in found] == [
         ("ok", False),
         ("ok", False),
         ("missing", False),
     ]
     cloud.disabled["gcp"] = "no credentials"
-    assert [each.in_the_way for each in here.clouds(cloud, ("gcp", "lambda"))] == [False, True, True]
+    assert [each.in_the_way for each in machine.clouds(cloud, ("gcp", "lambda"))] == [False, True, True]
 
 
 SKY_CHECK = [
@@ -266,16 +266,18 @@ def test_sky_check_s_answer_is_read() -> None:
 
 def test_a_trainer_s_python_that_is_not_there_is_named(tmp_path: Path) -> None:
     """As a run on this machine would find it."""
-    found = here.trainer_python(Settings(trainer_python=tmp_path / "python"), {}, needed=True)
+    found = machine.trainer_python(Settings(trainer_python=tmp_path / "python"), {}, needed=True)
     assert found.in_the_way
     assert f"{tmp_path}/python, which is not there" in found.said
 
 
 def test_a_full_disk_is_in_the_way_of_a_run_on_this_machine(tmp_path: Path) -> None:
     """And not of one elsewhere."""
-    assert here.disk({"scratch": tmp_path / "not" / "yet"}, needed=True).said.endswith("GB free for scratch")
-    assert here.disk({"scratch": tmp_path}, needed=True, least_gb=1e9).in_the_way
-    assert not here.disk({"scratch": tmp_path}, needed=False, least_gb=1e9).in_the_way
+    assert machine.disk({"scratch": tmp_path / "not" / "yet"}, needed=True).said.endswith(
+        "GB free for scratch"
+    )
+    assert machine.disk({"scratch": tmp_path}, needed=True, least_gb=1e9).in_the_way
+    assert not machine.disk({"scratch": tmp_path}, needed=False, least_gb=1e9).in_the_way
 
 
 def doctor(

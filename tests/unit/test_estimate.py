@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.architecture import Architecture
 from trainer.errors import UserError
 from trainer.estimate import Estimate, Rates, Workload, estimate
 from trainer.estimate import batch as batches
 from trainer.estimate.efficiency import MATMUL_EFFICIENCY, MEMORY_EFFICIENCY
 from trainer.hardware import Shape
-from trainer.memory import Architecture, Layout
+from trainer.memory import Layout
 from trainer.recipe import Recipe
 
 MISTRAL = Architecture(

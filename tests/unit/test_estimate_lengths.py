@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.estimate import Workload
-from trainer.estimate.batch import batch
-from trainer.estimate.lengths import by_length, longer_half, padded
+from trainer.estimate.batch import batch, by_length, longer_half, padded
 from trainer.memory import Layout
 from trainer.recipe import Recipe
 

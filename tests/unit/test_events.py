@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from trainer.errors import Unavailable
+from trainer.event_thinning import MOST, WHOLE_TAIL, EventLines
 from trainer.events import Event, EventLog, of_kind, parse
-from trainer.thinning import MOST, WHOLE_TAIL, Lines
 
 
 class Clock:
@@ -128,7 +128,7 @@ def test_a_short_run_is_kept_whole() -> None:
 @pytest.mark.parametrize("values", [[math.nan] * 50, [None] * 50, [1.0, math.nan, None, math.inf] * 20])
 def test_losses_that_are_no_numbers_are_thinned_too(values: list[float | None]) -> None:
     """A run that diverged is as bounded as any other."""
-    lines = Lines(16)
+    lines = EventLines(16)
     for order, value in enumerate(values):
         lines.add(order, value, b"")
         assert len(list(lines)) <= 16

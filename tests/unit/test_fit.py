@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.architecture import Architecture, known_architecture
 from trainer.errors import NoFit, RecipeError
 from trainer.fit import LARGEST_GPU_MICRO_BATCH, LARGEST_MICRO_BATCH, Fit, fit
 from trainer.hardware import Shape, gpu
-from trainer.memory import Architecture, known_architecture
 from trainer.recipe import DataSource, Mixture, Recipe
 
 ZEPHYR = "alignment-handbook/zephyr-7b-sft-full"

@@ -14,7 +14,7 @@ from tests.unit.test_fit import SMALL, ZEPHYR, architecture, dpo, qlora, recipe,
 from trainer.errors import NoFit
 from trainer.estimate import step_s, usual_workload
 from trainer.fit import Fit, fit
-from trainer.fit.pace import ENGINE_WORTH, WORTH, Timed, rank
+from trainer.fit.candidates import ENGINE_WORTH, WORTH, Timed, rank
 from trainer.hardware import Shape
 from trainer.memory import Layout, usage
 from trainer.recipe import DataSource, Mixture, Recipe

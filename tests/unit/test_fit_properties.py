@@ -9,7 +9,7 @@ from tests.unit.test_fit import SMALL, ZEPHYR, architecture, dpo, with_memory
 from trainer.errors import NoFit
 from trainer.estimate import step_s, usual_workload
 from trainer.fit import Fit, fit
-from trainer.fit.pace import Timed, rank
+from trainer.fit.candidates import Timed, rank
 from trainer.recipe import Recipe
 
 MODELS = ["HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen2.5-1.5B", ZEPHYR]

@@ -8,13 +8,13 @@ import pytest
 
 from tests.servers.hub import Hub
 from tests.unit.test_architecture_table import recipe
+from trainer.architecture.lookup import HubAway
 from trainer.bucket import Bucket, open_run
-from trainer.bucket.attempt import claim
+from trainer.bucket.attempts import claim
 from trainer.errors import ExitCode, ModelError
 from trainer.hardware import Shape
-from trainer.recipe.architecture import HubAway
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.supervise import look_up
+from trainer.supervisor.run import look_up
 
 GPU = Shape(accelerator="A100", count=1, memory_gib=40.0, cores=8, host_memory_gib=80.0, node="test")
 CONFIG = "/org/new/resolve/main/config.json"

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from launcher.image import spec as images
-from launcher.image.spec import Builder, Recipe
+from launcher.image.spec import Builder, ImageSpec
 from trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / images.DOCKERFILE).read_text()
-RECIPE = Recipe(base="debian:12", torch_backend="cpu", files={"trainer/fit.py": "a1"})
+RECIPE = ImageSpec(base="debian:12", torch_backend="cpu", files={"trainer/fit.py": "a1"})
 NAME = f"ghcr.io/me/aeolus-trainer:{RECIPE.digest[:16]}"
 PACKAGE_OF = {"yaml": "pyyaml"}
 LOADED_BY_LIBRARIES = {"bitsandbytes", "gguf", "tensorboard", "wandb"}
@@ -47,7 +47,7 @@ def test_the_order_of_files_does_not_name_it() -> None:
     """The same files read in another order are the same image."""
     files = {"a": "1", "b": "2"}
     turned = dict(reversed(files.items()))
-    assert Recipe(files=files).digest == Recipe(files=turned).digest
+    assert ImageSpec(files=files).digest == ImageSpec(files=turned).digest
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_the_dockerfile_has_the_arguments_that_it_is_given() -> None:
     """Names and defaults of the Dockerfile and of the launcher are the same."""
     stated = dict(re.findall(r"^ARG (\w+)=(.*)$", DOCKERFILE, re.MULTILINE))
     stated.pop("UV")
-    assert stated == Recipe(files={}).arguments
+    assert stated == ImageSpec(files={}).arguments
 
 
 def test_the_digest_is_of_what_the_dockerfile_copies() -> None:

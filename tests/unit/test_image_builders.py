@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.image import builders
-from launcher.image.builders import Wishes
+from launcher.image.builders import BuildOptions
 from launcher.image.spec import ImageError
 from trainer.errors import UserError
 
@@ -24,7 +24,7 @@ case "$1" in
   history) echo '[{{"CreatedBy": "COPY trainer", "size": 7}}, {{"CreatedBy": "ENV", "size": 0}}, {{"CreatedBy": "base", "size": 9}}]' ;;
 esac
 """
-PUSHING = Wishes(registry="127.0.0.1:5000", push=True)
+PUSHING = BuildOptions(registry="127.0.0.1:5000", push=True)
 
 
 class Machine:
@@ -41,7 +41,7 @@ class Machine:
         program.write_text(FAKE.format(log=self._log, build=build, push=push))
         program.chmod(0o755)
 
-    def ensure(self, wishes: Wishes, **environ: str) -> builders.Built:
+    def ensure(self, wishes: BuildOptions, **environ: str) -> builders.Built:
         return builders.ensure(wishes, say=self.said.append, environ={**os.environ, **environ})
 
     def verbs(self) -> list[str]:
@@ -82,7 +82,7 @@ def test_what_the_registry_has_is_not_made_again(machine: Machine) -> None:
 def test_the_package_index_is_a_secret_of_the_build(machine: Machine) -> None:
     """It goes in a file that the build mounts; no argument, and so no layer, has it."""
     machine.has("podman")
-    machine.ensure(Wishes(), UV_DEFAULT_INDEX="https://me:password@example.org/simple")
+    machine.ensure(BuildOptions(), UV_DEFAULT_INDEX="https://me:password@example.org/simple")
     assert machine.secret == "export UV_DEFAULT_INDEX='https://me:password@example.org/simple'\n"
     assert not any("password" in line for line in machine.said)
 
@@ -116,7 +116,7 @@ def test_with_no_builder_it_is_said_what_would_do(
     """The message names what was looked for, and one command."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="podman is not installed") as caught:
-        machine.ensure(Wishes())
+        machine.ensure(BuildOptions())
     assert "apt-get install podman" in str(caught.value)
 
 
@@ -127,7 +127,7 @@ def test_where_another_builder_would_do_it_is_named(
     machine.has("podman")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="buildah is not installed") as caught:
-        machine.ensure(Wishes(builder="buildah"))
+        machine.ensure(BuildOptions(builder="buildah"))
     assert "--builder podman" in str(caught.value)
     assert machine.verbs() == []
 
@@ -135,7 +135,7 @@ def test_where_another_builder_would_do_it_is_named(
 def test_a_push_needs_a_registry(machine: Machine) -> None:
     """Said before anything is built."""
     with pytest.raises(UserError, match="nowhere to push to"):
-        machine.ensure(Wishes(push=True))
+        machine.ensure(BuildOptions(push=True))
     assert machine.verbs() == []
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.remember import remember, with_key
-from launcher.settings import SettingsError, load
+from launcher.settings import SettingsError, load, remember, with_key
 
 
 @pytest.mark.parametrize(

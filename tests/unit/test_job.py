@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.job import Staged, Tail, mark_staged, pending
+from trainer.job import Tail
+from trainer.staged import Staged, mark_staged, pending
 
 
 def test_a_folder_is_pending_only_once_it_is_marked(tmp_path: Path) -> None:

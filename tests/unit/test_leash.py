@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 HOLDER = """
 import subprocess, sys, time
-from trainer.leash import leashed
+from trainer.parent_death import leashed
 child = subprocess.Popen(leashed([sys.executable, "-c", "import time; time.sleep(600)"]))
 print(child.pid, flush=True)
 time.sleep(600)
@@ -36,7 +36,7 @@ def test_a_process_whose_parent_is_gone_already_dies_at_once() -> None:
     """The parent may end before the leash is on."""
     nobody = "1" if psutil.Process().ppid() != 1 else "999999"
     done = subprocess.run(
-        [sys.executable, "-m", "trainer.leash", nobody, sys.executable, "-c", "print('lived')"],
+        [sys.executable, "-m", "trainer.parent_death", nobody, sys.executable, "-c", "print('lived')"],
         cwd=ROOT,
         capture_output=True,
         text=True,

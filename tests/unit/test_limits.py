@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.unit.test_spent import BEGIN, at, attempt
+from trainer.accounting import Limit, Limits
 from trainer.events import Event
-from trainer.spent import Limit, Limits
-from trainer.supervisor.limits import Watch
+from trainer.supervisor.budget import BudgetWatch
 from trainer.supervisor.preemption import Notice
 
 
@@ -52,7 +52,7 @@ class Site:
         self.notice = Notice()
         self.seconds = 1000.0
         self.wall = at(claimed_h)
-        self.watch = Watch(
+        self.watch = BudgetWatch(
             Limits(**limits),
             self.told,
             claimed=attempt(claimed_h, usd_per_h=usd_per_h, boot_h=boot_h)[0],
@@ -179,7 +179,7 @@ def test_a_machine_that_goes_anyway_is_not_stopped_for_a_limit() -> None:
 
 def test_without_limits_nobody_asks_for_earlier_events() -> None:
     """A run without limits pays for no requests to its store."""
-    watch = Watch(
+    watch = BudgetWatch(
         Limits(),
         Told(),
         claimed=attempt(0)[0],

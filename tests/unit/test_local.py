@@ -14,18 +14,21 @@ import pytest
 from rich.console import Console
 
 from launcher.local import process
-from launcher.local.follow import MAX_FRUITLESS, Answer, Ending, Follower, Submission, Wishes, cancel
-from launcher.local.machine import (
-    print_log,
-    submit,
-    supervisor_command,
-    supervisor_environment,
+from launcher.local.fault_injection import Preemptions, plan
+from launcher.local.follow import (
+    MAX_FRUITLESS,
+    Answer,
+    Ending,
+    Follower,
+    FollowOptions,
+    Submission,
+    cancel,
 )
-from launcher.local.preempt import Preemptions, plan
-from launcher.local.process import Home, Record
 from launcher.local.progress import PlainView, facts
 from launcher.local.signals import Signals
-from launcher.runs.read import Reader, Run
+from launcher.local.submit import print_log, submit, supervisor_command, supervisor_environment
+from launcher.registry.local import Home, LocalRecord
+from launcher.runs.run import Reader, RunHistory
 from tests.fakes import trainer_program
 from trainer.bucket import open_run
 
@@ -48,18 +51,18 @@ class Site:
         environment = supervisor_environment(os.environ)
         return Submission("a-run", "fake", str(self.runs), command, environment)
 
-    def submit(self, job: Submission, **wishes: object) -> tuple[Ending, Run]:
-        asked = Wishes(poll_s=POLL_S, **wishes)  # type: ignore[arg-type]
+    def submit(self, job: Submission, **wishes: object) -> tuple[Ending, RunHistory]:
+        asked = FollowOptions(poll_s=POLL_S, **wishes)  # type: ignore[arg-type]
         return submit(job, asked, state=self.state, console=Console(file=self.said, width=400))
 
     def follow(self, job: Submission, view: PlainView, **wishes: object) -> Ending:
         reader = Reader(open_run(job.checkpoints, job.run_id), job.run_id)
         with Signals() as signals:
-            asked = Wishes(poll_s=POLL_S, **wishes)  # type: ignore[arg-type]
+            asked = FollowOptions(poll_s=POLL_S, **wishes)  # type: ignore[arg-type]
             follower = Follower(job, self.home, reader, view, signals, asked)
             return follower.follow(follower.begin())
 
-    def read(self) -> Run:
+    def read(self) -> RunHistory:
         return Reader(open_run(str(self.runs), "a-run"), "a-run").read()
 
 
@@ -79,7 +82,7 @@ class Interrupts(PlainView):
         self.at_step = at_step
         self.numbers = numbers
 
-    def show(self, run: Run) -> None:
+    def show(self, run: RunHistory) -> None:
         if self.numbers and run.step >= self.at_step:
             os.kill(os.getpid(), self.numbers.pop(0))
 
@@ -93,7 +96,7 @@ class Kills(PlainView):
         self.steps = steps
         self.killed = 0
 
-    def show(self, run: Run) -> None:
+    def show(self, run: RunHistory) -> None:
         record = self.site.home.record()
         turn = self.killed
         if (
@@ -275,7 +278,7 @@ def test_cancelled_from_elsewhere_is_not_recovered(site: Site) -> None:
     """Who follows a run that another terminal cancels stops too."""
 
     class CancelsElsewhere(PlainView):
-        def show(self, run: Run) -> None:
+        def show(self, run: RunHistory) -> None:
             found = process.attach(site.home)
             if run.step >= 7 and found and not site.home.cancelled:
                 cancel(Home(site.home.path), found)
@@ -287,7 +290,7 @@ def test_cancelled_from_elsewhere_is_not_recovered(site: Site) -> None:
 def test_a_recycled_pid_is_not_believed(site: Site) -> None:
     """A live process that was not started when the record says is somebody else's."""
     me = psutil.Process()
-    record = Record(
+    record = LocalRecord(
         run_id="a-run", recipe="fake", checkpoints="", pid=me.pid, created=me.create_time() - 3600
     )
     assert record.process() is None
@@ -321,4 +324,4 @@ def test_the_live_line_tells_how_far_the_run_is(site: Site) -> None:
     ask: Callable[[], Answer] = detach
     _, run = site.submit(site.job(), ask=ask)
     assert facts(run).endswith("loss 0.0500  accuracy 0.50  committed 20")
-    assert facts(Run("a-run", "/runs/a-run", (), ())) == "starting"
+    assert facts(RunHistory("a-run", "/runs/a-run", (), ())) == "starting"

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from launcher.local import process
+from launcher.local.fault_injection import plan
 from launcher.local.follow import judge
-from launcher.local.machine import checked_run_id, supervisor_command, supervisor_environment
-from launcher.local.preempt import plan
-from launcher.local.process import Home, LogTail
-from launcher.runs.read import Run
+from launcher.local.process import LogTail
+from launcher.local.submit import checked_run_id, supervisor_command, supervisor_environment
+from launcher.registry.local import Home
+from launcher.runs.run import RunHistory
 from trainer.errors import UserError
 
 
@@ -70,7 +71,7 @@ def test_preemptions_are_planned_in_order_and_inside_the_training(after: int, to
 )
 def test_what_an_exit_code_means(code: int, cancelled: bool, how: str) -> None:
     """Every exit code of the supervisor has one meaning."""
-    assert judge(code, Run("a-run", "/runs/a-run", (), ()), cancelled=cancelled) == how
+    assert judge(code, RunHistory("a-run", "/runs/a-run", (), ()), cancelled=cancelled) == how
 
 
 def test_a_log_is_followed_by_lines(tmp_path: Path) -> None:

@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trainer.memory import (
-    GIB,
-    Architecture,
-    Layout,
-    checkpoint_bytes,
-    known_architecture,
-    lora_of,
-    staged_host,
-    usage,
-)
+from trainer.architecture import Architecture, known_architecture
+from trainer.memory import GIB, Layout, checkpoint_bytes, lora_of, staged_host, usage
 from trainer.memory.precision import NF4_DOUBLE_BITS
 from trainer.recipe import DataSource, Mixture, Recipe
 

@@ -10,9 +10,8 @@ import pytest
 
 from tests.harness import wait_until
 from tests.servers.metadata import MetadataServer
-from trainer.supervisor.metadata import HOST_VARIABLE, SOURCE, Metadata, pause_s
-from trainer.supervisor.preemption import Notice
-from trainer.supervisor.window import GCP_SPOT
+from trainer.supervisor.preemption import HOST_VARIABLE, SOURCE, Metadata, Notice, pause_s
+from trainer.supervisor.save_window import GCP_SPOT
 
 SHORT_S = 0.2
 

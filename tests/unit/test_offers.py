@@ -10,21 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cloud.protocol import CatalogRow
 from launcher.cloud.skypilot import Fetched
 from launcher.prices import store
 from launcher.prices.fake import FakeCatalogs
 from launcher.prices.load import Offer, Prices, load_prices
-from launcher.prices.offer import Row
-from launcher.prices.table import Table
+from launcher.prices.store import Table
 from trainer.errors import Unavailable, UserError
 from trainer.hardware import Shape
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 SNAPSHOT_DAY = date(2026, 11, 21)
 ROOT = Path(__file__).resolve().parents[2]
-A100 = Row("gcp", "us-central1", "a2-highgpu-8g", "A100", 8, 96, 680.0, 30.0, 15.0)
-H100 = Row("lambda", "us-east-1", "gpu_8x_h100_sxm5", "H100", 8, 208, 1800.0, 31.92, None)
-L40S = Row("aws", "us-east-2", "g6e.2xlarge", "L40S", 1, 8, 64.0, 2.24, 1.1)
+A100 = CatalogRow("gcp", "us-central1", "a2-highgpu-8g", "A100", 8, 96, 680.0, 30.0, 15.0)
+H100 = CatalogRow("lambda", "us-east-1", "gpu_8x_h100_sxm5", "H100", 8, 208, 1800.0, 31.92, None)
+L40S = CatalogRow("aws", "us-east-2", "g6e.2xlarge", "L40S", 1, 8, 64.0, 2.24, 1.1)
 ALL = {row.infra: Fetched((row,)) for row in (A100, H100, L40S)}
 OFFER = Offer(
     infra="gcp",

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from launcher.cloud import skypilot
-from launcher.prices.offer import Row
+from launcher.cloud.protocol import CatalogRow
 from trainer.errors import Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def entry(**given: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**some, **given})
 
 
-def rows(*entries: SimpleNamespace) -> tuple[Row, ...]:
+def rows(*entries: SimpleNamespace) -> tuple[CatalogRow, ...]:
     def list_accelerators(**wanted: object) -> dict[str, Sequence[SimpleNamespace]]:
         assert wanted == {"gpus_only": True, "clouds": "aws", "all_regions": True}
         return {"A10G": entries}
@@ -78,7 +78,7 @@ def rows(*entries: SimpleNamespace) -> tuple[Row, ...]:
 
 def test_an_entry_becomes_a_row() -> None:
     """Numbers are Python's, not pandas'."""
-    assert rows(entry()) == (Row("aws", "us-east-1", "g5.xlarge", "A10G", 1, 4, 16.0, 1.006, 0.4),)
+    assert rows(entry()) == (CatalogRow("aws", "us-east-1", "g5.xlarge", "A10G", 1, 4, 16.0, 1.006, 0.4),)
 
 
 @pytest.mark.parametrize(("name", "missing"), [("spot_price", 8), ("price", 7)])
@@ -105,7 +105,10 @@ def test_what_is_no_whole_machine_with_a_price_is_left_out(given: dict[str, obje
 
 def test_a_download_that_hangs_is_left_behind() -> None:
     """SkyPilot's downloads have no timeout; what came before one is still used."""
-    done, ended = skypilot.Fetched((Row("gcp", "r", "t", "L4", 1, 4, 16.0, 1.0, None),)), threading.Event()
+    done, ended = (
+        skypilot.Fetched((CatalogRow("gcp", "r", "t", "L4", 1, 4, 16.0, 1.0, None),)),
+        threading.Event(),
+    )
 
     def fetch(infra: str) -> skypilot.Fetched:
         if infra == "lambda":

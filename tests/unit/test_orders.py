@@ -14,7 +14,7 @@ from launcher.prices.offer import Prices, offer_of
 from launcher.prices.store import snapshot
 from launcher.settings import Settings
 from launcher.submit.job_files import JOBS, find, names
-from launcher.submit.order import Order, Wanted, prepare
+from launcher.submit.prepare import Order, SubmitOptions, prepare
 from launcher.submit.task import to_yaml
 from trainer.errors import BucketError, NoFit, UserError
 from trainer.recipe import default_run_id, load
@@ -47,7 +47,10 @@ def order(
 ) -> Order:
     wanted = {"checkpoints": "gs://b/runs", **given}
     return prepare(
-        Wanted(source=source, overrides=overrides, **wanted), environ=environ or {}, now=NOW, prices=shipped
+        SubmitOptions(source=source, overrides=overrides, **wanted),
+        environ=environ or {},
+        now=NOW,
+        prices=shipped,
     )
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.report import bars, curves, page, timeline, words
+from launcher.report import bars, curves, page, tables, timeline
 from launcher.report.html import PATTERNS
-from launcher.report.panels import Curve, Panel, panels
+from launcher.report.series import Curve, Panel, panels
 from launcher.report.svg import moments, plain, tag, ticks
 from launcher.runs.account import account
-from launcher.runs.read import Attempt, Reader, Run
+from launcher.runs.run import AttemptHistory, Reader, RunHistory
 from tests.fakes.journeys import LEGS, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
 from trainer.bucket import open_run
@@ -45,7 +45,7 @@ class Checked(HTMLParser):
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> RunHistory:
     write_journey(tmp_path / "a-run", journey())
     return Reader(open_run(str(tmp_path), "a-run"), "a-run").read()
 
@@ -57,7 +57,7 @@ def checked(text: str) -> Checked:
     return parser
 
 
-def test_a_page_is_one_file_without_scripts(run: Run) -> None:
+def test_a_page_is_one_file_without_scripts(run: RunHistory) -> None:
     """Nothing in it is fetched from anywhere."""
     found = checked(page.of_run(run, account(run), made="now"))
     assert "script" not in [name for name, _ in found.tags]
@@ -68,7 +68,7 @@ def test_a_page_is_one_file_without_scripts(run: Run) -> None:
     assert not re.search(r"url\((?!#)|@import|https?:", CSS)
 
 
-def test_what_others_wrote_is_escaped(run: Run) -> None:
+def test_what_others_wrote_is_escaped(run: RunHistory) -> None:
     """The message of a failure has brackets and an ampersand, and is shown as it was written."""
     text = page.of_run(run, account(run), made="<now>")
     assert "SIGBUS &lt;on GPU 3&gt; &amp; left" in text
@@ -77,7 +77,7 @@ def test_what_others_wrote_is_escaped(run: Run) -> None:
     assert tag("td", "a<b", data_label='"x"') == '<td data-label="&quot;x&quot;">a&lt;b</td>'
 
 
-def test_pictures_and_tables_say_what_they_are(run: Run) -> None:
+def test_pictures_and_tables_say_what_they_are(run: RunHistory) -> None:
     """Every picture has a label, every table a caption, every cell of a card its column."""
     found = checked(page.of_run(run, account(run), made="now"))
     charts = [attributes for name, attributes in found.tags if attributes.get("class") == "chart"]
@@ -103,18 +103,18 @@ def test_parts_are_told_apart_without_colour() -> None:
 def test_a_boot_is_shown_as_a_part() -> None:
     """On the bar of its attempt and of all, in both pages' tables, and in the keys."""
     leg = LEGS[0]._replace(last=478, end="done", boot_s=600)
-    booted = Run("b", "/b", (Attempt(1, tuple(journey((leg,))[0])),), (), "then")
+    booted = RunHistory("b", "/b", (AttemptHistory(1, tuple(journey((leg,))[0])),), (), "then")
     one = account(booted)
     drawn = timeline.draw(one, 940)
     assert "attempt 1: boot until the claim 10 min 00 s" in drawn
     assert 'class="part boot"' in bars.time_bar(one.hours, 940)
-    assert ("boot until the claim", "10 min 00 s") in [row[:2] for row in words.spent(one).rows]
-    assert "boot until the claim" in [row[0] for row in words.compared((one, one)).rows]
+    assert ("boot until the claim", "10 min 00 s") in [row[:2] for row in tables.spent(one).rows]
+    assert "boot until the claim" in [row[0] for row in tables.compared((one, one)).rows]
     said = checked(page.of_run(booted, one, made="now")).words
     assert said.count("boot until the claim") == 2
 
 
-def test_the_timeline_has_a_lane_for_each_place(run: Run) -> None:
+def test_the_timeline_has_a_lane_for_each_place(run: RunHistory) -> None:
     """With its price; and each attempt says how it ended, in words."""
     drawn = timeline.draw(account(run), 940)
     for leg in LEGS:
@@ -123,13 +123,13 @@ def test_the_timeline_has_a_lane_for_each_place(run: Run) -> None:
         assert said in drawn
 
 
-def test_a_timeline_s_parts_fill_each_bar(run: Run) -> None:
+def test_a_timeline_s_parts_fill_each_bar(run: RunHistory) -> None:
     """Their seconds are those of the attempt."""
     for one in account(run).attempts:
         assert sum(part.seconds for part in timeline.parts(one)) == pytest.approx(one.hours.paid_s)
 
 
-def test_curves_show_where_attempts_ended_and_what_was_redone(run: Run) -> None:
+def test_curves_show_where_attempts_ended_and_what_was_redone(run: RunHistory) -> None:
     """And the steps that were lost, as a line of their own."""
     loss, accuracy = panels(run)
     assert loss.losses == ((143, "1 lost"), (268, "2 preempted"), (290, "3 failed"))
@@ -171,7 +171,7 @@ def test_a_run_of_any_length_has_a_page(tmp_path: Path, steps: int) -> None:
     assert "no attempt knows its price" in text
 
 
-def test_two_runs_stand_beside_each_other(run: Run) -> None:
+def test_two_runs_stand_beside_each_other(run: RunHistory) -> None:
     """Facts in columns, curves in one frame."""
     one = account(run)
     text = page.of_two((run, run), (one, one), made="now")
@@ -181,9 +181,9 @@ def test_two_runs_stand_beside_each_other(run: Run) -> None:
     assert any(each == "Side by side" for each in found.words)
 
 
-def test_the_plan_and_what_it_was(run: Run) -> None:
+def test_the_plan_and_what_it_was(run: RunHistory) -> None:
     """Each promise with its difference."""
-    rows = words.promised(account(run))
+    rows = tables.promised(account(run))
     assert rows is not None
     told = {row[0]: row[1:] for row in rows.rows}
     assert told["dollars"] == ("41.00", "21.86", "-47%")

@@ -9,14 +9,15 @@ import pytest
 
 from tests.servers.stores import MemoryBucket
 from trainer.bucket import Bucket, open_run
-from trainer.bucket.attempt import Attempt, claim
-from trainer.bucket.commit import commit, prune
+from trainer.bucket.attempts import Attempt, claim
+from trainer.bucket.commit import commit
 from trainer.bucket.manifest import Manifest, committed
-from trainer.bucket.parts import Node, Skipped, Waiting, gather, upload_part
+from trainer.bucket.node_parts import Node, Skipped, Waiting, gather, upload_part
 from trainer.bucket.restore import restore
+from trainer.bucket.retention import prune
 from trainer.bucket.uploader import Uploader
 from trainer.errors import Superseded, Unavailable
-from trainer.job import Staged, mark_staged
+from trainer.staged import Staged, mark_staged
 
 NODES = 3
 

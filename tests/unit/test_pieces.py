@@ -11,7 +11,7 @@ import pytest
 from obstore.exceptions import GenericError
 from obstore.store import MemoryStore
 
-from trainer.bucket.pieces import WINDOW_BYTES, WINDOWS_AT_ONCE, Pieces
+from trainer.bucket.ranged_reads import WINDOW_BYTES, WINDOWS_AT_ONCE, Pieces
 from trainer.bucket.store import in_parallel
 
 SIZE = 3 * WINDOW_BYTES + 7

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.plan.rank import Plan, Wishes, parse_gpus, plan
+from launcher.plan.rank import Plan, PlanRequest, parse_gpus, plan
 from launcher.prices.offer import Offer, Prices, offer_of
 from launcher.prices.store import snapshot
+from trainer.architecture import known_architecture
 from trainer.errors import UserError
 from trainer.estimate import Workload, known_workload
 from trainer.hardware import usable_gib
-from trainer.memory import known_architecture
 from trainer.recipe import Recipe, load
 
 
@@ -37,7 +37,7 @@ def planned(
     what = recipe(name, *overrides)
     architecture = known_architecture(str(what.model_name_or_path))
     workload = known_workload(what) or Workload(rows=1000, tokens=512, source="a test")
-    return plan(what, architecture, prices, workload, Wishes.model_validate(wishes))
+    return plan(what, architecture, prices, workload, PlanRequest.model_validate(wishes))
 
 
 def test_rows_are_ranked_by_expected_dollars_and_the_first_is_chosen() -> None:

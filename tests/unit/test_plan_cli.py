@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from launcher.cli import cli
 from launcher.prices import store
+from trainer.durations import DurationParam
 from trainer.errors import UserError
-from trainer.hours import Hours
 
 
 @pytest.fixture
@@ -113,11 +113,11 @@ def test_files_on_this_machine_are_counted(run: CliRunner, tmp_path: Path) -> No
 @pytest.mark.parametrize(("text", "hours"), [("90m", 1.5), ("24h", 24.0), ("2d", 48.0), ("3", 3.0)])
 def test_times_are_read(text: str, hours: float) -> None:
     """Minutes, hours, days; a plain number is hours."""
-    assert Hours().convert(text, None, None) == hours
+    assert DurationParam().convert(text, None, None) == hours
 
 
 @pytest.mark.parametrize("text", ["", "0", "h", "1w", "-3h"])
 def test_times_that_cannot_be_are_refused(text: str) -> None:
     """With an example of what can."""
     with pytest.raises(click.BadParameter, match="90m, 24h or 2d"):
-        Hours().convert(text, None, None)
+        DurationParam().convert(text, None, None)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.prices.headers import LINE, named, prediction
+from launcher.plan.recipe_headers import LINE, named, prediction
 from trainer.recipe import load
 from trainer.recipe.yaml_file import RECIPES
 
 
 @pytest.mark.parametrize("name", named())
 def test_a_header_says_what_the_plan_says(name: str) -> None:
-    """Mended by `python -m launcher.prices.headers` when prices or estimates have changed."""
+    """Mended by `python -m launcher.plan.recipe_headers` when prices or estimates have changed."""
     told = LINE.findall((RECIPES / f"{name}.yaml").read_text())
     assert told == [prediction(load(name).recipe)]

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cloud.protocol import CatalogRow
 from launcher.prices import store
-from launcher.prices.offer import Row, offer_of
-from launcher.prices.table import Table, dump, parse, read
+from launcher.prices.offer import offer_of
+from launcher.prices.store import Table, dump, parse, read
 from trainer.hardware import known_gpu
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
-L4 = Row("gcp", "us-central1", "g2-standard-12", "L4", 1, 12, 48.0, 1.0005, 0.4001)
-A100 = Row("lambda", "us-east-1", "gpu_8x_a100", "A100", 8, 124, 1800.0, 15.92, None)
+L4 = CatalogRow("gcp", "us-central1", "g2-standard-12", "L4", 1, 12, 48.0, 1.0005, 0.4001)
+A100 = CatalogRow("lambda", "us-east-1", "gpu_8x_a100", "A100", 8, 124, 1800.0, 15.92, None)
 TABLE = Table(NOW, "a test", (L4, A100))
 
 

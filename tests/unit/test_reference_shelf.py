@@ -12,16 +12,16 @@ from obstore.store import MemoryStore
 from tests.servers.stores import MemoryBucket
 from tests.unit.test_uploader import Told
 from trainer.bucket import Bucket, Checked, list_runs, open_run
-from trainer.bucket.attempt import claim
-from trainer.bucket.reference import Shelf, open_shelf
+from trainer.bucket.attempts import claim
+from trainer.bucket.reference_cache import ReferenceCache, open_shelf
 from trainer.bucket.uploader import DRAIN_TRIES, Uploader
 from trainer.errors import BucketError
 from trainer.fit import fit
 from trainer.hardware import Shape
-from trainer.job import Staged, mark_staged, pending
 from trainer.recipe import Recipe, load
-from trainer.recipe.reference import reference_key
-from trainer.supervisor.reference import shelf_for
+from trainer.recipe.model import reference_key
+from trainer.staged import Staged, mark_staged, pending
+from trainer.supervisor.attempt import shelf_for
 
 LAPTOP = Shape(accelerator=None, count=0, memory_gib=None, cores=1, host_memory_gib=8.0, node="test")
 
@@ -37,7 +37,7 @@ def staged(
     return folder, Staged(folder=folder.name, step=0, kind="reference", details=details)
 
 
-def shelf(uri: str, run_id: str, attempt: int = 1) -> Shelf:
+def shelf(uri: str, run_id: str, attempt: int = 1) -> ReferenceCache:
     return open_shelf(uri, "recipe", run_id=run_id, attempt=attempt)
 
 
@@ -174,7 +174,7 @@ def test_the_uploader_shelves_the_newest_and_checkpoints_do_not_wait_for_ever(
     mark_staged(staging, Staged(folder="checkpoint-4", step=4))
     uploader = Uploader(
         bucket, claim(bucket, {}), staging, recipe_digest="r", keep=2, tell=told,
-        shelf=Shelf(keeps, "run", 1), poll_s=0.01, backoff=lambda _: 0.01,
+        shelf=ReferenceCache(keeps, "run", 1), poll_s=0.01, backoff=lambda _: 0.01,
     )  # fmt: skip
     uploader.start()
     told.wait_for("committed", 4)

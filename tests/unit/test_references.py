@@ -11,11 +11,11 @@ import pytest
 from launcher.checkpoints import references
 from tests.unit.test_checkpoints import Type, keys, launcher, save  # noqa: F401 (a fixture)
 from tests.unit.test_reference_shelf import dpo, staged
-from trainer.bucket import Bucket, attempt, open_run
-from trainer.bucket.reference import open_shelf, shelves
+from trainer.bucket import Bucket, attempts, open_run
+from trainer.bucket.reference_cache import open_shelf, shelves
 from trainer.recipe import Recipe, load
-from trainer.recipe.reference import reference_key
-from trainer.supervisor.record import write_or_compare
+from trainer.recipe.model import reference_key
+from trainer.run_record import write_or_compare
 
 WEEK = timedelta(days=7)
 OTHER = dpo("max_length=100")
@@ -32,7 +32,7 @@ class Folder:
         bucket = open_run(self.uri, name)
         write_or_compare(bucket, name, recipe, ())
         if done:
-            save(bucket, attempt.claim(bucket, {}), self.work / "staging", 4, "final")
+            save(bucket, attempts.claim(bucket, {}), self.work / "staging", 4, "final")
         return bucket
 
     def keep(self, name: str, recipe: Recipe, *, days: float = 0.0) -> None:
@@ -146,7 +146,7 @@ def test_a_run_that_cannot_be_read_keeps_all(tmp_path: Path, launcher: Type) -> 
     answer = launcher("prune", folder.uri, "--references", "--yes")
     assert (answer.code, "run.json cannot be read" in answer.err) == (2, True)
     assert folder.kept() == ["gone"]
-    save(strange, attempt.claim(strange, {}), tmp_path / "staging", 4, "final")
+    save(strange, attempts.claim(strange, {}), tmp_path / "staging", 4, "final")
     assert launcher("prune", folder.uri, "--references", "--yes").code == 0
     assert folder.kept() == []
 

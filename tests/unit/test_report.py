@@ -9,17 +9,19 @@ import pytest
 from rich.console import Console
 
 from launcher.render import change, duration, facts_table, list_table, size, to_json
-from launcher.runs.read import Attempt, Run
-from launcher.runs.report import draw, picture_path, summary
+from launcher.runs.run import AttemptHistory, RunHistory
+from launcher.runs.summary import draw, picture_path, summary
 from tests.fakes.runs import BEGIN, attempt_events
 from trainer.events import Event
 
 
-def a_run(*spans: tuple[int, int], method: str = "dpo", finished: str | None = BEGIN.isoformat()) -> Run:
+def a_run(
+    *spans: tuple[int, int], method: str = "dpo", finished: str | None = BEGIN.isoformat()
+) -> RunHistory:
     """Attempts over these spans of 40 steps."""
     end: Event = {"kind": "exported", "step": 40, "bytes": 2048, "weights_digest": "abcd"}
     attempts = [
-        Attempt(
+        AttemptHistory(
             number,
             tuple(
                 attempt_events(
@@ -34,7 +36,7 @@ def a_run(*spans: tuple[int, int], method: str = "dpo", finished: str | None = B
         )
         for number, (start, last) in enumerate(spans, 1)
     ]
-    return Run("a-run", "/runs/a-run", tuple(attempts), (10, 20, 30, 40), finished)
+    return RunHistory("a-run", "/runs/a-run", tuple(attempts), (10, 20, 30, 40), finished)
 
 
 def test_the_facts_of_a_preempted_run() -> None:
@@ -72,7 +74,7 @@ def test_an_unfinished_run_has_no_final_model() -> None:
 
 def test_a_run_without_steps_has_facts_too() -> None:
     """A run that died before its first step can be told of."""
-    facts = summary(Run("a-run", "/runs/a-run", (), ()))
+    facts = summary(RunHistory("a-run", "/runs/a-run", (), ()))
     assert (facts.train_loss, facts.test, facts.state) == (None, None, "new")
     assert facts_table(facts.rows(), title="a-run").row_count == len(facts.rows())
 

@@ -13,22 +13,22 @@ import yaml
 from launcher.cloud.fake import FakeCloud
 from launcher.local.follow import EXIT_CODES
 from launcher.local.follow import judge as judge_here
+from launcher.registry import submitted
+from launcher.registry.submitted import Sent
 from launcher.runs.limits import kept, refuse_used_up, unchanged
-from launcher.runs.read import Attempt, Run
-from launcher.submit import submissions
-from launcher.submit.launch import Desk, judge, submit
-from launcher.submit.order import Wanted, prepare
+from launcher.runs.run import AttemptHistory, RunHistory
+from launcher.submit.launch import SubmitContext, judge, submit
+from launcher.submit.prepare import SubmitOptions, prepare
 from launcher.submit.resume import flat, resume
-from launcher.submit.standing import table
-from launcher.submit.submissions import Sent
+from launcher.submit.status import table
 from tests.fakes.runs import attempt_events, write_commit, write_events
 from tests.unit.test_orders import _no_settings, order, shipped  # noqa: F401 (a fixture, used by being there)
 from tests.unit.test_submit import standing
+from trainer.accounting import Limits
 from trainer.errors import UserError
 from trainer.events import Event
 from trainer.recipe import load, names
-from trainer.spent import Limits
-from trainer.variables import BUDGET_USD, DEADLINE_H
+from trainer.task_variables import BUDGET_USD, DEADLINE_H
 
 TINY = "zephyr-tiny/dpo"
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -63,7 +63,7 @@ class Site:
             run_id="r", recipe=TINY, checkpoints=str(self.runs), kind="managed job", name="r", job_id=1,
             where="A100:8 spot on gcp", usd_per_h=1.0, submitted=1.0, options=options,
         )  # fmt: skip
-        submissions.remember(self.state, sent)
+        submitted.remember(self.state, sent)
 
     def resume(self, **given: Any) -> tuple[str, dict[str, Any]]:
         return resume("r", {**NOTHING, **given}, state=self.state, environ={})
@@ -85,10 +85,10 @@ def test_data_that_was_copied_to_the_nodes_is_found_here_again(site: Site, tmp_p
     record = {"recipe": recipe.model_dump(mode="json"), "recipe_digest": recipe.digest()}
     (site.runs / "r" / "run.json").write_text(json.dumps(record))
     site.remember()
-    sent = submissions.recall(site.state, "r", str(site.runs))
+    sent = submitted.recall(site.state, "r", str(site.runs))
     assert sent
     mounts = {"~/.aeolus/data/0/pairs.jsonl": str(data)}
-    submissions.remember(site.state, sent.model_copy(update={"mounts": mounts}))
+    submitted.remember(site.state, sent.model_copy(update={"mounts": mounts}))
     path, _options = site.resume()
     assert [each.id for each in load(path).recipe.dataset_mixture.datasets] == [str(data)]
 
@@ -152,7 +152,7 @@ def test_nothing_is_rented_for_a_budget_that_is_spent(
 ) -> None:
     """It would stop as soon as it had begun; a higher one is launched."""
     made = prepare(
-        Wanted(
+        SubmitOptions(
             source=TINY, checkpoints="gs://b/r", gpus="A100:8", infra=("slurm",), name="r", budget_usd=budget
         ),
         environ={"AEOLUS_USD_PER_H": "1"},
@@ -162,7 +162,7 @@ def test_nothing_is_rented_for_a_budget_that_is_spent(
     request = made.request.model_copy(update={"checkpoints": str(site.runs)})
     mine = type(made)(**{**vars(made), "request": request})
     cloud = FakeCloud(ends="failed")
-    desk = Desk(cloud=cloud, state=site.state, say=lambda _line: None, now=NOW.timestamp)
+    desk = SubmitContext(cloud=cloud, state=site.state, say=lambda _line: None, now=NOW.timestamp)
     if refused:
         with pytest.raises(UserError, match="has used up its budget") as caught:
             submit(mine, desk, detach=True)
@@ -171,13 +171,15 @@ def test_nothing_is_rented_for_a_budget_that_is_spent(
         return
     submit(mine, desk, detach=True)
     assert len(cloud.launched) == 1
-    remembered = submissions.recall(site.state, "r", str(site.runs))
+    remembered = submitted.recall(site.state, "r", str(site.runs))
     assert remembered
     assert (remembered.options["gpus"], remembered.options["infra"]) == ("A100:8", ["slurm"])
 
 
-def run_of(*attempts: list[Event]) -> Run:
-    return Run("r", "uri", tuple(Attempt(n, tuple(events)) for n, events in enumerate(attempts, 1)), (20,))
+def run_of(*attempts: list[Event]) -> RunHistory:
+    return RunHistory(
+        "r", "uri", tuple(AttemptHistory(n, tuple(events)) for n, events in enumerate(attempts, 1)), (20,)
+    )
 
 
 def test_a_run_at_work_keeps_its_limits_and_says_so() -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runs.read import Reader, Redone, Run, canonical, folder_of
+from launcher.addresses import canonical, folder_of
+from launcher.runs.run import Reader, Redone, RunHistory
 from tests.fakes.runs import attempt_events, write_commit, write_events
 from trainer.bucket import open_run
 from trainer.errors import BucketError
 
 
-def read(folder: Path) -> Run:
+def read(folder: Path) -> RunHistory:
     return Reader(open_run(str(folder), "a-run"), "a-run").read()
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import main
+from launcher.registry import submitted
+from launcher.registry.find import RunPlace, place
+from launcher.registry.submitted import Sent
 from launcher.runs import listing as listing_module
-from launcher.runs.find import Place, place
 from launcher.runs.listing import SILENT_S, listing
-from launcher.submit import submissions
-from launcher.submit.submissions import Sent
 from tests.fakes.journeys import LEGS, journey, write_journey
 from tests.fakes.runs import BEGIN, attempt_events, write_commit, write_events
 from trainer.bucket import open_run
@@ -93,26 +93,26 @@ def test_a_bucket_is_listed_like_a_folder(s3: str, capsys: pytest.CaptureFixture
 def submit(state: Path, checkpoints: str) -> None:
     facts = {"run_id": "a-run", "recipe": "r", "checkpoints": checkpoints, "kind": "cluster", "name": "a-run"}
     more = {"job_id": 1, "where": "gcp", "usd_per_h": None, "submitted": 0.0}
-    submissions.remember(state, Sent.model_validate({**facts, **more}))
+    submitted.remember(state, Sent.model_validate({**facts, **more}))
 
 
-def found(run: str, checkpoints: str | None, root: Path) -> Place:
+def found(run: str, checkpoints: str | None, root: Path) -> RunPlace:
     environ = {"AEOLUS_CHECKPOINTS": "s3://settings/runs"}
     return place(run, checkpoints, state=root / "state", environ=environ, cwd=root)
 
 
 def test_a_run_is_named_by_its_id_or_its_address(tmp_path: Path) -> None:
     """An address has its folder in it; an option goes before everything; the settings are the last resort."""
-    assert found("s3://b/p/a-run", None, tmp_path) == Place("s3://b/p", "a-run")
-    assert found("runs/a-run", None, tmp_path) == Place(str(tmp_path / "runs"), "a-run")
-    assert found("a-run", "s3://b/p/", tmp_path) == Place("s3://b/p", "a-run")
-    assert found("a-run", None, tmp_path) == Place("s3://settings/runs", "a-run")
+    assert found("s3://b/p/a-run", None, tmp_path) == RunPlace("s3://b/p", "a-run")
+    assert found("runs/a-run", None, tmp_path) == RunPlace(str(tmp_path / "runs"), "a-run")
+    assert found("a-run", "s3://b/p/", tmp_path) == RunPlace("s3://b/p", "a-run")
+    assert found("a-run", None, tmp_path) == RunPlace("s3://settings/runs", "a-run")
 
 
 def test_a_run_is_where_it_was_submitted_to(tmp_path: Path) -> None:
     """And one name in two places is asked after."""
     submit(tmp_path / "state", "gs://one")
-    assert found("a-run", None, tmp_path) == Place("gs://one", "a-run")
+    assert found("a-run", None, tmp_path) == RunPlace("gs://one", "a-run")
     submit(tmp_path / "state", "gs://two")
     with pytest.raises(UserError, match="2 runs are called a-run"):
         found("a-run", None, tmp_path)
@@ -121,11 +121,11 @@ def test_a_run_is_where_it_was_submitted_to(tmp_path: Path) -> None:
 def test_a_run_that_is_nowhere_is_said_so(tmp_path: Path) -> None:
     """With the command that lists what there is."""
     with pytest.raises(UserError, match="nothing of a run a-run") as caught:
-        Place(str(tmp_path), "a-run").read()
+        RunPlace(str(tmp_path), "a-run").read()
     assert "launcher runs" in (caught.value.hint or "")
 
 
 def test_a_run_with_a_commit_and_no_events_is_one(tmp_path: Path) -> None:
     """Its first attempt died before it could tell anything else."""
     write_commit(tmp_path / "a-run", "step-00000010")
-    assert Place(str(tmp_path), "a-run").read().commits == (10,)
+    assert RunPlace(str(tmp_path), "a-run").read().commits == (10,)

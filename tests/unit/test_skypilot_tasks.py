@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from launcher.cloud.faults import ABSENT, KNOWN
-from launcher.cloud.records import PHASES
 from launcher.cloud.skypilot import JOB_FIELDS
+from launcher.cloud.skypilot_errors import ABSENT, KNOWN
+from launcher.cloud.skypilot_records import PHASES
 from launcher.submit.task import cloud_name
 from tests.e2e.lab import catalogs
 from tests.unit.test_orders import order

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from trainer.accounting import Limits, Spent, age_h, of_attempt, of_run, standing, used_up
 from trainer.events import Event
-from trainer.spent import Limits, Spent, age_h, of_attempt, of_run, standing, used_up
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 

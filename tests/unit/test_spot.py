@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.plan import spot
-from launcher.plan.spot import Spot, best_interval, daly, market, save_steps, spot_expectation
+from launcher.plan.spot import (
+    SpotOutlook,
+    best_interval,
+    daly,
+    market,
+    save_steps,
+    spot_expectation,
+)
 
 H = 3600.0
 USUAL: dict[str, Any] = {
@@ -33,7 +40,7 @@ runs = st.fixed_dictionaries(
 )
 
 
-def expect(**changes: Any) -> Spot:
+def expect(**changes: Any) -> SpotOutlook:
     return spot_expectation(**{**USUAL, **changes})
 
 

@@ -11,18 +11,26 @@ from pathlib import Path
 import pytest
 
 from tests.servers.stores import MemoryBucket
-from trainer.bucket.attempt import claim
+from trainer.bucket.attempts import claim
 from trainer.bucket.commit import commit
+from trainer.disk_full import is_full, room_in
 from trainer.errors import ExitCode, NoRoom
 from trainer.hardware import available_bytes
-from trainer.job import Staged
-from trainer.room import is_full, room_in
-from trainer.supervisor.staging import Folders, Room, Size, Wanted, expected_size, folders, place
+from trainer.staged import Staged
+from trainer.supervisor.staging import (
+    Capacity,
+    Folders,
+    Size,
+    Wanted,
+    expected_size,
+    folders,
+    place,
+)
 
 GB = 10**9
 COMMITTED = Size(10 * GB, "as committed at step 100", measured=True)
 BOUND = Size(10 * GB, "at most", measured=False)
-PLENTY = Room(disk=1000 * GB, tmpfs=500 * GB, memory=400 * GB)
+PLENTY = Capacity(disk=1000 * GB, tmpfs=500 * GB, memory=400 * GB)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +52,7 @@ PLENTY = Room(disk=1000 * GB, tmpfs=500 * GB, memory=400 * GB)
     ],
 )
 def test_memory_is_taken_if_three_checkpoints_fit(
-    size: Size | None, room: Room, wanted: Wanted, staging: str, restored: str
+    size: Size | None, room: Capacity, wanted: Wanted, staging: str, restored: str
 ) -> None:
     """Else disk; what was asked for by name is kept to, and a bound that is too large refuses nothing."""
     placed = place(size, room, wanted)
@@ -54,13 +62,13 @@ def test_memory_is_taken_if_three_checkpoints_fit(
 @pytest.mark.parametrize(
     ("room", "wanted"),
     [
-        (Room(disk=40 * GB - 1, tmpfs=29 * GB, memory=100 * GB), "auto"),
-        (Room(disk=9 * GB, tmpfs=100 * GB, memory=100 * GB), "auto"),
-        (Room(disk=40 * GB - 1, tmpfs=100 * GB, memory=100 * GB), "disk"),
-        (Room(disk=400 * GB, tmpfs=100 * GB, memory=40 * GB - 1), "tmpfs"),
+        (Capacity(disk=40 * GB - 1, tmpfs=29 * GB, memory=100 * GB), "auto"),
+        (Capacity(disk=9 * GB, tmpfs=100 * GB, memory=100 * GB), "auto"),
+        (Capacity(disk=40 * GB - 1, tmpfs=100 * GB, memory=100 * GB), "disk"),
+        (Capacity(disk=400 * GB, tmpfs=100 * GB, memory=40 * GB - 1), "tmpfs"),
     ],
 )
-def test_a_checkpoint_that_fits_nowhere_is_refused_with_the_numbers(room: Room, wanted: Wanted) -> None:
+def test_a_checkpoint_that_fits_nowhere_is_refused_with_the_numbers(room: Capacity, wanted: Wanted) -> None:
     """Before training, for another machine to do better: what is needed, what there is, what to do."""
     with pytest.raises(NoRoom, match=r"3 checkpoints of 10\.00 GB \(as committed at step 100\)") as caught:
         place(COMMITTED, room, wanted)
@@ -97,7 +105,7 @@ def test_the_size_is_that_of_the_newest_commit(tmp_path: Path) -> None:
     assert expected_size(bucket, str(model), 300) == Size(200, "as committed at step 2", measured=True)
 
 
-def staged_in(found: Folders, room: Room, wanted: Wanted = "auto") -> Path:
+def staged_in(found: Folders, room: Capacity, wanted: Wanted = "auto") -> Path:
     found.make(place(COMMITTED, room, wanted))
     staging = found.work / "staging"
     (staging / "checkpoint-1").mkdir()

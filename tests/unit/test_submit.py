@@ -11,16 +11,17 @@ import psutil
 import pytest
 
 from launcher.cloud.fake import FakeCloud
-from launcher.cloud.protocol import Kind, Phase, Standing
-from launcher.image.builders import Wishes
-from launcher.local.follow import Answer, Ending
-from launcher.local.process import Home, Record
-from launcher.runs.read import Reader, Run
-from launcher.submit import submissions
-from launcher.submit.launch import Desk, judge, submit
-from launcher.submit.order import Order
-from launcher.submit.submissions import Sent
-from launcher.submit.task import Candidate, Request, task_config
+from launcher.cloud.protocol import JobStatus, Kind, Phase
+from launcher.image.builders import BuildOptions
+from launcher.local.follow import Ending
+from launcher.registry import submitted
+from launcher.registry.local import Home, LocalRecord
+from launcher.registry.submitted import Sent
+from launcher.runs.run import Reader, RunHistory
+from launcher.submit.launch import SubmitContext, judge, submit
+from launcher.submit.prepare import Order
+from launcher.submit.task import Candidate, TaskSpec, task_config
+from launcher.terminal import Answer
 from tests.fakes.runs import attempt_events, write_commit, write_events
 from tests.unit.test_task import BASE
 from trainer.bucket import open_run
@@ -30,9 +31,9 @@ NAME = "a-run"
 PLACE = Candidate(infra="gcp", accelerators="A100:8", use_spot=True)
 
 
-def standing(phase: Phase = "running", *, kind: Kind = "managed job", **given: Any) -> Standing:
+def standing(phase: Phase = "running", *, kind: Kind = "managed job", **given: Any) -> JobStatus:
     some = {"kind": kind, "name": NAME, "job_id": 3, "phase": phase, "said": phase.upper()}
-    return Standing.model_validate({**some, **given})
+    return JobStatus.model_validate({**some, **given})
 
 
 class Scripted(FakeCloud):
@@ -43,14 +44,14 @@ class Scripted(FakeCloud):
         self.phases = list(phases)
         self.interrupted = False
 
-    def logs(self, standing: Standing, say: Any, *, follow: bool, tail: int = 0) -> None:
+    def logs(self, standing: JobStatus, say: Any, *, follow: bool, tail: int = 0) -> None:
         super().logs(standing, say, follow=follow, tail=tail)
         if self.interrupted:
             self.interrupted = False
             raise KeyboardInterrupt
         self._next()
 
-    def tried(self, standing: Standing) -> Sequence[str]:
+    def tried(self, standing: JobStatus) -> Sequence[str]:
         lines = super().tried(standing)
         self._next()
         return lines
@@ -69,11 +70,11 @@ class Site:
         self.runs = root / "runs"
         self.state = root / "state"
         self.said: list[str] = []
-        self.wishes: Wishes | None = None
-        self.built: list[Wishes] = []
+        self.wishes: BuildOptions | None = None
+        self.built: list[BuildOptions] = []
 
     def order(self, *, managed: bool = True) -> Order:
-        request = Request(run_id=NAME, recipe="r", checkpoints=str(self.runs), candidates=(PLACE,))
+        request = TaskSpec(run_id=NAME, recipe="r", checkpoints=str(self.runs), candidates=(PLACE,))
         return Order(
             recipe="zephyr-7b/dpo_full",
             request=request,
@@ -88,8 +89,8 @@ class Site:
 
     def submit(
         self, cloud: FakeCloud, *, managed: bool = True, detach: bool = False, answer: Answer | None = None
-    ) -> tuple[Ending, Run]:
-        desk = Desk(
+    ) -> tuple[Ending, RunHistory]:
+        desk = SubmitContext(
             cloud=cloud,
             state=self.state,
             say=self.said.append,
@@ -101,7 +102,7 @@ class Site:
         return submit(self.order(managed=managed), desk, detach=detach)
 
     def sent(self) -> Sent | None:
-        return submissions.recall(self.state, NAME, str(self.runs))
+        return submitted.recall(self.state, NAME, str(self.runs))
 
     def trained(self, *, end: dict[str, Any] | None = None, done: bool = False) -> None:
         folder = self.runs / NAME
@@ -140,7 +141,7 @@ def test_the_bucket_says_that_it_is_done(site: Site) -> None:
     """A final model that is committed is what done means."""
 
     class Trains(Scripted):
-        def logs(self, standing: Standing, say: Any, *, follow: bool, tail: int = 0) -> None:
+        def logs(self, standing: JobStatus, say: Any, *, follow: bool, tail: int = 0) -> None:
             site.trained(done=True)
             super().logs(standing, say, follow=follow, tail=tail)
 
@@ -187,8 +188,8 @@ def test_a_run_of_this_name_in_another_bucket_is_not_taken_for_it(site: Site) ->
     site.submit(cloud, detach=True)
     sent = site.sent()
     assert sent
-    submissions.forget(site.state, sent)
-    submissions.remember(site.state, sent.model_copy(update={"checkpoints": "gs://other/runs"}))
+    submitted.forget(site.state, sent)
+    submitted.remember(site.state, sent.model_copy(update={"checkpoints": "gs://other/runs"}))
     with pytest.raises(UserError, match="gs://other/runs") as refused:
         site.submit(cloud)
     assert "--name" in str(refused.value)
@@ -199,7 +200,7 @@ def test_a_run_that_is_at_work_here_is_not_sent_away(site: Site) -> None:
     home = Home.of(site.state, NAME, str(site.runs))
     with home.locked():
         home.remember(
-            Record(
+            LocalRecord(
                 run_id=NAME,
                 recipe="r",
                 checkpoints=str(site.runs),
@@ -325,7 +326,7 @@ def test_no_line_names_a_secret(site: Site) -> None:
 
 def test_an_image_is_made_when_a_machine_is_rented_for_it(site: Site) -> None:
     """Before SkyPilot is asked, and not again for a run that is at work."""
-    site.wishes = Wishes(registry="ghcr.io/me", push=True)
+    site.wishes = BuildOptions(registry="ghcr.io/me", push=True)
     cloud = FakeCloud()
     site.submit(cloud, detach=True)
     site.submit(cloud, detach=True)
@@ -335,10 +336,10 @@ def test_an_image_is_made_when_a_machine_is_rented_for_it(site: Site) -> None:
 
 def test_an_image_that_cannot_be_made_rents_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """The builder's message is the answer, and no record of a submission is left."""
-    site.wishes = Wishes(registry="ghcr.io/me", push=True)
+    site.wishes = BuildOptions(registry="ghcr.io/me", push=True)
     cloud = FakeCloud()
 
-    def fails(_wishes: Wishes) -> None:
+    def fails(_wishes: BuildOptions) -> None:
         raise UserError("nothing here can build an image")
 
     monkeypatch.setattr(site, "built", type("Fails", (), {"append": staticmethod(fails)}))

@@ -13,7 +13,7 @@ import yaml
 
 from launcher.cli import main
 from launcher.cloud.fake import FakeCloud
-from launcher.cloud.protocol import Say, Standing
+from launcher.cloud.protocol import JobStatus, Say
 from launcher.settings import VARIABLES
 from tests.fakes.runs import attempt_events
 from trainer.bucket import open_run
@@ -151,7 +151,7 @@ def test_logs_go_to_stdout(user: User) -> None:
     """Also while the adapter sends what SkyPilot prints elsewhere."""
 
     class Redirects(FakeCloud):
-        def logs(self, standing: Standing, say: Say, *, follow: bool, tail: int = 0) -> None:
+        def logs(self, standing: JobStatus, say: Say, *, follow: bool, tail: int = 0) -> None:
             with contextlib.redirect_stdout(sys.stderr):
                 super().logs(standing, say, follow=follow, tail=tail)
 

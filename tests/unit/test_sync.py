@@ -12,12 +12,12 @@ from tests.servers.s3 import FaultyS3
 from tests.servers.stores import MemoryBucket
 from trainer.bucket import Bucket, open_run
 from trainer.bucket.address import Patience
-from trainer.bucket.attempt import Attempt, claim
+from trainer.bucket.attempts import Attempt, claim
 from trainer.bucket.commit import commit
 from trainer.bucket.manifest import Manifest, commit_key, committed, final
 from trainer.bucket.restore import CorruptCheckpoint, fetch, restore
 from trainer.errors import Superseded, Unavailable
-from trainer.job import Staged
+from trainer.staged import Staged
 
 SHORT = Patience(open_s=0.5, transfer_s=0.3, request_s=2.0)
 FILES = {"model.safetensors": b"weights", "empty": b"", "global_step/rank_0.pt": b"optimizer"}

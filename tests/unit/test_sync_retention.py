@@ -10,12 +10,13 @@ import pytest
 from tests.servers.stores import MemoryBucket
 from tests.unit.test_sync import bucket, no_rejects, save
 from trainer.bucket import Bucket, open_run
-from trainer.bucket.attempt import Attempt, claim
-from trainer.bucket.commit import commit, prune
+from trainer.bucket.attempts import Attempt, claim
+from trainer.bucket.commit import commit
 from trainer.bucket.manifest import checkpoint_key, commit_key, committed
 from trainer.bucket.restore import restore
+from trainer.bucket.retention import prune
 from trainer.errors import Superseded
-from trainer.job import Staged
+from trainer.staged import Staged
 
 __all__ = ["bucket"]
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from launcher.plan.rank import Plan
-from launcher.submit.task import Candidate, Request, candidates, cloud_name, task_config, to_yaml
+from launcher.submit.task import Candidate, TaskSpec, candidates, cloud_name, task_config, to_yaml
 from tests.unit.test_plan import planned
 from trainer.errors import RecipeError, UserError
 
@@ -37,14 +37,14 @@ SPOT = Candidate(infra="gcp", accelerators="A100:8", use_spot=True, instance_typ
 LAMBDA = Candidate(infra="lambda", accelerators="A100:8", use_spot=False, instance_type="gpu_8x_a100")
 
 
-def request(**given: object) -> Request:
+def request(**given: object) -> TaskSpec:
     some = {
         "run_id": "a-run",
         "recipe": "zephyr-7b/dpo_full",
         "checkpoints": "gs://b/runs",
         "candidates": (SPOT,),
     }
-    return Request.model_validate({**some, **given})
+    return TaskSpec.model_validate({**some, **given})
 
 
 def test_a_request_is_the_whole_task() -> None:

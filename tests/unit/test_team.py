@@ -14,17 +14,17 @@ import pytest
 
 from tests.harness import wait_until
 from tests.servers.stores import MemoryBucket
-from trainer.bucket.attempt import Attempt, claim
+from trainer.bucket.attempts import Attempt, claim
 from trainer.bucket.commit import commit
 from trainer.errors import ExitCode, NoFit, Unavailable, UserError
 from trainer.fit import fit
 from trainer.hardware import Shape
-from trainer.job import Outcome, Staged
+from trainer.job import Outcome
 from trainer.recipe import load
+from trainer.staged import Staged
+from trainer.supervisor.team.connection import End, Link, Noticed, Ready, Rhythm
 from trainer.supervisor.team.leader import Leader
-from trainer.supervisor.team.link import Link, Rhythm
 from trainer.supervisor.team.member import Dismissed, Member
-from trainer.supervisor.team.messages import End, Noticed, Ready
 from trainer.supervisor.team.position import Position, position
 
 SHAPE = Shape(accelerator="A100", count=8, memory_gib=40.0, cores=96, host_memory_gib=900.0, node="zero")

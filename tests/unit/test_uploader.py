@@ -14,11 +14,11 @@ from tests.servers.s3 import FaultyS3
 from tests.servers.stores import Down, MemoryBucket
 from trainer.bucket import Bucket, Checked, open_run
 from trainer.bucket.address import Patience
-from trainer.bucket.attempt import Attempt, claim
+from trainer.bucket.attempts import Attempt, claim
 from trainer.bucket.manifest import Manifest, committed, final
 from trainer.bucket.uploader import DRAIN_TRIES, Uploader, backoff_s
 from trainer.errors import BucketError, Superseded, Unavailable
-from trainer.job import Staged, mark_staged, pending
+from trainer.staged import Staged, mark_staged, pending
 
 
 class Told:

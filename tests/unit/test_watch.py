@@ -18,16 +18,16 @@ import pytest
 from rich.console import Console
 
 from launcher.cloud.fake import FakeCloud
-from launcher.cloud.protocol import Phase, Standing
-from launcher.local.process import Home, Record
-from launcher.runs.find import Place
-from launcher.submit import submissions
-from launcher.submit.submissions import Sent
+from launcher.cloud.protocol import JobStatus, Phase
+from launcher.registry import submitted as submissions
+from launcher.registry.find import RunPlace
+from launcher.registry.local import Home, LocalRecord
+from launcher.registry.submitted import Sent
 from launcher.watch import follow
-from launcher.watch.braille import MARGIN, Line, plot
-from launcher.watch.facts import line
-from launcher.watch.source import ASK_EVERY_S, Seen, Source
-from launcher.watch.view import View
+from launcher.watch.braille import MARGIN, BrailleCurve, plot
+from launcher.watch.state import ASK_EVERY_S, RunSnapshot, Source
+from launcher.watch.text import line
+from launcher.watch.view import RunView
 from tests.fakes.journeys import BEGIN, LEGS, PLAN, Leg, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
 from tests.harness import ROOT, wait_until
@@ -59,12 +59,12 @@ class Site:
         more = {"job_id": 3, "where": "gcp", "usd_per_h": 13.18, "submitted": BEGIN.timestamp()}
         submissions.remember(self.state, Sent.model_validate({**facts, **more}))
         said = {"kind": "managed job", "name": "a-run", "job_id": 3, "phase": phase, "said": phase.upper()}
-        self.cloud.standings["managed job", "a-run"] = Standing.model_validate(said)
+        self.cloud.standings["managed job", "a-run"] = JobStatus.model_validate(said)
 
     def source(self) -> Source:
-        return Source(Place(str(self.runs), "a-run"), lambda: self.cloud, state=self.state)
+        return Source(RunPlace(str(self.runs), "a-run"), lambda: self.cloud, state=self.state)
 
-    def look(self, after_s: float = 0.0) -> Seen:
+    def look(self, after_s: float = 0.0) -> RunSnapshot:
         return self.source().look(self.now + after_s)
 
 
@@ -73,10 +73,10 @@ def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
 
 
-def drawn(seen: Seen, width: int = 110) -> str:
+def drawn(seen: RunSnapshot, width: int = 110) -> str:
     console = Console(width=width, file=io.StringIO())
     with console.capture() as captured:
-        console.print(View(seen, rows=30))
+        console.print(RunView(seen, rows=30))
     return captured.get()
 
 
@@ -97,7 +97,7 @@ def test_the_screen_is_never_too_low_for_it(site: Site, width: int, rows: int) -
     """What is below the curves is always seen: they give way."""
     console = Console(width=width, file=io.StringIO())
     with console.capture() as captured:
-        console.print(View(site.look(), hint="q leaves", rows=rows))
+        console.print(RunView(site.look(), hint="q leaves", rows=rows))
     told = captured.get().rstrip().splitlines()
     assert told[-1].strip() == "q leaves"
     assert len(told) <= rows
@@ -173,7 +173,7 @@ def test_a_recovery_on_this_machine_is_at_work(site: Site) -> None:
     home = Home.of(site.state, "a-run", str(site.runs))
     home.path.mkdir(parents=True)
     ours = psutil.Process()
-    record = Record(
+    record = LocalRecord(
         run_id="a-run",
         recipe="r",
         checkpoints=str(site.runs),
@@ -198,7 +198,7 @@ def test_a_run_from_elsewhere_that_fell_silent_is_not_at_work(site: Site) -> Non
 
 def test_a_run_that_has_not_begun_can_be_watched(tmp_path: Path) -> None:
     """The first machine may take its time."""
-    seen = Source(Place(str(tmp_path), "new"), FakeCloud, state=tmp_path / "state").look(0.0)
+    seen = Source(RunPlace(str(tmp_path), "new"), FakeCloud, state=tmp_path / "state").look(0.0)
     assert "nothing was heard of it yet" in drawn(seen)
     assert "nothing was heard of it yet" in line(seen)
 
@@ -215,7 +215,7 @@ def test_only_what_has_grown_is_read_again(s3: str, faulty_s3: FaultyS3, tmp_pat
 
     put(attempt_events(1, start=0, last=14, total_steps=40))
     put(attempt_events(2, start=10, last=20, total_steps=40))
-    source = Source(Place(s3, "a-run"), FakeCloud, state=tmp_path)
+    source = Source(RunPlace(s3, "a-run"), FakeCloud, state=tmp_path)
     source.look(0.0)
     read = [seen.key for seen in faulty_s3.requests if seen.method == "GET" and seen.key.endswith(".jsonl")]
     assert len(read) == 2
@@ -237,7 +237,9 @@ def test_a_curve_goes_from_corner_to_corner() -> None:
     """The first value is at the lower left, the last at the upper right."""
     rows = [
         row.plain
-        for row in plot([Line([(0, 0.0), (10, 1.0)], "cyan")], width=MARGIN + 10, height=6, last_step=10)
+        for row in plot(
+            [BrailleCurve([(0, 0.0), (10, 1.0)], "cyan")], width=MARGIN + 10, height=6, last_step=10
+        )
     ]
     assert rows[0].endswith("⠊") or rows[0].rstrip()[-1] > "⠀"
     assert rows[-2][MARGIN] > "⠀"
@@ -250,7 +252,7 @@ def test_a_curve_goes_from_corner_to_corner() -> None:
 def test_strange_curves_are_plotted(values: list[float]) -> None:
     """Whatever there is fits the frame."""
     rows = plot(
-        [Line(list(enumerate(values)), "cyan"), Line([], "red", "o")],
+        [BrailleCurve(list(enumerate(values)), "cyan"), BrailleCurve([], "red", "o")],
         width=30,
         height=5,
         last_step=2,
@@ -277,7 +279,7 @@ def test_lines_are_told_when_something_changes(site: Site) -> None:
     """Until the run is over; the same twice is told once."""
     source, moments = site.source(), iter(range(100))
 
-    def look(now: float) -> Seen:
+    def look(now: float) -> RunSnapshot:
         if now == 2:
             write_journey(
                 site.runs / "a-run", journey((*RUNNING, Leg("nebius/eu-north1", "spot", 11.84, 478, "done")))

@@ -14,8 +14,8 @@ from trainer.bucket.manifest import File, Manifest
 from trainer.bucket.restore import Restored
 from trainer.events import Event, EventLog, of_kind, parse
 from trainer.recipe import Recipe
-from trainer.supervisor.narrator import Narrator
-from trainer.supervisor.window import GCP_SPOT, Pace, Save, Window, verdict
+from trainer.supervisor.reporter import Reporter
+from trainer.supervisor.save_window import GCP_SPOT, Save, SaveHistory, Window, verdict
 
 GB = 10**9
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -63,7 +63,7 @@ def event(kind: str, at_s: float = 0.0, **fields: Any) -> Event:
 
 def test_nothing_is_known_before_an_upload_was_measured() -> None:
     """A size alone says nothing of time."""
-    pace = Pace()
+    pace = SaveHistory()
     pace.add(event("restored", bytes=100, seconds=1.0))
     pace.add(event("saved", stall_s=1.0))
     assert pace.save() is None
@@ -71,7 +71,7 @@ def test_nothing_is_known_before_an_upload_was_measured() -> None:
 
 def test_the_slowest_of_the_last_three_counts() -> None:
     """Rates, stalls and steps vary, and a machine that goes does not choose its moment."""
-    pace = Pace()
+    pace = SaveHistory()
     for seconds in (9.0, 1.0, 2.0, 1.5):
         pace.add(event("committed", bytes=100, seconds=seconds))
         pace.add(event("saved", stall_s=seconds / 10))
@@ -82,7 +82,7 @@ def test_the_slowest_of_the_last_three_counts() -> None:
 
 def test_time_between_attempts_is_no_step() -> None:
     """What lies between two lives of a run is not the length of a step."""
-    pace = Pace()
+    pace = SaveHistory()
     pace.add(event("committed", bytes=100, seconds=1.0))
     pace.add(event("step", 0.0, step=5))
     pace.add(event("started", 3600.0))
@@ -116,7 +116,7 @@ class Told:
     def __init__(self, folder: Path, window: Window | None, clock: Callable[[], float]) -> None:
         self._data = b""
         self._log = EventLog(2, self._keep)
-        self.narrator = Narrator(
+        self.narrator = Reporter(
             self._log, RECIPE, folder / "steps.jsonl", window=lambda: window, clock=clock
         )
 
@@ -183,7 +183,7 @@ def test_workers_are_taken_for_stuck_by_what_they_have_taken_before() -> None:
     def step(number: int, at_s: float) -> Event:
         return {"kind": "step", "step": number, "time": (BEGAN + timedelta(seconds=at_s)).isoformat()}
 
-    pace = Pace()
+    pace = SaveHistory()
     assert pace.stuck_s() == 7200.0
     pace.add(step(1, 0.0))
     pace.add(step(2, 100.0))

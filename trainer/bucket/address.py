@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
-from datetime import timedelta
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from obstore.exceptions import BaseError
 from obstore.store import GCSStore, LocalStore, S3Store
 
-from trainer.bucket.credentials import shared_file
-from trainer.bucket.faults import sort_fault
+from trainer.bucket.store_errors import sort_fault
 from trainer.errors import BucketError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Patience(NamedTuple):
     """One try of one request; a part of 8 MiB must get through in it, also over a slow line."""
 
 
-class Place(NamedTuple):
+class BucketAddress(NamedTuple):
     """A URI taken apart."""
 
     scheme: Literal["s3", "gs", "file"]
@@ -50,11 +51,11 @@ class Place(NamedTuple):
             return self.path
         return f"{self.scheme}://{self.bucket}/{self.path}".rstrip("/")
 
-    def child(self, name: str) -> Place:
+    def child(self, name: str) -> BucketAddress:
         return self._replace(path=f"{self.path.rstrip('/')}/{name}" if self.path else name)
 
 
-def parse(uri: str) -> Place:
+def parse(uri: str) -> BucketAddress:
     """Take a URI apart; a folder may be relative and may begin with `~`.
 
     Raises:
@@ -65,19 +66,21 @@ def parse(uri: str) -> Place:
         bucket, _, prefix = rest.partition("/")
         if not bucket:
             raise BucketError(f"{uri} names no bucket", hint=VALID)
-        return Place("s3" if scheme == "s3" else "gs", bucket, "/".join(filter(None, prefix.split("/"))))
+        return BucketAddress(
+            "s3" if scheme == "s3" else "gs", bucket, "/".join(filter(None, prefix.split("/")))
+        )
     if separator and scheme == "file":
-        return Place("file", "", _absolute(rest))
+        return BucketAddress("file", "", _absolute(rest))
     if not uri or separator or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri):
         raise BucketError(f"{uri!r} is no address of a bucket that is known here", hint=VALID)
-    return Place("file", "", _absolute(uri))
+    return BucketAddress("file", "", _absolute(uri))
 
 
 def _absolute(folder: str) -> str:
     return str(Path(folder).expanduser().absolute())
 
 
-def connect(place: Place, patience: Patience, *, opening: bool = False) -> ObjectStore:
+def connect(place: BucketAddress, patience: Patience, *, opening: bool = False) -> ObjectStore:
     """A store whose keys are relative to `place`; for a bucket, nothing is sent yet.
 
     Raises:
@@ -116,7 +119,7 @@ def _retry(total_s: float) -> RetryConfig:
     }
 
 
-def _client(place: Place, request_s: float) -> ClientConfig:
+def _client(place: BucketAddress, request_s: float) -> ClientConfig:
     client: ClientConfig = {
         "timeout": timedelta(seconds=request_s),
         "connect_timeout": timedelta(seconds=min(10.0, request_s)),
@@ -126,3 +129,63 @@ def _client(place: Place, request_s: float) -> ClientConfig:
     if endpoint.startswith("http://"):
         client["allow_http"] = True
     return client
+
+
+if TYPE_CHECKING:
+    from obstore.store import S3Credential
+
+READ_AGAIN = timedelta(seconds=30)
+"""obstore asks anew for what lives shorter than 5 minutes: at each request, at most every 0.1 s."""
+
+
+class SharedFile:
+    """A profile of the file that `aws configure` writes, read again whenever obstore asks."""
+
+    def __init__(self, path: Path, profile: str) -> None:
+        self._path = path
+        self._profile = profile
+
+    def __call__(self) -> S3Credential:
+        """What the file says now.
+
+        Raises:
+            OSError, ValueError: the file cannot be read, or lacks the profile or one of its keys; quotes no value.
+        """
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read_string(self._path.read_text())
+        except configparser.Error:
+            raise ValueError(f"{self._path} is no credentials file") from None
+        if not parser.has_section(self._profile):
+            raise ValueError(f"{self._path} has no credentials of profile {self._profile}")
+        section = parser[self._profile]
+        missing = [key for key in ("aws_access_key_id", "aws_secret_access_key") if not section.get(key)]
+        if missing:
+            raise ValueError(f"{self._path} has no {missing[0]} in profile {self._profile}")
+        return {
+            "access_key_id": section["aws_access_key_id"],
+            "secret_access_key": section["aws_secret_access_key"],
+            "token": section.get("aws_session_token"),
+            "expires_at": datetime.now(UTC) + READ_AGAIN,
+        }
+
+
+def shared_file(environ: Mapping[str, str] = os.environ) -> SharedFile | None:
+    """The file that AWS's own tools would read; None where the environment or the machine gives credentials.
+
+    Raises:
+        OSError, ValueError: a file or profile was named, but is not there or is not whole.
+    """
+    if environ.get("AWS_ACCESS_KEY_ID") or environ.get("AWS_SECRET_ACCESS_KEY"):
+        return None
+    named = environ.get("AWS_SHARED_CREDENTIALS_FILE")
+    path = Path(named or "~/.aws/credentials").expanduser()
+    profile = environ.get("AWS_PROFILE")
+    found = SharedFile(path, profile or "default")
+    try:
+        found()
+    except (OSError, ValueError):
+        if named or profile:
+            raise
+        return None
+    return found

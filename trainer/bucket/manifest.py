@@ -110,7 +110,7 @@ class Manifest(BaseModel):
         return None
 
 
-class Listed(Protocol):
+class CommittedFiles(Protocol):
     """Files of a bucket, with where they lie."""
 
     @property

@@ -9,9 +9,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.bucket.manifest import File, Listed, Manifest, Unreadable, commit_key, commits, read, sizes
-from trainer.bucket.store import SMALL_AT_ONCE, Bucket, Checked, in_parallel, nobody
-from trainer.errors import UserError
+from trainer.bucket.manifest import (
+    FINAL_PREFIX,
+    CommittedFiles,
+    File,
+    Manifest,
+    Unreadable,
+    commit_key,
+    commits,
+    final,
+    read,
+    sizes,
+)
+from trainer.bucket.store import (
+    SMALL_AT_ONCE,
+    Bucket,
+    Checked,
+    ignore_progress,
+    in_parallel,
+    open_run,
+)
+from trainer.errors import ModelError, UserError
 
 log = logging.getLogger(__name__)
 FILES_AT_ONCE = SMALL_AT_ONCE
@@ -37,7 +55,7 @@ def restore(
     into: Path,
     reject: Callable[[int, str], None],
     trying: Callable[[Manifest], None] = lambda _: None,
-    tell: Tell = nobody,
+    tell: Tell = ignore_progress,
 ) -> Restored | None:
     """Bring the newest checkpoint that verifies.
 
@@ -70,7 +88,9 @@ def restore(
     return None
 
 
-def restore_named(bucket: Bucket, step: int, attempt: int, into: Path, tell: Tell = nobody) -> Restored:
+def restore_named(
+    bucket: Bucket, step: int, attempt: int, into: Path, tell: Tell = ignore_progress
+) -> Restored:
     """Bring the checkpoint of a step that an attempt committed, to `into/checkpoint-<step>`; `tell` as in `fetch`.
 
     Raises:
@@ -95,7 +115,7 @@ def _bring_whole(bucket: Bucket, manifest: Manifest, into: Path, began: float, t
     return Restored(manifest, path, manifest.size, time.monotonic() - began)
 
 
-def fetch(bucket: Bucket, manifest: Listed, into: Path, tell: Tell = nobody) -> None:
+def fetch(bucket: Bucket, manifest: CommittedFiles, into: Path, tell: Tell = ignore_progress) -> None:
     """Bring a manifest's files; `into` appears when all have verified, or not at all.
 
     `tell` hears the bytes of each piece on the threads that move them; what it raises ends it all.
@@ -130,7 +150,7 @@ def mismatch(key: str, file: File, got: Checked | None) -> str | None:
     )
 
 
-def _bring(bucket: Bucket, manifest: Listed, file: File, into: Path, tell: Tell) -> None:
+def _bring(bucket: Bucket, manifest: CommittedFiles, file: File, into: Path, tell: Tell) -> None:
     key = manifest.prefix + file.path
     try:
         got = bucket.download(key, into / file.path, tell)
@@ -140,3 +160,23 @@ def _bring(bucket: Bucket, manifest: Listed, file: File, into: Path, tell: Tell)
         raise CorruptCheckpoint(
             reason, hint="the copy in the bucket is damaged; an older checkpoint may be whole"
         )
+
+
+def find_exported(uri: str) -> tuple[Bucket, Manifest]:
+    """The run's bucket, and the manifest of its final model.
+
+    Raises:
+        ModelError: the URI is not that of a run's exported model, or the run has none yet.
+        BucketError, Unavailable: as `open_run`.
+    """
+    parent, _, last = uri.rstrip("/").rpartition("/")
+    runs, _, run_id = parent.rpartition("/")
+    if last != FINAL_PREFIX.rstrip("/") or not run_id:
+        raise ModelError(
+            f"model_name_or_path={uri} is not a run's model", hint="it ends with /<run id>/final"
+        )
+    bucket = open_run(runs, run_id)
+    manifest = final(bucket)
+    if manifest is None:
+        raise ModelError(f"run {run_id} in {runs} has no final model yet", hint="finish that run first")
+    return bucket, manifest

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 import xxhash
 from obstore.exceptions import AlreadyExistsError, BaseError
 
-from trainer.bucket.address import Patience, Place, connect, parse
-from trainer.bucket.faults import no_such_bucket, sort_fault
-from trainer.bucket.local import below, clear, folder_of, link
-from trainer.bucket.pieces import Pieces
+from trainer.bucket.address import BucketAddress, Patience, connect, parse
+from trainer.bucket.folder_store import below, clear, folder_of, link
+from trainer.bucket.ranged_reads import Pieces
+from trainer.bucket.store_errors import no_such_bucket, sort_fault
 from trainer.errors import BucketError
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ SMALL_AT_ONCE = 16
 
 PATIENCE = Patience()
 RESERVED = "reference"
-"""Beside the runs: see `trainer.bucket.reference`."""
+"""Beside the runs: see `trainer.bucket.reference_cache`."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def nobody(_count: int) -> None:
+def ignore_progress(_count: int) -> None:
     """Hears nothing."""
 
 
@@ -186,7 +186,7 @@ class Bucket:
                 )
         return summed.checked
 
-    def download(self, key: str, path: Path, tell: Callable[[int], object] = nobody) -> Checked:
+    def download(self, key: str, path: Path, tell: Callable[[int], object] = ignore_progress) -> Checked:
         """Copy an object into a file, made with its folders, and sum the bytes that were written.
 
         `tell` hears the bytes of each piece on the thread that moves it; what it raises ends the copy.
@@ -201,7 +201,7 @@ class Bucket:
                 tell(len(piece))
         return summed.checked
 
-    def checksum(self, key: str, tell: Callable[[int], object] = nobody) -> Checked:
+    def checksum(self, key: str, tell: Callable[[int], object] = ignore_progress) -> Checked:
         """Read an object as `download` does, and keep nothing."""
         summed = _Summed()
         for piece in self.read(key):
@@ -341,7 +341,7 @@ def list_runs(uri: str, *, patience: Patience = PATIENCE) -> list[str]:
     return [name for name in _names(place, patience) if name != RESERVED]
 
 
-def _names(place: Place, patience: Patience) -> list[str]:
+def _names(place: BucketAddress, patience: Patience) -> list[str]:
     """What lies directly below; the one call that shows whether the store answers us."""
     store = connect(place, patience, opening=True)
     try:

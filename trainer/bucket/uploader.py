@@ -11,14 +11,15 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
-from trainer.bucket.attempt import Attempt
-from trainer.bucket.commit import commit, prune
+from trainer.bucket.attempts import Attempt
+from trainer.bucket.commit import commit
 from trainer.bucket.manifest import File, Manifest
-from trainer.bucket.parts import WAITING, Node, Skipped, Waiting, gather, upload_part
-from trainer.bucket.reference import Shelf
+from trainer.bucket.node_parts import WAITING, Node, Skipped, Waiting, gather, upload_part
+from trainer.bucket.reference_cache import ReferenceCache
+from trainer.bucket.retention import prune
 from trainer.bucket.store import Bucket
 from trainer.errors import BucketError, Unavailable, UserError
-from trainer.job import STAGED_SUFFIX, Staged, pending
+from trainer.staged import STAGED_SUFFIX, Staged, pending
 
 log = logging.getLogger(__name__)
 ALONE = Node()
@@ -62,7 +63,7 @@ class Uploader(threading.Thread):
         tell: Listener,
         node: Node = ALONE,
         waiting: Waiting = WAITING,
-        shelf: Shelf | None = None,
+        shelf: ReferenceCache | None = None,
         rejected: Collection[int] = (),
         poll_s: float = 0.2,
         backoff: Callable[[int], float] = backoff_s,

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from trainer.estimate import adapters, efficiency
-from trainer.estimate.batch import Batch
+from trainer.architecture import Architecture
+from trainer.estimate import efficiency
+from trainer.estimate.batch import MicroBatch
 from trainer.estimate.efficiency import Stack
 from trainer.estimate.machine import Machine
-from trainer.memory import Architecture, Layout
+from trainer.memory import Layout, lora
 from trainer.recipe import Recipe
 
 HALF = 2
@@ -25,7 +26,7 @@ BACKWARD_ATTENTION = 2.5
 """Of the forward pass: five products for two (arXiv:2307.08691, section 3.1)."""
 
 
-class Run(NamedTuple):
+class StepInputs(NamedTuple):
     """What is estimated: the arguments that every term needs."""
 
     recipe: Recipe
@@ -54,12 +55,12 @@ class Pass(NamedTuple):
         return self.overhead * max(busy, memories * self.launches) + self.dequantise
 
 
-def one_pass(run: Run, batch: Batch, *, adapted: bool = True) -> Pass:
+def one_pass(run: StepInputs, batch: MicroBatch, *, adapted: bool = True) -> Pass:
     """A forward pass of a micro batch; the adapters' share is in it, where there are any and unless told."""
     architecture, machine = run.architecture, run.machine
-    targets = adapters.targets(run.recipe, architecture) if adapted else ()
+    targets = lora.targets(run.recipe, architecture) if adapted else ()
     weights = architecture.linear_weights + architecture.embedding_parameters
-    added = adapters.adapter_parameters(run.recipe, architecture) if adapted else 0
+    added = lora.adapter_parameters(run.recipe, architecture) if adapted else 0
     layers = architecture.num_hidden_layers
     kernels = efficiency.KERNELS_PER_LAYER + efficiency.KERNELS_PER_ADAPTER * len(targets)
     moved = elementwise_bytes(architecture, targets, run.stack)
@@ -73,7 +74,7 @@ def one_pass(run: Run, batch: Batch, *, adapted: bool = True) -> Pass:
     )
 
 
-def attention(architecture: Architecture, layout: Layout, batch: Batch, machine: Machine) -> float:
+def attention(architecture: Architecture, layout: Layout, batch: MicroBatch, machine: Machine) -> float:
     """Of all layers; `eager` computes the whole square and carries its scores through memory."""
     square = batch.sequences * batch.square * architecture.num_hidden_layers
     flops = 4.0 * square * architecture.query_size
@@ -99,6 +100,6 @@ def elementwise_bytes(architecture: Architecture, targets: tuple[str, ...], stac
 
 def _dequantise(recipe: Recipe, architecture: Architecture, machine: Machine) -> float:
     """NF4 weights are read and written as bf16 before each product (QLoRA, arXiv:2305.14314, section 3)."""
-    if not adapters.four_bit(recipe):
+    if not lora.four_bit(recipe):
         return 0.0
     return (NF4_BYTES + HALF) * architecture.linear_weights / machine.memory

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer import memory
-from trainer.estimate.arithmetic import HALF, Run
+from trainer.estimate.arithmetic import HALF, StepInputs
 
 STAGING_BYTES_PER_S = 2.4e9
 """Of one process, into memory: 512 MiB in 0.22 s (`bench/checkpoint.md`)."""
@@ -30,27 +30,27 @@ class Rates(BaseModel):
     """Imports of torch, Transformers and TRL, 25 s without compiled files, and the data set's preparation."""
 
 
-def checkpoint_bytes(run: Run) -> int:
+def checkpoint_bytes(run: StepInputs) -> int:
     """What one save uploads."""
     return memory.checkpoint_bytes(run.recipe, run.architecture, run.layout)
 
 
-def save_s(run: Run) -> float:
+def save_s(run: StepInputs) -> float:
     """What training waits for: the copy into staging, by every process that holds a part."""
     return checkpoint_bytes(run) / run.layout.state_shards / STAGING_BYTES_PER_S
 
 
-def upload_s(run: Run, rates: Rates) -> float:
+def upload_s(run: StepInputs, rates: Rates) -> float:
     """In the background, by all nodes at once if the state is sharded."""
     return checkpoint_bytes(run) / _writers(run) / (rates.bucket_gbps * 1e9)
 
 
-def restore_s(run: Run, rates: Rates) -> float:
+def restore_s(run: StepInputs, rates: Rates) -> float:
     """Down from the bucket, and into memory."""
     return upload_s(run, rates) + save_s(run)
 
 
-def load_s(run: Run, rates: Rates) -> float:
+def load_s(run: StepInputs, rates: Rates) -> float:
     """A fresh node until its first step: the machine's set-up, the model, the imports."""
     model = HALF * run.architecture.parameters if run.recipe.model_name_or_path else 0
     copies = 2 if run.layout.reference == "model" else 1
@@ -58,5 +58,5 @@ def load_s(run: Run, rates: Rates) -> float:
     return rates.start_s + model / (rates.hub_gbps * 1e9) + reading + rates.import_s
 
 
-def _writers(run: Run) -> int:
+def _writers(run: StepInputs) -> int:
     return run.layout.nodes if run.layout.state_shards > 1 else 1

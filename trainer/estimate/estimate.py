@@ -8,20 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from trainer.estimate import adapters, traffic
+from trainer.architecture import Architecture
 from trainer.estimate import batch as batches
 from trainer.estimate import checkpoint as checkpoints
-from trainer.estimate.arithmetic import BACKWARD_ATTENTION, HALF, Pass, Run, one_pass
-from trainer.estimate.batch import Batch
+from trainer.estimate import traffic
+from trainer.estimate.arithmetic import BACKWARD_ATTENTION, HALF, Pass, StepInputs, one_pass
+from trainer.estimate.batch import MicroBatch
 from trainer.estimate.efficiency import TRANSFORMERS, TRANSFORMERS_4BIT, Stack
 from trainer.estimate.machine import Machine, machine
 from trainer.estimate.result import SAVES, Estimate, StepTerm
 from trainer.estimate.workload import Workload
 from trainer.hardware import Gpu, Shape, gpu_of
 from trainer.hardware import gpu as named_gpu
-from trainer.memory import Architecture, Layout
+from trainer.memory import Layout, lora
 from trainer.recipe import Recipe
-from trainer.recipe.dealing import may_sort
+from trainer.recipe.model import may_sort
 
 EVAL_BATCH = 8
 """`per_device_eval_batch_size` of TrainingArguments."""
@@ -91,12 +92,14 @@ def step_s(
 
 def _run(
     recipe: Recipe, architecture: Architecture, layout: Layout, on: Machine, stack: Stack | None = None
-) -> Run:
-    usual = TRANSFORMERS_4BIT if adapters.four_bit(recipe) else TRANSFORMERS
-    return Run(recipe=recipe, architecture=architecture, layout=layout, machine=on, stack=stack or usual)
+) -> StepInputs:
+    usual = TRANSFORMERS_4BIT if lora.four_bit(recipe) else TRANSFORMERS
+    return StepInputs(
+        recipe=recipe, architecture=architecture, layout=layout, machine=on, stack=stack or usual
+    )
 
 
-def _micro(run: Run, workload: Workload, *, in_order: bool | None = None) -> Batch:
+def _micro(run: StepInputs, workload: Workload, *, in_order: bool | None = None) -> MicroBatch:
     ordered = may_sort(run.recipe) if in_order is None else in_order
     return batches.batch(run.recipe, run.layout, workload, in_order=ordered)
 
@@ -105,18 +108,18 @@ def _board(shape: Shape) -> Gpu | None:
     return gpu_of(shape) or (named_gpu(shape.accelerator) if shape.accelerator else None)
 
 
-def _terms(run: Run, micro: Batch, total: int, workload: Workload) -> Iterator[StepTerm]:
+def _terms(run: StepInputs, micro: MicroBatch, total: int, workload: Workload) -> Iterator[StepTerm]:
     yield from _step(run, micro)
     yield from _now_and_then(run, total, workload)
 
 
-def _step(run: Run, micro: Batch) -> Iterator[StepTerm]:
+def _step(run: StepInputs, micro: MicroBatch) -> Iterator[StepTerm]:
     arithmetic = list(_arithmetic(run, micro))
     yield from arithmetic
     yield from _moving(run, micro.accumulation, sum(each.seconds for each in arithmetic))
 
 
-def _arithmetic(run: Run, micro: Batch) -> Iterator[StepTerm]:
+def _arithmetic(run: StepInputs, micro: MicroBatch) -> Iterator[StepTerm]:
     each, count = one_pass(run, micro), micro.accumulation
     size = f"{count} x {micro.sequences} sequences of {micro.length:.0f} tokens"
     yield StepTerm(name="forward", seconds=count * each.seconds(), why=f"{size}; {_rates(run)}")
@@ -132,25 +135,25 @@ def _arithmetic(run: Run, micro: Batch) -> Iterator[StepTerm]:
     yield StepTerm(name="loss", seconds=count * loss, why=f"{run.architecture.vocab_size} logits a token")
 
 
-def _backward(run: Run, each: Pass) -> float:
-    products = 1.0 if adapters.lora(run.recipe) else 2.0
+def _backward(run: StepInputs, each: Pass) -> float:
+    products = 1.0 if lora.lora(run.recipe) else 2.0
     attentions = 2.0 if run.layout.attention == "eager" else BACKWARD_ATTENTION
     return each.seconds(matmuls=products, attentions=attentions, memories=2.0)
 
 
-def _why_backward(run: Run) -> str:
-    if adapters.lora(run.recipe):
+def _why_backward(run: StepInputs) -> str:
+    if lora.lora(run.recipe):
         return "gradients of inputs only: the weights are frozen"
     return "gradients of inputs and of weights: twice the forward pass"
 
 
-def _rates(run: Run) -> str:
+def _rates(run: StepInputs) -> str:
     unsure = "" if run.machine.measured else ", which no published run has checked"
     model = f"{run.architecture.parameters / 1e9:.2f} B parameters"
     return f"{model} at {run.machine.flops / 1e12:.0f} TFLOP/s of {run.machine.name}{unsure}"
 
 
-def _moving(run: Run, accumulation: int, compute_s: float) -> Iterator[StepTerm]:
+def _moving(run: StepInputs, accumulation: int, compute_s: float) -> Iterator[StepTerm]:
     between = traffic.between_gpus(run, accumulation)
     yield StepTerm(
         name="traffic between GPUs",
@@ -171,7 +174,7 @@ def _moving(run: Run, accumulation: int, compute_s: float) -> Iterator[StepTerm]
     )
 
 
-def _now_and_then(run: Run, total: int, workload: Workload) -> Iterator[StepTerm]:
+def _now_and_then(run: StepInputs, total: int, workload: Workload) -> Iterator[StepTerm]:
     evaluations = batches.evaluations(run.recipe, total)
     if workload.test_rows and evaluations:
         seconds = evaluations * _evaluation(run, workload)
@@ -183,7 +186,7 @@ def _now_and_then(run: Run, total: int, workload: Workload) -> Iterator[StepTerm
     )
 
 
-def _evaluation(run: Run, workload: Workload) -> float:
+def _evaluation(run: StepInputs, workload: Workload) -> float:
     each = int(run.recipe.trainer_args.get("per_device_eval_batch_size") or EVAL_BATCH)
     layout = run.layout.model_copy(update={"micro_batch": each})
     micro = batches.batch(run.recipe, layout, workload, in_order=False)
@@ -198,14 +201,14 @@ def _evaluation(run: Run, workload: Workload) -> float:
     return passes * seconds
 
 
-def _forward_only(run: Run, micro: Batch) -> float:
+def _forward_only(run: StepInputs, micro: MicroBatch) -> float:
     policy = one_pass(run, micro).seconds()
     return policy + (
         one_pass(run, micro, adapted=False).seconds() if traffic.has_reference_pass(run) else 0.0
     )
 
 
-def _once(run: Run, micro: Batch, workload: Workload) -> float:
+def _once(run: StepInputs, micro: MicroBatch, workload: Workload) -> float:
     """The reference's pass over every row that training sees, and over the tests; sorted, they are hardly padded."""
     if run.layout.reference != "precomputed":
         return 0.0
@@ -216,12 +219,12 @@ def _once(run: Run, micro: Batch, workload: Workload) -> float:
     return passes * (seconds + _gathered(run, seconds))
 
 
-def _tested(run: Run, workload: Workload) -> int:
+def _tested(run: StepInputs, workload: Workload) -> int:
     """Rows that evaluations need the reference of."""
     return workload.test_rows if batches.evaluations(run.recipe, batches.steps(run.recipe, workload)) else 0
 
 
-def _gathered(run: Run, seconds: float) -> float:
+def _gathered(run: StepInputs, seconds: float) -> float:
     """What a forward pass of so many seconds waits for where they are cut: one gather of the parameters."""
     if not run.layout.cuts_parameters:
         return 0.0

@@ -8,15 +8,16 @@ section 7). A gather or a scatter of B bytes over n takes each GPU B x (n - 1) /
 
 from __future__ import annotations
 
-from trainer.estimate import adapters, efficiency
-from trainer.estimate.arithmetic import HALF, Run
-from trainer.memory.optimizers import optimizer_of
+from trainer.estimate import efficiency
+from trainer.estimate.arithmetic import HALF, StepInputs
+from trainer.memory import lora
+from trainer.memory.resident import optimizer_of
 
 FULL = 4
 """Bytes of an fp32 value."""
 
 
-def has_reference_pass(run: Run) -> bool:
+def has_reference_pass(run: StepInputs) -> bool:
     """Whether each micro batch passes through the reference too."""
     return run.layout.reference in ("model", "adapters_off")
 
@@ -26,7 +27,7 @@ def exposed(traffic_s: float, compute_s: float) -> float:
     return traffic_s - min(efficiency.OVERLAP * traffic_s, compute_s)
 
 
-def collective(run: Run, size_bytes: float) -> float:
+def collective(run: StepInputs, size_bytes: float) -> float:
     """A gather or a reduce-scatter of this many bytes over all processes."""
     count = run.layout.processes
     moved = size_bytes * (count - 1) / count
@@ -34,16 +35,16 @@ def collective(run: Run, size_bytes: float) -> float:
     return max(within, moved / run.machine.network) if run.layout.nodes > 1 else within
 
 
-def gathers(run: Run) -> int:
+def gathers(run: StepInputs) -> int:
     """Of the parameters, for each micro batch."""
     return 2 + has_reference_pass(run)
 
 
-def between_gpus(run: Run, accumulation: int) -> float:
+def between_gpus(run: StepInputs, accumulation: int) -> float:
     """Of one optimizer step, if nothing hid it."""
     if run.layout.processes == 1:
         return 0.0
-    gradients = adapters.trainable(run.recipe, run.architecture)
+    gradients = lora.trainable(run.recipe, run.architecture)
     parameters = HALF * run.architecture.parameters
     match run.layout.engine:
         case "zero3" | "fsdp2":
@@ -55,7 +56,7 @@ def between_gpus(run: Run, accumulation: int) -> float:
             return 2 * collective(run, FULL * gradients)
 
 
-def parameters_from_host(run: Run, accumulation: int) -> float:
+def parameters_from_host(run: StepInputs, accumulation: int) -> float:
     """Offloaded parameters on their way to the GPU: each process brings its shard for every gather."""
     if not run.layout.offload_parameters:
         return 0.0
@@ -63,40 +64,40 @@ def parameters_from_host(run: Run, accumulation: int) -> float:
     return accumulation * gathers(run) * shard / run.machine.pcie
 
 
-def gradients_to_host(run: Run, accumulation: int) -> float:
+def gradients_to_host(run: StepInputs, accumulation: int) -> float:
     """Of every micro batch, and the new parameters back once, unless they stay in the host."""
     if not run.layout.offload_optimizer:
         return 0.0
-    shard = HALF * adapters.trainable(run.recipe, run.architecture) / run.layout.state_shards
+    shard = HALF * lora.trainable(run.recipe, run.architecture) / run.layout.state_shards
     back = 0 if run.layout.offload_parameters else 1
     return (accumulation + back) * shard / run.machine.pcie
 
 
-def optimizer(run: Run) -> str:
+def optimizer(run: StepInputs) -> str:
     """Its name, as `optim` has it."""
     return str(run.recipe.trainer_args.get("optim") or "adamw_torch_fused")
 
 
-def state_bytes(run: Run) -> float:
+def state_bytes(run: StepInputs) -> float:
     """That the optimizer keeps for each trained parameter, beside the parameter."""
     return optimizer_of(optimizer(run)).state_bytes(FULL)
 
 
-def values_moved(run: Run) -> int:
+def values_moved(run: StepInputs) -> int:
     """Fp32 values that a step reads and writes for each parameter: its gradient; the parameter and states twice."""
     return 1 + 2 * (1 + optimizer_of(optimizer(run)).states)
 
 
-def optimizer_step(run: Run) -> float:
+def optimizer_step(run: StepInputs) -> float:
     """On the GPU, each value once through its memory; on the host, at the rate of the code that does it there."""
-    parameters = adapters.trainable(run.recipe, run.architecture)
+    parameters = lora.trainable(run.recipe, run.architecture)
     if not run.layout.offload_optimizer:
         moved = 2 * (FULL + state_bytes(run)) + FULL + HALF  # parameter and states twice, gradient, bf16 copy
         return parameters / run.layout.state_shards * moved / run.machine.memory
     return parameters / run.layout.nodes / host_rate(run)
 
 
-def host_rate(run: Run) -> float:
+def host_rate(run: StepInputs) -> float:
     """Parameters a second that a node's CPUs step: DeepSpeed's own code for Adam, torch's for all others."""
     torch_rate = efficiency.CPU_TORCH_VALUES_PER_S / values_moved(run)
     best = efficiency.CPU_ADAM_PER_S if "adam" in optimizer(run) else torch_rate

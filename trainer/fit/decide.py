@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from trainer.architecture import Architecture
 from trainer.errors import NoFit
-from trainer.fit import words
-from trainer.fit.pace import timed
-from trainer.fit.result import NAMES, Fit
-from trainer.fit.ways import (
+from trainer.fit import reasons
+from trainer.fit.candidates import (
     LARGEST_MICRO_BATCH,
-    Room,
+    MemoryBudget,
     has_bf16,
     largest_divisor,
     taking,
+    timed,
     tries,
 )
-from trainer.fit.wishes import attention_of, checkpointing_of, engine_of, reference_of
+from trainer.fit.recipe_choices import attention_of, checkpointing_of, engine_of, reference_of
+from trainer.fit.result import NAMES, Fit
 from trainer.hardware import Shape, gpu_of, usable_gib
-from trainer.memory import Architecture, Layout, Usage, staged_host, usage
+from trainer.memory import Layout, Usage, staged_host, usage
 from trainer.memory.precision import needs_bf16
 from trainer.recipe import Recipe
 
@@ -38,25 +39,25 @@ def fit(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> Fit:
     """
     share, rest = divmod(recipe.global_batch_size, shape.gpus or shape.nodes)
     if rest or not share:
-        raise words.uneven(recipe, shape)
+        raise reasons.uneven(recipe, shape)
     if shape.count == 0:
         return _on_cpu(recipe, shape, architecture)
     if architecture is None:
-        raise words.unknown(recipe)
+        raise reasons.unknown(recipe)
     if needs_bf16(recipe, architecture) and not has_bf16(gpu_of(shape)):
-        raise words.no_bf16(recipe, shape)
-    room = Room(usable_gib(shape) or 0.0, shape.host_memory_gib * (1 - HOST_KEPT))
+        raise reasons.no_bf16(recipe, shape)
+    room = MemoryBudget(usable_gib(shape) or 0.0, shape.host_memory_gib * (1 - HOST_KEPT))
     tried = list(tries(recipe, shape, architecture, share, room))
     fitting = [each for each in tried if room.holds(each)]
     if not fitting:
-        raise words.too_large(recipe, shape, architecture, tried, room)
+        raise reasons.too_large(recipe, shape, architecture, tried, room)
     paces = timed(fitting, recipe, shape, architecture)
     sized = (taking(recipe, shape, architecture, each.layout) for each in paces)
     at, best = next((at, tried) for at, tried in enumerate(sized) if room.holds(tried))
-    return _chosen(words.Choice(best, tuple(tried), room, paces[at:]), recipe, shape, architecture)
+    return _chosen(reasons.Choice(best, tuple(tried), room, paces[at:]), recipe, shape, architecture)
 
 
-def _chosen(choice: words.Choice, recipe: Recipe, shape: Shape, architecture: Architecture) -> Fit:
+def _chosen(choice: reasons.Choice, recipe: Recipe, shape: Shape, architecture: Architecture) -> Fit:
     best, layout, share = choice.best, choice.best.layout, recipe.global_batch_size // shape.gpus
     staged = staged_host(recipe, architecture, layout)
     in_memory = staged.gib <= choice.room.host
@@ -69,7 +70,7 @@ def _chosen(choice: words.Choice, recipe: Recipe, shape: Shape, architecture: Ar
         gpu=best.gpu,
         host=staged if in_memory else best.host,
         reasons=(
-            *words.reasons(choice, recipe, shape, share),
+            *reasons.reasons(choice, recipe, shape, share),
             f"{threads} threads each: {shape.cores} cores for {layout.processes_per_node}",
             f"checkpoints wait {'in memory' if in_memory else 'on disk'}: {staged.gib_of('staging'):.0f} GiB of them",
         ),
@@ -103,7 +104,7 @@ def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> 
     if host.gib > shape.host_memory_gib:
         raise NoFit(
             f"recipe {recipe.name} needs {host.gib:.1f} GiB of memory; {shape} has no more",
-            hint=f"most of it: {words.largest(host)}; take a smaller `micro_batch_size`, LoRA, or a GPU",
+            hint=f"most of it: {reasons.largest(host)}; take a smaller `micro_batch_size`, LoRA, or a GPU",
         )
     known = f"memory: {host.gib:.1f} of {shape.host_memory_gib:.0f} GiB" if host.terms else None
     return Fit(
@@ -118,7 +119,7 @@ def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> 
                 [f"{NAMES[layout.engine]}: `engine: {recipe.engine}`, as the recipe says"]
                 * bool(recipe.engine)
             ),
-            words.why_micro(recipe, share=share, micro=micro),
+            reasons.why_micro(recipe, share=share, micro=micro),
             f"accumulation {share // micro}: {nodes} x {micro} x {share // micro} = {recipe.global_batch_size}",
             f"{shape.cores} threads each: {shape.cores} cores for 1",
             *roomy,

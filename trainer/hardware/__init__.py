@@ -2,9 +2,8 @@
 
 from trainer.hardware.board import Gpu
 from trainer.hardware.cgroups import available_bytes, host_available_bytes, read_file
-from trainer.hardware.detect import affinity, detect, host_bytes, run_command
+from trainer.hardware.detect import accelerator_name, affinity, board_name, detect, host_bytes, run_command
 from trainer.hardware.lookup import gpu, gpu_of, known_gpu, usable_gib
-from trainer.hardware.names import accelerator_name, board_name
 from trainer.hardware.shape import Shape
 
 __all__ = [

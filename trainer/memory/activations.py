@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from trainer.memory.layout import Term, term
 from trainer.memory.lora import Lora
-from trainer.memory.states import Case
+from trainer.memory.resident import Case
 
 ROOT_BYTES = 4
 """Of the reciprocal root that RMSNorm keeps for each vector."""
@@ -21,7 +21,7 @@ SCORE_BYTES = 4
 """Eager attention computes its softmax in float32, and keeps it."""
 
 
-class Tokens(NamedTuple):
+class TokenBatch(NamedTuple):
     """What passes through the model at once: `sequences`, each of `length` tokens."""
 
     sequences: int
@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
         return self.sequences * self.length
 
 
-def activations(case: Case, tokens: Tokens, *, padded: bool = True) -> Term:
+def activations(case: Case, tokens: TokenBatch, *, padded: bool = True) -> Term:
     """All that is saved at the end of the forward pass, the head's part apart; `padded` batches need a mask."""
     layers, precision = case.architecture.num_hidden_layers, case.precision
     rest = shared_bytes(case, tokens)
@@ -53,17 +53,17 @@ def cast_weights(case: Case) -> float:
     return case.architecture.linear_weights * float(case.precision.computed) if case.precision.casts else 0.0
 
 
-def checkpoint_bytes(case: Case, tokens: Tokens) -> float:
+def checkpoint_bytes(case: Case, tokens: TokenBatch) -> float:
     """A layer's input: all that is kept of it with checkpointing (arXiv:1604.06174)."""
     return tokens.total * case.architecture.hidden_size * case.precision.stream
 
 
-def shared_bytes(case: Case, tokens: Tokens) -> float:
+def shared_bytes(case: Case, tokens: TokenBatch) -> float:
     """Saved beside the layers: token ids, and by the last norm."""
     return tokens.total * (8 + _norm(case, case.architecture.hidden_size))
 
 
-def _rotary(case: Case, tokens: Tokens) -> float:
+def _rotary(case: Case, tokens: TokenBatch) -> float:
     """Sine and cosine of the positions, which all layers share."""
     return 2.0 * tokens.length * case.architecture.head_dim * case.precision.stream
 
@@ -76,7 +76,7 @@ def _first_layer(case: Case) -> float:
     return _norm(case, case.architecture.hidden_size) + sum(masks)
 
 
-def layer_bytes(case: Case, tokens: Tokens, *, padded: bool = True) -> float:
+def layer_bytes(case: Case, tokens: TokenBatch, *, padded: bool = True) -> float:
     """Saved by one layer without checkpointing."""
     per_token = (
         _norms(case)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from trainer.memory.layout import GIB, Term, Usage, term
-from trainer.memory.passing import SUB_GROUP
 from trainer.memory.precision import BYTES, is_quantised, loaded_dtype
-from trainer.memory.states import Case, reference_bytes
+from trainer.memory.resident import Case, reference_bytes
+from trainer.memory.transients import SUB_GROUP
 
 PROCESS_GIB = 4.0
 """Own assumption, of a process on a GPU: Python, torch, CUDA's libraries and mappings, workers of the data loader."""

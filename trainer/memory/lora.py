@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from trainer.memory.architecture import Architecture, Linear
+from trainer.architecture.architecture import Architecture, Linear
 from trainer.recipe import Recipe
 
 DEFAULT_RANK, DEFAULT_DROPOUT = 16, 0.05
@@ -62,3 +62,28 @@ def _targets(wanted: Any, architecture: Architecture) -> dict[str, Linear]:
 
 def _whole(names: Any, architecture: Architecture) -> int:
     return sum(architecture.embedding_parameters for name in names if name in ("embed_tokens", "lm_head"))
+
+
+def lora(recipe: Recipe) -> bool:
+    return bool(recipe.model_args.get("use_peft"))
+
+
+def four_bit(recipe: Recipe) -> bool:
+    return bool(recipe.model_args.get("load_in_4bit"))
+
+
+def targets(recipe: Recipe, architecture: Architecture) -> tuple[str, ...]:
+    """Projections of a layer that LoRA adapts; none without it."""
+    adapter = lora_of(recipe, architecture)
+    return tuple(adapter.targets) if adapter else ()
+
+
+def adapter_parameters(recipe: Recipe, architecture: Architecture) -> int:
+    """Of LoRA, over all layers; 0 without it."""
+    adapter = lora_of(recipe, architecture)
+    return adapter.parameters if adapter else 0
+
+
+def trainable(recipe: Recipe, architecture: Architecture) -> int:
+    """Parameters that have gradients."""
+    return adapter_parameters(recipe, architecture) if lora(recipe) else architecture.parameters

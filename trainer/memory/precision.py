@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from trainer.memory.architecture import Architecture
+from trainer.architecture.architecture import Architecture
 from trainer.memory.layout import Engine
 from trainer.recipe import Recipe
 

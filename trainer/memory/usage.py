@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from trainer.architecture.architecture import Architecture
 from trainer.errors import RecipeError
 from trainer.memory import host as hosts
-from trainer.memory import passing, sharding, states
-from trainer.memory.activations import Tokens, activations
-from trainer.memory.architecture import Architecture
+from trainer.memory import resident, transients
+from trainer.memory.activations import TokenBatch, activations
 from trainer.memory.layout import GIB, Layout, Term, Usage, term
-from trainer.memory.states import Case
+from trainer.memory.resident import Case
 from trainer.recipe import Recipe
 
 CONTEXT_GIB = 1.0
@@ -49,7 +49,7 @@ def checkpoint_bytes(recipe: Recipe, architecture: Architecture, layout: Layout)
     return int(hosts.checkpoint_size(Case.of(recipe, architecture, layout)))
 
 
-def tokens_of(case: Case) -> Tokens:
+def tokens_of(case: Case) -> TokenBatch:
     """The longest batch: every sequence as long as the recipe lets it be.
 
     Raises:
@@ -61,20 +61,20 @@ def tokens_of(case: Case) -> Tokens:
             f"recipe {case.recipe.name} has `max_length: null`, so its longest example decides its memory",
             hint="say `max_length: 1024`, or what your data need",
         )
-    return Tokens(case.sequences, int(length))
+    return TokenBatch(case.sequences, int(length))
 
 
 def device_terms(case: Case) -> tuple[Term, ...]:
     """Of one GPU: what it always holds, then the worst moment of a step."""
     held = (
-        states.parameters(case),
-        states.adapter(case),
-        states.gradients(case),
-        states.masters(case),
-        states.optimizer(case),
-        states.reference(case),
+        resident.parameters(case),
+        resident.adapter(case),
+        resident.gradients(case),
+        resident.masters(case),
+        resident.optimizer(case),
+        resident.reference(case),
     )
-    moving = (sharding.gathered(case), sharding.buckets(case), *worst_moment(case))
+    moving = (transients.gathered(case), transients.buckets(case), *worst_moment(case))
     if case.on_cpu:
         return (*held, *moving)
     loose = FRAGMENTATION * sum(each.bytes for each in moving)
@@ -82,7 +82,7 @@ def device_terms(case: Case) -> tuple[Term, ...]:
         *held,
         *moving,
         term("CUDA", CONTEXT_GIB * GIB, "context, kernels, cuBLAS: own assumption"),
-        sharding.nccl(case),
+        transients.nccl(case),
         term("fragmentation", loose, f"{FRAGMENTATION:.0%} of what comes and goes (arXiv:2401.08156)"),
     )
 
@@ -92,16 +92,18 @@ def worst_moment(case: Case) -> tuple[Term, Term]:
     tokens, padded = tokens_of(case), is_padded(case.recipe)
     saved = activations(case, tokens, padded=padded)
     kept = term(
-        saved.name, saved.bytes + passing.saved_head_bytes(case, tokens), saved.why + ", and the head's input"
+        saved.name,
+        saved.bytes + transients.saved_head_bytes(case, tokens),
+        saved.why + ", and the head's input",
     )
     moments = (
-        passing.end_of_forward(case, tokens),
-        passing.head(case, tokens),
-        passing.layer(case, tokens, padded=padded),
-        passing.reference_pass(case, tokens),
+        transients.end_of_forward(case, tokens),
+        transients.head(case, tokens),
+        transients.layer(case, tokens, padded=padded),
+        transients.reference_pass(case, tokens),
     )
     widest = max(moments, key=lambda moment: moment.gib)
-    stepping = passing.step(case)
+    stepping = transients.step(case)
     if stepping.gib > kept.gib + widest.gib:
         return term(kept.name, 0, kept.why), stepping
     return kept, widest

@@ -290,3 +290,58 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = item
     return flat
+
+
+OF_THE_MICRO_BATCH = {"aot", "aot_unpaired", "bco_pair"}
+"""Losses of DPO that compare the pairs of a micro batch: rows are dealt to them in plain order, by chance. All others
+are means over pairs (https://huggingface.co/docs/trl/dpo_trainer), or made so: `trainer.worker.dpo`."""
+
+
+def may_sort(recipe: Recipe) -> bool:
+    """Whether loss and gradient are the same however a global batch is dealt to micro batches.
+
+    SFT divides by the learned tokens of the whole batch, over ranks and micro batches; DPO takes the mean over pairs,
+    of which every micro batch has as many.
+    """
+    settings = recipe.trainer_args
+    if recipe.method == "sft":
+        return settings.get("average_tokens_across_devices") is not False
+    losses = settings.get("loss_type") or "sigmoid"
+    return not OF_THE_MICRO_BATCH & set([losses] if isinstance(losses, str) else losses)
+
+
+FIELDS = {
+    "model_name_or_path",
+    "init",
+    "dataset_mixture",
+    "max_prompt_length",
+    "truncation_side",
+    "chat_template",
+    "auto_insert_empty_system_msg",
+    "max_train_samples",
+}
+ARGUMENTS = (
+    "max_length",
+    "truncation_mode",
+    "ld_alpha",
+    "model_revision",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+)
+
+
+def reference_key(recipe: Recipe) -> str:
+    """XXH3 (128 bits, hex) of what decides model and training data. Where it is too coarse, a changed file say, the
+    worker's fingerprint tells the difference; where too fine, something is computed twice.
+    """
+    said: dict[str, Any] = recipe.model_dump(mode="json", include=FIELDS)
+    said["dataset_mixture"].pop("test_datasets")
+    if recipe.init:
+        said |= {"tiny": recipe.tiny.model_dump(), "seed": recipe.seed}
+    for source in (*said["dataset_mixture"]["datasets"],):
+        source["id"] = _portable(source["id"])
+    said["model_name_or_path"] = _portable(said["model_name_or_path"])
+    arguments = {**recipe.trainer_args, **recipe.model_args}
+    said |= {name: arguments.get(name) for name in ARGUMENTS}
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from trainer.errors import DataError, ModelError, RecipeError
-from trainer.recipe import fields, local_paths, mixture, yaml_file
+from trainer.errors import DataError, ModelError, RecipeError, UserError
+from trainer.recipe import fields, mixture, yaml_file
 from trainer.recipe.fields import Field
-from trainer.recipe.given import BATCH, Given, gather
+from trainer.recipe.gather import BATCH, RecipeKeys, gather
 from trainer.recipe.model import LEAST_CHECKPOINTS, DataSource, Mixture, Recipe, TinyModel
 from trainer.recipe.translate import UNDERSTOOD, Keys, show
 from trainer.recipe.yaml_file import COMMAND_LINE, names
@@ -96,7 +96,7 @@ def default_run_id(recipe: Recipe) -> str:
     return f"{name}-{recipe.digest()[:8]}"
 
 
-def _method(given: Given, path: Path) -> str:
+def _method(given: RecipeKeys, path: Path) -> str:
     """The method that is said; else the one that the file's place or its keys can only mean."""
     if "method" in given.keys:
         return str(_convert("method", given.keys["method"], OURS["method"], given))
@@ -121,7 +121,7 @@ def _known(method: str) -> dict[str, Field]:
     return {**fields.of(method), **fields.of("model"), **ours}
 
 
-def _check_names(given: Given, method: str) -> None:
+def _check_names(given: RecipeKeys, method: str) -> None:
     """All the keys that nobody knows, in one error."""
     known = _known(method)
     unknown = [key for key in given.keys if key not in known]
@@ -148,19 +148,19 @@ def _hint_for(key: str, known: dict[str, Field], method: str) -> str:
     return f"did you mean `{near}`?" if near else ""
 
 
-def _in_their_types(given: Given, method: str) -> Keys:
+def _in_their_types(given: RecipeKeys, method: str) -> Keys:
     known = _known(method)
     return {key: _convert(key, value, known[key], given) for key, value in given.keys.items()}
 
 
-def _convert(key: str, value: Any, field: Field, given: Given) -> Any:
+def _convert(key: str, value: Any, field: Field, given: RecipeKeys) -> Any:
     try:
         return fields.convert(value, field)
     except ValueError as error:
         raise RecipeError(f"{given.source(key)}: `{key}: {show(value)}` {error}") from None
 
 
-def _check_numbers(keys: Keys, given: Given) -> None:
+def _check_numbers(keys: Keys, given: RecipeKeys) -> None:
     """Those with which training would end at its first step, or with nothing."""
     by_steps = (keys.get("max_steps") or 0) > 0
     below = {
@@ -174,7 +174,7 @@ def _check_numbers(keys: Keys, given: Given) -> None:
             raise RecipeError(f"{given.source(key)}: `{key}: {show(keys[key])}` {why}")
 
 
-def _global_batch(keys: Keys, given: Given) -> int:
+def _global_batch(keys: Keys, given: RecipeKeys) -> int:
     """The global batch as said, or as an imported recipe means it; takes its keys out."""
     imported = {key: keys.pop(key) for key in BATCH if key in keys}
     if "global_batch_size" in keys:
@@ -198,12 +198,12 @@ def _global_batch(keys: Keys, given: Given) -> int:
     return whole
 
 
-def _place_files(keys: Keys, given: Given, folder: Path) -> None:
+def _place_files(keys: Keys, given: RecipeKeys, folder: Path) -> None:
     """Make local paths absolute: those of the file from its own folder first, a command line's from here."""
 
     def resolve(key: str, name: str, error: type[DataError | ModelError]) -> str:
         here = [Path.cwd(), folder] if given.source(key) == COMMAND_LINE else [folder, Path.cwd()]
-        return local_paths.resolve(name, folders=here, error=error)
+        return resolve_path(name, folders=here, error=error)
 
     if isinstance(keys.get("model_name_or_path"), str):
         keys["model_name_or_path"] = resolve("model_name_or_path", keys["model_name_or_path"], ModelError)
@@ -257,7 +257,7 @@ def _name(path: Path, method: str) -> str:
     return f"{path.parent.name}/{path.stem}" if path.stem.partition("_")[0] == method else path.stem
 
 
-def _build(keys: Keys, given: Given) -> Recipe:
+def _build(keys: Keys, given: RecipeKeys) -> Recipe:
     """The recipe; what only its models check becomes an error with the file's name."""
     model = {key: keys.pop(key) for key in fields.of("model") if key in keys and key not in OURS}
     ours = {key: keys.pop(key) for key in OURS if key in keys}
@@ -273,3 +273,28 @@ def _build(keys: Keys, given: Given) -> Recipe:
             f"(value {show(first['input'])})",
             hint=f"did you mean `{near}`?" if near else None,
         ) from None
+
+
+LOCAL_ENDINGS = (".jsonl", ".json", ".parquet", ".gguf")
+LOCAL_STARTS = ("./", "../", "/", "~")
+
+
+def resolve_path(name: str, *, folders: Sequence[Path], error: type[UserError]) -> str:
+    """The absolute path of a file or folder that exists in one of `folders`, else the name itself.
+
+    Raises:
+        UserError: of class `error`, if the name can only be a path, and nothing is there.
+    """
+    if "://" in name or name.startswith("generated:"):
+        return name
+    path = Path(name).expanduser()
+    candidates = list(dict.fromkeys((folder / path).resolve() for folder in folders))
+    for candidate in candidates:
+        if candidate.exists():
+            return str(candidate)
+    if name.lower().endswith(LOCAL_ENDINGS) or name.startswith(LOCAL_STARTS) or name in (".", ".."):
+        raise error(
+            f"{name} does not exist",
+            hint="looked for " + " and ".join(str(candidate) for candidate in candidates),
+        )
+    return name

@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from trainer.bucket.attempt import Attempt
+from trainer.bucket.attempts import Attempt
 from trainer.errors import Superseded, UserError
 from trainer.events import EventLog
 

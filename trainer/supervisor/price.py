@@ -11,14 +11,18 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal
 
+import psutil
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from trainer.events import Event, of_kind
 from trainer.hardware import Shape
-from trainer.supervisor.metadata import look_up
-from trainer.variables import PLAN, PRICES, USD_PER_H
+from trainer.supervisor.preemption import look_up
+from trainer.task_variables import PLAN, PRICES, USD_PER_H
 
 log = logging.getLogger(__name__)
 CLUSTER = "SKYPILOT_CLUSTER_INFO"
@@ -42,7 +46,7 @@ class Price(BaseModel):
     region: str | None = None
 
 
-class Listed(BaseModel):
+class ListedPrice(BaseModel):
     """An entry of $AEOLUS_PRICES: what one of the plan's machines costs in one region."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -57,7 +61,7 @@ class Listed(BaseModel):
     instance_type: str | None = None
 
 
-LISTING = TypeAdapter(tuple[Listed, ...])
+LISTING = TypeAdapter(tuple[ListedPrice, ...])
 
 
 def price_here(shape: Shape, *, environ: Mapping[str, str] = os.environ, look: LookUp | None = None) -> Price:
@@ -130,7 +134,7 @@ def _own(environ: Mapping[str, str]) -> float | None:
     return None
 
 
-def _listed(environ: Mapping[str, str]) -> tuple[Listed, ...]:
+def _listed(environ: Mapping[str, str]) -> tuple[ListedPrice, ...]:
     if not environ.get(PRICES):
         return ()
     try:
@@ -149,3 +153,43 @@ def _json(environ: Mapping[str, str], name: str) -> Any:
     except ValueError:
         log.warning("$%s is no JSON, and counts as not there", name)
         return None
+
+
+LONGEST_S = 3600.0
+"""Between boot and claim; a machine that has been up for longer did something else before."""
+SAME_S = 5.0
+"""Two readings of one boot differ by less: the kernel takes it from a clock that is set meanwhile."""
+
+
+def booted_here(
+    node: str,
+    earlier: Callable[[], Sequence[Sequence[Event]]],
+    *,
+    environ: Mapping[str, str] = os.environ,
+    now: Callable[[], float] = time.time,
+) -> str | None:
+    """When this machine booted (UTC, ISO 8601), if this attempt is the first of its run to pay for that.
+
+    Args:
+        node: this machine's name.
+        earlier: the events of each earlier attempt; asked for only where they matter.
+        environ: of this process.
+        now: unix time, seconds.
+    """
+    if not rented(environ):
+        return None
+    at = psutil.boot_time()
+    if not 0 < now() - at <= LONGEST_S or any(_paid(claimed, node, at) for claimed in _claims(earlier())):
+        return None
+    return datetime.fromtimestamp(at, UTC).isoformat()
+
+
+def _claims(attempts: Sequence[Sequence[Event]]) -> list[Event]:
+    return [claimed for events in attempts for claimed in of_kind(events, "claimed")]
+
+
+def _paid(claimed: Event, node: str, at: float) -> bool:
+    """Whether an earlier attempt was claimed on the same machine since the same boot, and pays for it."""
+    if not claimed.get("booted") or claimed["shape"]["node"] != node:
+        return False
+    return abs(datetime.fromisoformat(claimed["booted"]).timestamp() - at) <= SAME_S

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +16,6 @@ from trainer.bucket import Bucket
 from trainer.bucket.manifest import Manifest, commits
 from trainer.errors import NoRoom
 from trainer.hardware import available_bytes
-from trainer.supervisor.orphans import claimed, is_ours
 
 Wanted = Literal["auto", "tmpfs", "disk"]
 TMPFS = Path("/dev/shm")  # noqa: S108 (a folder of our own in it, checked to be ours)
@@ -35,7 +36,7 @@ class Size(NamedTuple):
     """It is a committed checkpoint's, which is also to be restored; else an upper bound."""
 
 
-class Room(NamedTuple):
+class Capacity(NamedTuple):
     """Bytes that may be filled."""
 
     disk: int
@@ -57,7 +58,7 @@ class Placement(NamedTuple):
     reason: str
 
 
-def place(size: Size | None, room: Room, wanted: Wanted, *, adapter: bool = False) -> Placement:
+def place(size: Size | None, room: Capacity, wanted: Wanted, *, adapter: bool = False) -> Placement:
     """Choose, from sizes alone.
 
     What is restored is read once and lies on disk, unless tmpfs was asked for by name.
@@ -124,9 +125,9 @@ class Folders:
         self.work = work
         self._in_memory = in_memory
 
-    def look(self, *, kept: int) -> Room:
+    def look(self, *, kept: int) -> Capacity:
         """What may be filled now, with `kept` bytes of memory left alone."""
-        return Room(
+        return Capacity(
             disk=shutil.disk_usage(self.work).free,
             tmpfs=shutil.disk_usage(self._in_memory.parents[1]).free if self._is_ours() else 0,
             memory=available_bytes() - kept,
@@ -168,3 +169,66 @@ def folders(run_folder: Path, attempt: int, tmpfs: Path = TMPFS, *, node: int = 
         finally:
             for mine in (work, in_memory):
                 shutil.rmtree(mine, ignore_errors=True)
+
+
+log = logging.getLogger(__name__)
+LOCK_SUFFIX = ".lock"
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is, or could be made, one that nobody else can write to: what lies in it may be removed."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError:
+        return False
+    return folder.is_dir() and not folder.is_symlink() and status.st_uid == os.getuid()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, before the folder is made; before that, remove what nobody holds beside it.
+
+    Where there is no such place to write to, nothing is held and nothing is lost: see `Folders.look`.
+    """
+    if not is_ours(folder.parent):
+        yield
+        return
+    with ExitStack() as held:
+        with _alone_in(folder.parent):
+            _sweep(folder.parent)
+            lock = held.enter_context(_beside(folder).open("w"))
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            _beside(folder).unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone_in(parent: Path) -> Iterator[None]:
+    """Nobody else sweeps here meanwhile: a lock that is made and not yet held looks like one that is left."""
+    number = os.open(parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what supervisors that were killed have left."""
+    found = {path.with_name(path.name.removesuffix(LOCK_SUFFIX)) for path in parent.iterdir()}
+    for folder in sorted(found):
+        with suppress(OSError), _beside(folder).open("a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its supervisor lives
+            if folder.exists():
+                log.info("%s was left by a supervisor that was killed: removed", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            _beside(folder).unlink(missing_ok=True)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(folder.name + LOCK_SUFFIX)

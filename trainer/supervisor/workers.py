@@ -19,7 +19,7 @@ import psutil
 
 from trainer.errors import UserError
 from trainer.job import Job
-from trainer.leash import leashed
+from trainer.parent_death import leashed
 
 PYTHON_VARIABLE = "AEOLUS_TRAINER_PYTHON"
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]

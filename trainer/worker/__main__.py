@@ -14,13 +14,13 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.disk_full import no_room
 from trainer.errors import Unavailable, UserError
 from trainer.job import Job, Outcome
-from trainer.leash import die_with_parent
-from trainer.room import no_room
-from trainer.worker import broken, determinism
-from trainer.worker.channel import Channel, ChannelHandler
-from trainer.worker.stack import QUIET, method_of, uncollected
+from trainer.parent_death import die_with_parent
+from trainer.worker import determinism, failures
+from trainer.worker.imports import QUIET, train_function, uncollected
+from trainer.worker.supervisor_channel import Channel, ChannelHandler
 
 RANK_VARIABLE, LOCAL_RANK_VARIABLE = "RANK", "LOCAL_RANK"  # set by the supervisor where there are several
 
@@ -86,7 +86,7 @@ def run(job: Job, channel: Channel) -> Outcome:
     torch.set_num_threads(job.fit.threads)  # sums split over other numbers of threads differ in the last bits
     determinism.compute_alike(job.recipe)
     try:
-        return method_of(job.recipe.method)(job, channel)
+        return train_function(job.recipe.method)(job, channel)
     except Unavailable as error:
         return Outcome(status="unavailable", message=error.message, hint=error.hint)
     except UserError as error:
@@ -94,8 +94,8 @@ def run(job: Job, channel: Channel) -> Outcome:
     except Exception as error:  # a full disk and a broken GPU show as many kinds; all else is raised
         if full := no_room(job, error):
             return full
-        if gone := broken.broken(error):
-            return Outcome(status="unavailable", message=f"a GPU failed: {gone}", hint=broken.HINT)
+        if gone := failures.broken(error):
+            return Outcome(status="unavailable", message=f"a GPU failed: {gone}", hint=failures.HINT)
         if refused := determinism.refused(error):
             return Outcome(status="user_error", message=refused.message, hint=refused.hint)
         raise
@@ -110,7 +110,7 @@ def main() -> None:
     try:
         with uncollected():
             tame(channel)
-            method_of(job.recipe.method)
+            train_function(job.recipe.method)
         outcome = run(job, channel)
     except BaseException:  # whatever it is, the other ranks must not wait for this one
         if job.fit.processes == 1:

@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.errors import RecipeError
 from trainer.fit import Fit
-from trainer.fit.wishes import checkpointing_of
+from trainer.fit.recipe_choices import checkpointing_of
 from trainer.job import Job
 from trainer.worker import engine
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +16,12 @@ import xxhash
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
-from trainer.job import STAGED_SUFFIX, Job, Staged, mark_staged, write_atomically
-from trainer.worker import engine, resume
+from trainer.job import Job
+from trainer.staged import STAGED_SUFFIX, Staged, mark_staged, write_atomically
+from trainer.worker import checkpoint_identity, engine
 from trainer.worker.arguments import has_bf16
-from trainer.worker.channel import Channel
-from trainer.worker.pace import GIB, Pace, peaks
-from trainer.worker.resume import Identity
+from trainer.worker.checkpoint_identity import Identity
+from trainer.worker.supervisor_channel import Channel
 
 MOST_PENDING = 2
 """Staged folders on disk or tmpfs: one being uploaded, one waiting. A third save is skipped instead."""
@@ -40,9 +42,9 @@ class Progress(TrainerCallback):
         self._channel = channel
         self._about = about
         self._samples = samples
-        self._seen = Seen()
+        self._seen = TrainedTokens()
         self._config = engine.config(job.recipe, job.fit, has_bf16=has_bf16(job.fit))
-        self._pace = Pace()
+        self._pace = StepTimer()
         self._since = 0.0
 
     def on_train_begin(
@@ -125,7 +127,7 @@ class Progress(TrainerCallback):
         stall_s = time.perf_counter() - self._since
         size = 0
         if state.is_world_process_zero:
-            resume.write(self._job.staging / folder, self._about)
+            checkpoint_identity.write(self._job.staging / folder, self._about)
             if self._config:
                 file = self._job.staging / folder / f"{engine.config_name(self._job.fit)}.json"
                 write_atomically(file, json.dumps(self._config, indent=2))
@@ -213,7 +215,7 @@ class Taken(NamedTuple):
     """Of all nodes."""
 
 
-class Seen:
+class TrainedTokens:
     """What the model was trained on since the last look: token ids, not what was meant to be fed to it.
 
     The sum of a hash of each sequence: a set of sequences has one digest, however it was dealt to ranks and micro
@@ -284,3 +286,49 @@ def _any_rank(args: TrainingArguments, *flags: bool) -> tuple[bool, ...]:
     raised = torch.tensor([float(flag) for flag in flags], device=args.device)
     dist.all_reduce(raised, op=dist.ReduceOp.MAX)
     return tuple(bool(flag) for flag in raised.tolist())
+
+
+GIB = 2**30
+RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
+"""Of `ru_maxrss`: getrusage(2)."""
+
+
+class StepTimer:
+    """A stopwatch that is held while training does something else than steps."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._since = clock()
+        self.train_s = 0.0
+        """Of all steps, their data and their loss included."""
+
+    def step(self) -> float:
+        """Seconds since the last step, evaluation or save was over; a step ends here."""
+        took = self.other()
+        self.train_s += took
+        return took
+
+    def other(self) -> float:
+        """The same of what is no step."""
+        now = self._clock()
+        took, self._since = now - self._since, now
+        return took
+
+
+class Peaks(NamedTuple):
+    """Of this process since it began."""
+
+    gpu_gib: float | None
+    """What lies on its GPU, the CUDA context and NCCL's buffers included; None on the CPU."""
+    host_bytes: int
+    """The most that was resident."""
+
+
+def peaks() -> Peaks:
+    """CUDA's allocator knows its own peak; what lies outside of it stays, once it is there."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT_BYTES
+    if not torch.cuda.is_available():
+        return Peaks(None, host)
+    free, total = torch.cuda.mem_get_info()
+    outside = max(0, total - free - torch.cuda.memory_reserved())
+    return Peaks((torch.cuda.max_memory_reserved() + outside) / GIB, host)

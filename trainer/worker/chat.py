@@ -47,7 +47,8 @@ def load_tokenizer(path: str, recipe: Recipe) -> Tokenizer:
     """
     from transformers import AutoTokenizer
 
-    from trainer.worker.model import explained, hub_arguments
+    from trainer.worker.failures import explained
+    from trainer.worker.model_source import hub_arguments
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_arguments(recipe))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.errors import ModelError, UserError
-from trainer.worker.reshard.folder import INDEX, MODEL, OPTIMIZER, Folder
+from trainer.worker.reshard.dcp_folder import INDEX, MODEL, OPTIMIZER, Folder
 
 log = logging.getLogger(__name__)
 SHARD = "5GB"

@@ -17,7 +17,15 @@ import xxhash
 from trainer.errors import DataError
 from trainer.recipe import Recipe
 from trainer.worker.chat import Renderer, Text, Tokenizer
-from trainer.worker.forms import Chat, Malformed, Method, Pair, check_columns, dpo_form, sft_form
+from trainer.worker.row_formats import (
+    Chat,
+    Malformed,
+    Method,
+    Pair,
+    check_columns,
+    dpo_form,
+    sft_form,
+)
 from trainer.worker.sources import Row
 
 log = logging.getLogger(__name__)
@@ -36,7 +44,7 @@ TokenRow = dict[str, np.ndarray[Any, np.dtype[np.int32]]]
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizedDataset:
     """A data set ready for TRL."""
 
     dataset: Any
@@ -53,7 +61,7 @@ class _Encoded(NamedTuple):
     """Where each token's characters end."""
 
 
-def for_sft(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str) -> Tokens:
+def for_sft(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str) -> TokenizedDataset:
     """`input_ids` and `labels`, cut to `max_length` unless TRL packs what is beyond it elsewhere.
 
     Raises:
@@ -76,7 +84,7 @@ def for_sft(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str
     return _tokenise(rows, tokenizer, "sft", name, text, tokens)
 
 
-def for_dpo(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str) -> Tokens:
+def for_dpo(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str) -> TokenizedDataset:
     """`prompt_ids`, `chosen_ids` and `rejected_ids`, the prompt cut to `max_prompt_length`.
 
     Raises:
@@ -174,7 +182,7 @@ def _tokenise(
     name: str,
     text: Callable[[Row], list[Text]],
     tokens: Callable[[list[Text], list[_Encoded]], TokenRow],
-) -> Tokens:
+) -> TokenizedDataset:
     """Write, encode and cut every row; count those that cannot be used and say why, once."""
     import datasets
 
@@ -200,7 +208,7 @@ def _tokenise(
         if kept:
             tables.append(pa.table({column: _column([row[column] for row in kept]) for column in kept[0]}))
     _report(name, len(rows), reasons)
-    return Tokens(datasets.Dataset(pa.concat_tables(tables)), count, digest.hexdigest())
+    return TokenizedDataset(datasets.Dataset(pa.concat_tables(tables)), count, digest.hexdigest())
 
 
 def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:

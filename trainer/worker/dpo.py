@@ -11,18 +11,29 @@ import trl.trainer.dpo_trainer
 from trl import DPOConfig, DPOTrainer
 
 from trainer.job import Job, Outcome
-from trainer.worker import chat, data, fsdp, model, reference, sources, training
+from trainer.worker import (
+    chat,
+    data,
+    fsdp,
+    model,
+    model_source,
+    reference_logps,
+    sources,
+    train_and_export,
+)
 from trainer.worker.arguments import training_arguments
-from trainer.worker.channel import Channel
-from trainer.worker.engine import Sharded
-from trainer.worker.evaluation import GivesWay
-from trainer.worker.order import Ordered
-from trainer.worker.reference import Reference
-from trainer.worker.reshard.resharded import Resharded
-from trainer.worker.resume import identity
+from trainer.worker.checkpoint_identity import identity
+from trainer.worker.engine import ShardedCheckpointMixin
+from trainer.worker.interruptible_evaluation import InterruptibleEvaluation
+from trainer.worker.reference_logps import Reference
+from trainer.worker.reshard.trainer_mixin import ReshardingMixin
+from trainer.worker.sampling import DeterministicOrderMixin
+from trainer.worker.supervisor_channel import Channel
 
 
-class PreparedDPOTrainer(Ordered, Sharded, Resharded, GivesWay, DPOTrainer):
+class PreparedDPOTrainer(
+    DeterministicOrderMixin, ShardedCheckpointMixin, ReshardingMixin, InterruptibleEvaluation, DPOTrainer
+):
     """A `DPOTrainer` of data that are tokenised already, in our order, and of one loss on every split.
 
     TRL 1.16 tokenises always: it knows no prompt length, and drops pairs without a word. `SFTTrainer` leaves
@@ -106,8 +117,8 @@ def train(job: Job, channel: Channel) -> Outcome:
 
     # Data and tokenizer
     rows = sources.read(recipe)
-    training.check_test_rows(job, rows)
-    base = model.locate(job, rows.train)
+    train_and_export.check_test_rows(job, rows)
+    base = model_source.locate(job, rows.train)
     tokenizer = chat.load_tokenizer(base.path, recipe)
     train_tokens = data.for_dpo(rows.train, tokenizer, recipe, "training")
     test_tokens = data.for_dpo(rows.test, tokenizer, recipe, "test") if rows.test else None
@@ -119,14 +130,16 @@ def train(job: Job, channel: Channel) -> Outcome:
     policy = model.load(base, recipe, job.fit)
     about = identity(job, train_tokens, model.digest(policy, recipe))
     kept = (
-        Reference(job, channel, reference.about(job, train_tokens, about.model), train_tokens, test_tokens)
+        Reference(
+            job, channel, reference_logps.about(job, train_tokens, about.model), train_tokens, test_tokens
+        )
         if job.fit.reference == "precomputed"
         else None
     )
     second = model.load(base, recipe, job.fit, trained=False) if job.fit.reference == "model" else None
 
     # Training
-    trainer = training.build(
+    trainer = train_and_export.build(
         PreparedDPOTrainer,
         args,
         job,
@@ -141,4 +154,4 @@ def train(job: Job, channel: Channel) -> Outcome:
     if kept:
         kept.keep()
         about = about.model_copy(update={"reference": kept.digest})
-    return training.finish(trainer, base, job, channel, about)
+    return train_and_export.finish(trainer, base, job, channel, about)

@@ -10,23 +10,24 @@ import copy
 import json
 import logging
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from trainer.fit import Fit
-from trainer.job import Job, write_atomically
-from trainer.memory.passing import SUB_GROUP
+from trainer.job import Job
 from trainer.memory.precision import half_precision
-from trainer.memory.sharding import MAX_LIVE, PREFETCH, REDUCE_BUCKET
-from trainer.memory.states import DEFAULT_OPTIMIZER
+from trainer.memory.resident import DEFAULT_OPTIMIZER
+from trainer.memory.transients import MAX_LIVE, PREFETCH, REDUCE_BUCKET, SUB_GROUP
 from trainer.recipe import Recipe
-from trainer.worker import fsdp, mapped
-from trainer.worker.compiled import compile_host_adam, compile_host_communication
+from trainer.staged import write_atomically
+from trainer.worker import fsdp
+from trainer.worker.deepspeed_ops import compile_host_adam, compile_host_communication
 
 log = logging.getLogger(__name__)
 NEVER_CUT = 10**5
-"""Elements below which ZeRO 3 leaves a parameter whole, as `trainer.memory.states` counts them."""
+"""Elements below which ZeRO 3 leaves a parameter whole, as `trainer.memory.resident` counts them."""
 ON_THE_HOST = {"adamw_torch", "adamw_torch_fused", "adamw_hf", "adagrad"}
 """`optim` that DeepSpeed has vectorised code for on the host. Accelerate puts DeepSpeed's Adam in place of every
 other one too, in silence (https://github.com/huggingface/accelerate/blob/main/src/accelerate/utils/deepspeed.py,
@@ -183,15 +184,15 @@ def load_only(trainer: Any, folder: Path, fit: Fit, *, steps: int) -> None:
         trainer._load_from_checkpoint(str(folder))  # noqa: SLF001
 
 
-class Sharded:
+class ShardedCheckpointMixin:
     """For a TRL trainer: a checkpoint of DeepSpeed's or FSDP's is its ranks' parts, and no model beside them."""
 
     def _prepare_for_training(self: Any, max_steps: int, loader: Any, folder: str | None) -> Any:
         maps = folder and self.is_deepspeed_enabled and not self.converted  # a conversion maps by itself
-        with mapped.loads() if maps else nullcontext():
+        with loads() if maps else nullcontext():
             prepared = super()._prepare_for_training(max_steps, loader, folder)  # type: ignore[misc]
         if maps:
-            mapped.let_go(self.deepspeed.optimizer.optimizer)
+            own_memory(self.deepspeed.optimizer.optimizer)
         if self.args.fsdp:
             fsdp.check(self.model)
         return prepared
@@ -204,3 +205,28 @@ class Sharded:
             for config in [self.model.config, *getattr(self.model, "peft_config", {}).values()]:
                 config.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
+
+
+@contextmanager
+def loads() -> Iterator[None]:
+    """`torch.load` of a path maps the file: its pages are the system's, which takes them back."""
+    from torch.utils.serialization import config
+
+    before = config.load.mmap
+    config.load.mmap = True
+    try:
+        yield
+    finally:
+        config.load.mmap = before
+
+
+def own_memory(optimizer: Any) -> None:
+    """Where a state on the host is the file's own pages, which a file on tmpfs would hold for as long as it is used, it
+    becomes memory, a tensor at a time; what is loaded into other tensors is of no file.
+    """
+    import torch
+
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.device.type == "cpu":
+                state[name] = value.clone()

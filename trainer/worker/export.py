@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from trainer.job import Job, Staged, mark_staged
+from trainer.job import Job
+from trainer.staged import Staged, mark_staged
 from trainer.worker.chat import Tokenizer
-from trainer.worker.model import Base
-from trainer.worker.resume import Identity
+from trainer.worker.checkpoint_identity import Identity
+from trainer.worker.model_source import Base
 
 log = logging.getLogger(__name__)
 FOLDER = "final"
@@ -57,19 +58,3 @@ def _write(model: Any, base: Base, job: Job, about: Identity, weights: dict[str,
 
     model.save_pretrained(job.work / "adapter", **weights)
     merge.merge(base, job.work / "adapter", job.recipe, job.fit, into, trained_on=about.model)
-
-
-def merge(adapter: Path, into: Path) -> None:
-    """Write the full model that an adapter of others makes of the base that it names, with the tokenizer beside it."""
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
-
-    from trainer.worker.model import explained
-
-    try:
-        model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype="auto")
-        model.merge_and_unload().save_pretrained(into)
-        if (adapter / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(str(adapter)).save_pretrained(into)
-    except (OSError, ValueError) as error:
-        raise explained(str(adapter), error) from error

@@ -15,8 +15,9 @@ from trainer.errors import ModelError
 from trainer.fit import Fit
 from trainer.memory.precision import is_quantised
 from trainer.recipe import Recipe
+from trainer.worker import failures
 from trainer.worker import model as models
-from trainer.worker.model import Base
+from trainer.worker.model_source import Base
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def merge(
     try:
         both = PeftModel.from_pretrained(whole, str(adapter))
     except (OSError, ValueError, RuntimeError) as error:
-        raise models.explained(str(adapter), error) from error
+        raise failures.explained(str(adapter), error) from error
     _merge_layers(both, dtype)
     merged = both.merge_and_unload().to(dtype)
     merged.config.dtype = dtype

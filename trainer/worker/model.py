@@ -2,98 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
-from trainer.errors import ModelError, RecipeError, Unavailable, UserError
+from trainer.errors import RecipeError
 from trainer.fit import Fit
-from trainer.job import Job
 from trainer.memory.precision import half_precision, trains_in_float32
 from trainer.recipe import Recipe
-from trainer.worker import adapters, quantised
-from trainer.worker.reach import out_of_reach
-from trainer.worker.sources import Row
+from trainer.worker.failures import explained
+from trainer.worker.model_source import Base, dtype_name, hub_arguments
 
 log = logging.getLogger(__name__)
-UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"  # Mistral's special tokens
-TINY_INITIALIZER_RANGE = 0.08
-"""About 1 / sqrt(hidden size). With the usual 0.02, made for models 30 times as wide, a tiny one learns for minutes."""
 FLASH_ATTENTION = "flash_attention_2"
 FLASH_ATTENTION_CAPABILITY = (8, 0)
 """Ampere, the oldest CUDA architecture that FlashAttention 2 supports."""
-
-
-class Base(NamedTuple):
-    """What the policy and the reference are both loaded from, at every attempt."""
-
-    path: str
-    """Local folder or Hub id."""
-    name: str | None
-    """How others can find it; None if it lives in this attempt's folder only."""
-
-
-def locate(job: Job, rows: Iterable[Row]) -> Base:
-    """Find the recipe's model, or make the one it describes; `rows` teach a tiny model's tokenizer.
-
-    Raises:
-        ModelError: it is not there.
-    """
-    recipe = job.recipe
-    if recipe.init == "tiny":
-        return Base(str(once(job.work / "model", lambda into: make_tiny(into, recipe, rows))), None)
-    path, name = job.model or recipe.model_name_or_path, recipe.model_name_or_path
-    if path is None:
-        raise RecipeError("the recipe names no model", hint="set `model_name_or_path`, or `init: tiny`")
-    if path.endswith(".gguf"):
-        from trainer.worker.gguf import converted
-
-        return Base(str(converted(Path(path), dtype_name(recipe))), name)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return _folder(local, name, job)
-    if local.is_absolute() or path.startswith(("~", ".")) or path.count("/") > 1:
-        raise ModelError(f"there is no model folder {path}")
-    if adapter := adapters.from_hub(path, str(hub_arguments(recipe)["revision"])):
-        return _folder(adapter, name, job)
-    return Base(path, name)
-
-
-def _folder(folder: Path, name: str | None, job: Job) -> Base:
-    if (folder / "adapter_config.json").is_file():
-        from trainer.worker.export import merge
-
-        return Base(str(once(job.work / "merged", lambda into: merge(folder, into))), None)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json", hint="name a folder that `save_pretrained` wrote")
-    return Base(str(folder), name)
-
-
-def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made by `make` unless it is there: whole or not at all, by one rank of a node while the others wait.
-
-    All at once would each hold a model for it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel frees it with the process that holds it
-        if folder.is_dir():
-            return folder
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            make(partial)
-            partial.chmod(0o755)  # mkdtemp makes it for us alone
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
@@ -112,7 +37,7 @@ def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
         "attn_implementation": attention(recipe, fit),
         **hub_arguments(recipe),
     }
-    if quantization := quantised.config(recipe, dtype_name(recipe)):
+    if quantization := config(recipe, dtype_name(recipe)):
         settings["quantization_config"] = quantization
         settings["device_map"] = {"": "cpu" if fit.use_cpu else int(os.environ.get("LOCAL_RANK", "0"))}
     try:
@@ -120,36 +45,8 @@ def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
     except Exception as error:  # a broken file surfaces as any of a dozen libraries' errors
         raise explained(base.path, error) from error
     if quantization:
-        quantised.keep_layout(model)
+        keep_layout(model)
     return model
-
-
-def explained(path: str, error: Exception) -> UserError:
-    """What a failed load means to a user: `ModelError`, or `Unavailable` if the Hub may answer later."""
-    text = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-    everything = f"{error!r} {error.__cause__!r}".lower()
-    if "gated" in everything or "401" in everything or "403" in everything:
-        hint = "it is gated: accept its terms on the Hub, and pass your token as $HF_TOKEN"
-    elif Path(path).exists():
-        hint = "the folder's files are damaged, or of an architecture that Transformers does not know"
-    else:
-        hint = "neither a folder here nor a model of the Hub that we can reach from this machine"
-    if out_of_reach(error):
-        return Unavailable(f"{path} cannot be loaded for now: {text}", hint=hint)
-    return ModelError(f"{path} cannot be loaded: {text}", hint=hint)
-
-
-def hub_arguments(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "revision": recipe.model_args.get("model_revision", "main"),
-        "trust_remote_code": bool(
-            recipe.model_args.get("trust_remote_code", recipe.trainer_args.get("trust_remote_code", False))
-        ),
-    }
-
-
-def dtype_name(recipe: Recipe) -> str:
-    return str(recipe.model_args.get("dtype") or "float32")  # TRL's default
 
 
 def _keeps_float32(recipe: Recipe, fit: Fit) -> bool:
@@ -222,54 +119,30 @@ def _gathered(weight: Any) -> Any:
         return weight.detach().cpu().clone()
 
 
-def make_tiny(into: Path, recipe: Recipe, rows: Iterable[Row]) -> None:
-    """A small Mistral with random weights, and a byte-level BPE of the training rows' text."""
-    import torch
-    from transformers import MistralConfig, MistralForCausalLM
+def config(recipe: Recipe, dtype: str) -> Any:
+    """4-bit NormalFloat as in QLoRA (arXiv:2305.14314), its constants quantised too if asked for; or 8 bit, or None."""
+    if not (recipe.model_args.get("load_in_4bit") or recipe.model_args.get("load_in_8bit")):
+        return None
+    if not recipe.model_args.get("use_peft"):
+        raise RecipeError("a quantised model cannot be trained in full", hint="add `use_peft: true`")
+    from transformers import BitsAndBytesConfig
 
-    tokenizer = _train_tokenizer(_texts(rows), recipe.tiny.vocab_size)
-    config = MistralConfig(
-        **{**recipe.tiny.model_dump(), "vocab_size": len(tokenizer)},
-        sliding_window=None,
-        initializer_range=TINY_INITIALIZER_RANGE,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        MistralForCausalLM(config).save_pretrained(into)
-    tokenizer.save_pretrained(into)
-
-
-def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE(unk_token=UNKNOWN))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[UNKNOWN, BEGIN, END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, unk_token=UNKNOWN, bos_token=BEGIN, eos_token=END, pad_token=END
+    if recipe.model_args.get("load_in_8bit"):
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.model_args.get("bnb_4bit_quant_type", "nf4"),
+        bnb_4bit_use_double_quant=recipe.model_args.get("use_bnb_nested_quant", False),
+        bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
+        bnb_4bit_quant_storage=recipe.model_args.get("bnb_4bit_quant_storage"),
     )
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in rows, columns and messages, with the marks that a chat template puts before a turn."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        if "role" in value:
-            yield f"<|{value['role']}|>\n"
-        for key in sorted(value):
-            yield from _texts(value[key]) if key != "role" else ()
-    elif isinstance(value, Iterable):
-        for each in value:
-            yield from _texts(each)
+def keep_layout(model: Any) -> None:
+    """On a CPU with AVX512-BF16 an evaluation would repack the layers for inference, in place: with rounded constants, and
+    with a product that has no gradient, so that the adapters below would learn nothing until the next save
+    (bitsandbytes 0.50, `Linear4bit.forward`).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -5,17 +5,19 @@ from __future__ import annotations
 from trl import SFTConfig, SFTTrainer
 
 from trainer.job import Job, Outcome
-from trainer.worker import chat, data, model, sources, training
+from trainer.worker import chat, data, model, model_source, sources, train_and_export
 from trainer.worker.arguments import training_arguments
-from trainer.worker.channel import Channel
-from trainer.worker.engine import Sharded
-from trainer.worker.evaluation import GivesWay
-from trainer.worker.order import Ordered
-from trainer.worker.reshard.resharded import Resharded
-from trainer.worker.resume import identity
+from trainer.worker.checkpoint_identity import identity
+from trainer.worker.engine import ShardedCheckpointMixin
+from trainer.worker.interruptible_evaluation import InterruptibleEvaluation
+from trainer.worker.reshard.trainer_mixin import ReshardingMixin
+from trainer.worker.sampling import DeterministicOrderMixin
+from trainer.worker.supervisor_channel import Channel
 
 
-class OrderedSFTTrainer(Ordered, Sharded, Resharded, GivesWay, SFTTrainer):  # type: ignore[misc]
+class OrderedSFTTrainer(
+    DeterministicOrderMixin, ShardedCheckpointMixin, ReshardingMixin, InterruptibleEvaluation, SFTTrainer
+):
     """An `SFTTrainer` in our order. It leaves data that have `input_ids` and `labels` as they are."""
 
 
@@ -25,8 +27,8 @@ def train(job: Job, channel: Channel) -> Outcome:
 
     # Data and tokenizer
     rows = sources.read(recipe)
-    training.check_test_rows(job, rows)
-    base = model.locate(job, rows.train)
+    train_and_export.check_test_rows(job, rows)
+    base = model_source.locate(job, rows.train)
     tokenizer = chat.load_tokenizer(base.path, recipe)
     train_tokens = data.for_sft(rows.train, tokenizer, recipe, "training")
     test_tokens = data.for_sft(rows.test, tokenizer, recipe, "test") if rows.test else None
@@ -38,7 +40,7 @@ def train(job: Job, channel: Channel) -> Outcome:
     about = identity(job, train_tokens, model.digest(policy, recipe))
 
     # Training
-    trainer = training.build(
+    trainer = train_and_export.build(
         OrderedSFTTrainer,
         args,
         job,
@@ -48,4 +50,4 @@ def train(job: Job, channel: Channel) -> Outcome:
         processing_class=tokenizer,
         peft_config=model.lora(recipe),
     )
-    return training.finish(trainer, base, job, channel, about)
+    return train_and_export.finish(trainer, base, job, channel, about)

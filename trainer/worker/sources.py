@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, overload
 from trainer.errors import DataError, Unavailable
 from trainer.recipe import DataSource, Mixture, Recipe
 from trainer.worker import synthetic, ultrafeedback
-from trainer.worker.reach import out_of_reach
+from trainer.worker.failures import out_of_reach
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -62,12 +62,12 @@ class Renamed(Sequence[Row]):
         return {new: row[old] for old, new in self._columns.items()}
 
 
-class Rows(NamedTuple):
+class DatasetRows(NamedTuple):
     train: Mixed
     test: Mixed
 
 
-def read(recipe: Recipe) -> Rows:
+def read(recipe: Recipe) -> DatasetRows:
     """The recipe's rows, in the order that its seeds give.
 
     Raises:
@@ -79,7 +79,7 @@ def read(recipe: Recipe) -> Rows:
     test = _mix(mixture.test_datasets, mixture.seed)
     if mixture.test_split_size:
         train, test = _split(train, mixture)
-    return Rows(train[: recipe.max_train_samples], test[: recipe.max_test_samples])
+    return DatasetRows(train[: recipe.max_train_samples], test[: recipe.max_test_samples])
 
 
 def _mix(sources: Sequence[DataSource], seed: int) -> Mixed:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from launcher.prices.offer import Row
+from launcher.cloud.protocol import CatalogRow
 from launcher.prices.store import SNAPSHOT
 
 GCP = "InstanceType,vCPUs,MemoryGiB,AcceleratorName,AcceleratorCount,GpuInfo,Region,AvailabilityZone,Price,SpotPrice"
@@ -27,7 +27,7 @@ Line = dict[str, object]
 
 def write(folder: Path) -> None:
     """Write `folder`, which SkyPilot has at `~/.sky/catalogs/v8`."""
-    rows = [Row(*row) for row in json.loads(SNAPSHOT.read_text())["rows"]]
+    rows = [CatalogRow(*row) for row in json.loads(SNAPSHOT.read_text())["rows"]]
     _write(folder / "gcp" / "vms.csv", GCP, _gcp([row for row in rows if row.infra == "gcp"]))
     _write(
         folder / "lambda" / "vms.csv", LAMBDA, map(_lambda, (row for row in rows if row.infra == "lambda"))
@@ -48,7 +48,7 @@ def _write(path: Path, columns: str, lines: Iterable[Line]) -> None:
         writer.writerows(lines)
 
 
-def _accelerators(rows: Iterable[Row]) -> Iterator[Line]:
+def _accelerators(rows: Iterable[CatalogRow]) -> Iterator[Line]:
     clouds: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         clouds[row.accelerator].add({"gcp": "GCP", "lambda": "Lambda"}[row.infra])
@@ -56,7 +56,7 @@ def _accelerators(rows: Iterable[Row]) -> Iterator[Line]:
         yield {"AcceleratorName": name, "Clouds": sorted(found)}
 
 
-def _lambda(row: Row) -> Line:
+def _lambda(row: CatalogRow) -> Line:
     return {
         "InstanceType": row.instance_type,
         "AcceleratorName": row.accelerator,
@@ -68,9 +68,9 @@ def _lambda(row: Row) -> Line:
     }
 
 
-def _gcp(rows: list[Row]) -> Iterator[Line]:
+def _gcp(rows: list[CatalogRow]) -> Iterator[Line]:
     """The GPUs cost what the cheapest machine with them costs; a machine costs the rest."""
-    alike: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
+    alike: dict[tuple[str, int, str], list[CatalogRow]] = defaultdict(list)
     for row in rows:
         alike[row.accelerator, row.gpus, row.region].append(row)
     for (accelerator, gpus, region), machines in alike.items():

@@ -9,11 +9,10 @@ from collections.abc import Callable
 
 from trainer.errors import UserError
 from trainer.hardware import Shape
-from trainer.supervisor.team.alone import Alone
+from trainer.supervisor.team.base import Alone, Team
 from trainer.supervisor.team.leader import Leader
 from trainer.supervisor.team.member import Member
 from trainer.supervisor.team.position import ALONE, Position, position
-from trainer.supervisor.team.protocol import Team
 
 __all__ = ["ALONE", "Position", "Team", "meet", "position"]
 

@@ -10,19 +10,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.bucket import Bucket
-from trainer.bucket.attempt import Attempt
+from trainer.bucket.attempts import Attempt
 from trainer.bucket.manifest import Manifest
-from trainer.bucket.parts import Node
+from trainer.bucket.node_parts import Node
 from trainer.bucket.restore import Restored, Tell, restore
-from trainer.bucket.store import nobody
+from trainer.bucket.store import ignore_progress
 from trainer.errors import ExitCode, NoFit, Unavailable, UserError
 from trainer.fit import Fit
 from trainer.hardware import Shape
 from trainer.job import Outcome
-from trainer.supervisor.team.link import Link
-from trainer.supervisor.team.messages import End, Ended, Hello, Message, Noticed, Ready, Restoring, Terms
+from trainer.supervisor.team.base import Reject
+from trainer.supervisor.team.connection import (
+    End,
+    Ended,
+    Hello,
+    Link,
+    Message,
+    Noticed,
+    Ready,
+    Restoring,
+    Terms,
+)
 from trainer.supervisor.team.position import Position
-from trainer.supervisor.team.protocol import Reject
 from trainer.supervisor.workers import GRACE_S, Meeting, meeting
 
 PATIENCE_S = 15 * 60.0
@@ -139,7 +148,9 @@ class Leader:
         )
         self._tell(terms)
 
-    def restore(self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = nobody) -> Restored | None:
+    def restore(
+        self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = ignore_progress
+    ) -> Restored | None:
         """The newest checkpoint that verifies here, which all nodes then have."""
         restored = restore(
             bucket, into, reject, trying=lambda manifest: self._tell(_restoring(manifest)), tell=tell

@@ -9,19 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.bucket import Bucket
-from trainer.bucket.attempt import Attempt
-from trainer.bucket.parts import Node
+from trainer.bucket.attempts import Attempt
+from trainer.bucket.node_parts import Node
 from trainer.bucket.restore import CorruptCheckpoint, Restored, Tell, restore_named
-from trainer.bucket.store import nobody
+from trainer.bucket.store import ignore_progress
 from trainer.errors import ExitCode, Unavailable, UserError
 from trainer.fit import Fit
 from trainer.hardware import Shape
 from trainer.job import Outcome
+from trainer.supervisor.team.base import Reject
+from trainer.supervisor.team.connection import End, Ended, Hello, Link, Noticed, Ready, Restoring, Terms
 from trainer.supervisor.team.leader import PATIENCE_S, POLL_S
-from trainer.supervisor.team.link import Link
-from trainer.supervisor.team.messages import End, Ended, Hello, Noticed, Ready, Restoring, Terms
 from trainer.supervisor.team.position import Position
-from trainer.supervisor.team.protocol import Reject
 from trainer.supervisor.workers import Meeting
 
 log = logging.getLogger(__name__)
@@ -96,7 +95,9 @@ class Member:
     def begin(self, attempt: Attempt, fit: Fit, predicted: int | None) -> None:
         """Node 0 has begun already."""
 
-    def restore(self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = nobody) -> Restored | None:
+    def restore(
+        self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = ignore_progress
+    ) -> Restored | None:
         """The checkpoint that node 0 names; brought while node 0 brings its own copy."""
         restored: Restored | None = None
         while True:

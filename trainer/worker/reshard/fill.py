@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from trainer.errors import UserError
-from trainer.worker.reshard.saved import WEIGHTS, Saved, local
-from trainer.worker.reshard.stepped import Stepped, Target
+from trainer.worker.reshard.checkpoint_state import WEIGHTS, CheckpointState, local
+from trainer.worker.reshard.optimizer_layout import OptimizerTensor, Target
 
 ADAGRAD = {"DeepSpeedCPUAdagrad": {"sum": "exp_avg_sq"}, "Adagrad": {"exp_avg_sq": "sum"}}
 """By class: what torch calls a sum DeepSpeed's code for the host calls otherwise
@@ -35,7 +35,7 @@ class Kind(NamedTuple):
         )
 
 
-def fill(target: Target, saved: Saved) -> int:
+def fill(target: Target, saved: CheckpointState) -> int:
     """Set weights, states and learning rates; the bytes that were set.
 
     Raises:
@@ -57,13 +57,13 @@ def fill(target: Target, saved: Saved) -> int:
     return total
 
 
-def _copy(key: str, stepped: Stepped, saved: Saved, into: Any) -> None:
+def _copy(key: str, stepped: OptimizerTensor, saved: CheckpointState, into: Any) -> None:
     flat = local(into).view(-1)
     for part in stepped.parts:
         saved.copy(key, part.name, part.start, flat[part.offset : part.offset + part.size])
 
 
-def _state(stepped: Stepped, saved: Saved, kind: Kind) -> dict[str, Any]:
+def _state(stepped: OptimizerTensor, saved: CheckpointState, kind: Kind) -> dict[str, Any]:
     """Of one tensor: zeros where it is padded, as it began."""
     import torch
 
@@ -78,7 +78,7 @@ def _state(stepped: Stepped, saved: Saved, kind: Kind) -> dict[str, Any]:
     return state
 
 
-def _step(value: Any, stepped: Stepped, kind: Kind) -> Any:
+def _step(value: Any, stepped: OptimizerTensor, kind: Kind) -> Any:
     """A step as the optimizer counts: each tensor has its own, as they are counted up in place."""
     import torch
 
@@ -104,7 +104,7 @@ def _set_rates(target: Target, rates: tuple[float, ...]) -> None:
         group.settings["lr"] = rate
 
 
-def _check(target: Target, saved: Saved) -> None:
+def _check(target: Target, saved: CheckpointState) -> None:
     missing = [name for name in target.names if saved.count(name) is None]
     if missing:
         raise UserError(

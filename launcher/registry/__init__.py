@@ -1,0 +1,1 @@
+"""The runs that were started from this machine, wherever they train."""

@@ -1,0 +1,86 @@
+"""Full disks: how to know one by the error that it gives, and what to say of it."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.errors import NoRoom
+from trainer.job import Job, Outcome
+from trainer.staged import STAGED_SUFFIX
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+SIGNS = (
+    "No space left on device",  # safetensors, which raises an error of its own
+    "Disk quota exceeded",
+    "basic_ios::clear: iostream error",  # torch.save to a path
+    "PytorchStreamWriter failed writing",
+)
+BALLAST = "ballast"
+"""A file in the work folder that is removed when the disk is full, so that the outcome can be written."""
+BALLAST_BYTES = 256 * 1024
+HINT = "what was committed is safe; free some space, give `--work` a larger disk, or choose `--staging`"
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error, or what it came of, says that there is no room."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in FULL:
+            return True
+        if any(sign in str(link) for sign in SIGNS):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def no_room(job: Job, error: BaseException) -> Outcome | None:
+    """The outcome of a worker that ran out of room; room for it is made by removing what it was writing.
+
+    None if the error says something else.
+    """
+    if not is_full(error):
+        return None
+    free = shutil.disk_usage(job.staging).free
+    (job.work / BALLAST).unlink(missing_ok=True)
+    written = _remove_unfinished(job.staging)
+    message = f"no room left in {job.staging}: {free / 1e6:,.1f} MB were free"
+    if written:
+        message += f" after {written / 1e6:,.1f} MB of the save were written"
+    return Outcome(status="no_room", message=message, hint=HINT)
+
+
+def reserve_disk(work: Path) -> None:
+    (work / BALLAST).write_bytes(bytes(BALLAST_BYTES))
+
+
+def _remove_unfinished(staging: Path) -> int:
+    """Remove what no marker names; the bytes that it held."""
+    unfinished = [
+        path
+        for path in staging.iterdir()
+        if path.is_dir() and not (staging / f"{path.name}{STAGED_SUFFIX}").exists()
+    ]
+    held = sum(path.stat().st_size for folder in unfinished for path in folder.rglob("*") if path.is_file())
+    for folder in unfinished:
+        shutil.rmtree(folder, ignore_errors=True)
+    return held
+
+
+@contextmanager
+def room_in(folder: Path) -> Iterator[None]:
+    """Turn a full disk into words.
+
+    Raises:
+        NoRoom: names the folder and what is free there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise NoRoom(f"no room left in {folder}: {free / 1e6:,.1f} MB are free", hint=HINT) from error

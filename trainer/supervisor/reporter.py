@@ -1,0 +1,310 @@
+"""Tells what happens twice: as an event for programs, as a line of the log for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from trainer.accounting import Limit, Limits
+from trainer.bucket.manifest import Manifest
+from trainer.bucket.restore import Restored
+from trainer.errors import ExitCode, Superseded
+from trainer.events import Event, EventLog, Kind
+from trainer.fit import Fit
+from trainer.hardware import Shape
+from trainer.job import Tail
+from trainer.recipe import Recipe
+from trainer.supervisor.price import Price
+from trainer.supervisor.save_window import SURE, SaveHistory, Window, WindowVerdict, verdict
+
+log = logging.getLogger(__name__)
+DEFAULT_LOGGING_STEPS = 10
+COMPLAIN_EVERY_S = 60.0
+
+
+class Reporter:
+    """One method for each thing that can happen to an attempt; safe to call from any thread."""
+
+    def __init__(
+        self,
+        events: EventLog,
+        recipe: Recipe,
+        steps: Path,
+        *,
+        window: Callable[[], Window | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._events = events
+        self._window = window
+        self._pace = SaveHistory()
+        self._commits = 0
+        self._said: WindowVerdict | None = None
+        self._outage = Outage(clock)
+        self._recipe = recipe
+        self._steps = Tail(steps)
+        self._listening = threading.Lock()
+        self._print_every = int(recipe.trainer_args.get("logging_steps") or DEFAULT_LOGGING_STEPS) or 1
+
+    def claimed(  # noqa: PLR0913 (what a claim tells)
+        self,
+        shape: Shape,
+        planned: Fit,
+        uri: str,
+        *,
+        price: Price | None = None,
+        plan: Event | None = None,
+        limits: Limits | None = None,
+        booted: str | None = None,
+    ) -> Event:
+        """`booted`: from when on the machine is paid (UTC, ISO 8601), if that is before now."""
+        event = self._events.add(
+            "claimed",
+            run=uri,
+            method=self._recipe.method,
+            recipe=self._recipe.name,
+            shape=shape.model_dump(),
+            fit=planned.model_dump(),
+            price=(price or Price()).model_dump(),
+            plan=plan,
+            limits=(limits or Limits()).model_dump(),
+            **({"booted": booted} if booted else {}),
+        )
+        log.info("attempt %d of %s on %s: %s", event["attempt"], uri, shape, "; ".join(planned.reasons))
+        return event
+
+    def warned(self, message: str) -> None:
+        """What the user should know of this attempt, once."""
+        self._events.add("log", level="warning", message=message)
+        log.warning("%s", message)
+
+    def rejected(self, step: int, reason: str) -> None:
+        self._events.add("rejected", step=step, reason=reason)
+        log.warning("checkpoint of step %d is not believed: %s", step, reason)
+
+    def staging(self, where: str, reason: str) -> None:
+        message = f"staging on {where}: {reason}"
+        self._events.add("log", level="info", message=message)
+        log.info("%s", message)
+
+    def restored(self, restored: Restored | None) -> None:
+        if restored is None:
+            self._events.add("restored", step=0, files=0, bytes=0, seconds=0.0)
+            log.info("no committed checkpoint: starting at step 0")
+            return
+        manifest = restored.manifest
+        event = self._events.add(
+            "restored",
+            step=manifest.step,
+            from_attempt=manifest.attempt,
+            files=len(manifest.files),
+            bytes=manifest.size,
+            seconds=restored.seconds,
+        )
+        self._pace.add(event)
+        log.info(
+            "restored step %d, committed by attempt %d: %s verified in %.1f s",
+            manifest.step, manifest.attempt, _files(manifest), restored.seconds,
+        )  # fmt: skip
+
+    def recall(self, events: Iterable[Event]) -> None:
+        """Learn from an earlier attempt how long a save takes; to be followed by `restored`."""
+        for event in events:
+            self._pace.add(event)
+
+    def window(self) -> None:
+        """Say whether a notice leaves time for a save, if enough is known and it was not said before."""
+        window = self._window()
+        if (save := self._pace.save()) is None:
+            return
+        now = verdict(save, window)
+        if self._said and self._said.holds == now.holds and self._commits != 1:
+            return
+        news = self._said is None or self._said.holds != now.holds
+        self._said = now
+        self._events.add(
+            "window",
+            holds=now.holds,
+            seconds=save.seconds,
+            bytes=save.bytes,
+            bytes_per_s=save.bytes_per_s,
+            window_s=window.seconds if window else None,
+        )
+        if news:
+            log.log(logging.INFO if now.holds in ("yes", "unknown") else logging.WARNING, "%s", now.text)
+
+    def listen(self) -> bool:
+        """Pass on what the workers have said since the last time; whether they have said anything."""
+        with self._listening:
+            lines = self._steps.new_lines()
+            for line in lines:
+                fields: dict[str, Any] = json.loads(line)
+                event = self._events.add(fields.pop("kind"), **fields)
+                self._pace.add(event)
+                self._print_worker_event(event)
+        return bool(lines)
+
+    def stuck_s(self) -> float:
+        """Seconds without a word after which workers that were asked to stop are taken for stuck."""
+        return self._pace.stuck_s()
+
+    def committing(self) -> None:
+        """Before a manifest makes a step the newest, the bucket must know how training got there."""
+        self.listen()
+        self._events.flush(now=True)
+
+    def _print_worker_event(self, event: dict[str, Any]) -> None:
+        match event["kind"]:
+            case "started":
+                log.info("training from step %d to %d", event["step"], event["total_steps"])
+            case "step" if event["step"] % self._print_every == 0 or event["step"] == event["total_steps"]:
+                log.info("step %d/%d  %s", event["step"], event["total_steps"], _metrics(event))
+            case "eval":
+                log.info("step %d test  %s", event["step"], _metrics(event))
+            case "save_skipped":
+                log.warning("step %d is not saved: %s", event["step"], event["reason"])
+            case "log":
+                log.log(
+                    logging.getLevelNamesMapping().get(event["level"].upper(), logging.INFO),
+                    "%s",
+                    event["message"],
+                )
+
+    def committed(self, manifest: Manifest, seconds: float) -> None:
+        kind: Kind = "committed" if manifest.kind == "checkpoint" else "exported"
+        event = self._events.add(
+            kind,
+            step=manifest.step,
+            files=len(manifest.files),
+            bytes=manifest.size,
+            seconds=seconds,
+            weights_digest=manifest.weights_digest,
+        )
+        what = f"step {manifest.step}" if kind == "committed" else "the final model"
+        log.info("committed %s: %s in %.1f s", what, _files(manifest), seconds)
+        if tried := self._outage.over():
+            log.info("the bucket takes uploads again; it failed %s", tried)
+        if kind == "committed":
+            self._commits += 1
+            if self._commits == 1:
+                self._pace.forget_uploads()
+            self._pace.add(event)
+            self.window()
+
+    def dropped(self, step: int) -> None:
+        reason = "a newer checkpoint was staged before its upload began"
+        self._events.add("save_skipped", step=step, reason=reason)
+        log.warning("step %d is not uploaded: %s", step, reason)
+
+    def upload_failed(self, step: int, reason: str) -> None:
+        tries = self._outage.failed()
+        self._events.add("upload_failed", step=step, reason=reason, tries=tries)
+        if said := self._outage.worth_saying():
+            log.warning("upload of step %d failed, %s, and will be tried again: %s", step, said, reason)
+
+    def notice(self, source: str) -> None:
+        self._events.add("notice", source=source)
+        log.warning("%s: saving, uploading and committing before this machine goes", source)
+
+    def save_s(self) -> float:
+        """Seconds that a save and its upload may take from now on, one under way included; 0 if nobody knows."""
+        save = self._pace.save()
+        return (save.seconds + save.upload_s) / SURE if save else 0.0
+
+    def limit(self, limit: Limit, share: float, *, usd: float, hours: float) -> None:
+        self._events.add(
+            "limit", what=limit.what, share=share, limit=limit.of, usd=round(usd, 4), hours=round(hours, 4)
+        )
+        rest = "; saving, uploading and committing, then this run stops" if share >= 1.0 else ""
+        log.warning("%s: %s%s", "used up" if share >= 1.0 else "nearly used up", limit, rest)
+
+    def stopped(self, limit: Limit, where: str, *, usd: float, hours: float) -> None:
+        message = (
+            f"{limit.what} used up ({limit}): stopped {where}; a higher one goes on from the newest commit"
+        )
+        self._events.add(
+            "stopped",
+            message=message,
+            what=limit.what,
+            limit=limit.of,
+            usd=round(usd, 4),
+            hours=round(hours, 4),
+        )
+        log.warning("%s", message)
+
+    def preempted(self, message: str) -> None:
+        self._events.add("preempted", message=message)
+        log.warning("preempted %s; the same command goes on from the newest commit", message)
+
+    def superseded(self, error: Superseded) -> None:
+        self._events.add("superseded", message=error.message)
+
+    def failed(self, message: str, exit_code: ExitCode) -> None:
+        self._events.add("failed", message=message, exit_code=int(exit_code))
+        if exit_code in (ExitCode.BUG, ExitCode.RECOVER):
+            log.error("%s", message)
+
+    def done(self, model: Manifest, uri: str) -> None:
+        self._events.add("done", step=model.step, weights_digest=model.weights_digest)
+        log.info("done: the model is in %s/final/", uri)
+
+
+class Outage:
+    """Failed uploads since the last commit: counted each, said once a minute."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._tries = 0
+        self._since = 0.0
+        self._said_at: float | None = None
+
+    def failed(self) -> int:
+        """How many in a row, with this one."""
+        if not self._tries:
+            self._since = self._clock()
+        self._tries += 1
+        return self._tries
+
+    def worth_saying(self) -> str | None:
+        """What to say of it, if nothing was said within the last minute, whatever became of it since."""
+        now = self._clock()
+        if self._said_at is not None and now - self._said_at < COMPLAIN_EVERY_S:
+            return None
+        self._said_at = now
+        return self._count()
+
+    def over(self) -> str | None:
+        """What it was, if there was one."""
+        if not self._tries:
+            return None
+        said = self._count()
+        self._tries = 0
+        return said
+
+    def _count(self) -> str:
+        times = "once" if self._tries == 1 else f"{self._tries} times"
+        return f"{times} in {self._clock() - self._since:.0f} s"
+
+
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "rewards/accuracies": "reward accuracy {:.2f}",
+    "mean_token_accuracy": "token accuracy {:.2f}",
+    "eval_loss": "loss {:.4f}",
+    "eval_rewards/accuracies": "reward accuracy {:.3f}",
+    "eval_mean_token_accuracy": "token accuracy {:.3f}",
+}
+
+
+def _metrics(event: dict[str, Any]) -> str:
+    return "  ".join(form.format(event[key]) for key, form in SHOWN.items() if event.get(key) is not None)
+
+
+def _files(manifest: Manifest) -> str:
+    count = len(manifest.files)
+    return f"{count} file{'s' * (count != 1)}, {manifest.size / 1e6:,.1f} MB"

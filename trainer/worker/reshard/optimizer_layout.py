@@ -1,0 +1,157 @@
+"""What an engine's optimizer steps: which parameters, or parts of them, lie in each of its tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+
+class ParameterSlice(NamedTuple):
+    """Elements `start` to `start + size` of a parameter, which lie at `offset` of a tensor."""
+
+    name: str
+    start: int
+    size: int
+    offset: int
+
+
+class OptimizerTensor(NamedTuple):
+    """A tensor that the optimizer steps, contiguous, or a DTensor, of which this rank has a part; what no part
+    covers pads it.
+    """
+
+    tensor: Any
+    first: str
+    """A parameter that lies in it, on this rank or another: all in one tensor are stepped alike."""
+    parts: list[ParameterSlice]
+
+
+class Group(NamedTuple):
+    """A group of the optimizer that has parameters."""
+
+    settings: dict[str, Any]
+    """Torch's `param_group`."""
+    names: list[str]
+
+
+class Target(NamedTuple):
+    """An engine's optimizer, ready to be filled."""
+
+    optimizer: Any
+    """Torch's, or one of its kind, under whatever wraps it."""
+    groups: list[Group]
+    stepped: list[OptimizerTensor]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that is trained, in the optimizer's order, which is the same under every engine."""
+        return [name for group in self.groups for name in group.names]
+
+
+def target(trainer: Any, engine: str) -> Target:
+    """Of a trainer whose model and optimizer are prepared."""
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    if engine == "zero3":
+        return _stage_3(trainer.deepspeed.optimizer, names)
+    if engine == "zero2":
+        return _stage_2(trainer.deepspeed.optimizer, names)
+    optimizer = trainer.optimizer.optimizer
+    filled = [group for group in optimizer.param_groups if group["params"]]
+    groups = [Group(group, [names[each] for each in group["params"]]) for group in filled]
+    trained = [each for group in filled for each in group["params"]]
+    part_of = _rows if engine == "fsdp2" else _all_of
+    stepped = [OptimizerTensor(each, names[each], part_of(each, names[each])) for each in trained]
+    return Target(optimizer, groups, stepped)
+
+
+def _all_of(weight: Any, name: str) -> list[ParameterSlice]:
+    return [ParameterSlice(name, 0, weight.numel(), 0)]
+
+
+def _rows(weight: Any, name: str) -> list[ParameterSlice]:
+    """Of a weight that FSDP 2 cut: the rows that this rank has, if it has any."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    if tuple(shape[1:]) != tuple(weight.shape[1:]):
+        raise RuntimeError(f"{name} is not cut by rows: {weight.placements}")
+    size = math.prod(shape)
+    return [ParameterSlice(name, offset[0] * math.prod(shape[1:]), size, 0)] if size else []
+
+
+def _stage_3(zero: Any, names: dict[Any, str]) -> Target:
+    """`zero` is a `DeepSpeedZeroOptimizer_Stage3`."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank(zero.dp_process_group)
+    groups: dict[int, list[str]] = {}  # by number
+    stepped = []
+    for number, (members, flat) in enumerate(
+        zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
+    ):
+        groups.setdefault(zero.sub_group_to_group_id[number], []).extend(names[each] for each in members)
+        parts, offset = [], 0
+        for each in members:
+            share = each.partition_numel()
+            start = rank * share
+            if start < each.ds_numel:
+                parts.append(ParameterSlice(names[each], start, min(share, each.ds_numel - start), offset))
+            offset += share
+        stepped.append(OptimizerTensor(flat, names[members[0]], parts))
+    settings = zero.optimizer.param_groups
+    return Target(zero.optimizer, [Group(settings[number], each) for number, each in groups.items()], stepped)
+
+
+def _stage_2(zero: Any, names: dict[Any, str]) -> Target:
+    """`zero` is a `DeepSpeedZeroOptimizer`, of which every group is one tensor over all ranks."""
+    import torch.distributed as dist
+
+    stepped = []
+    for number, flat in enumerate(zero.single_partition_of_fp32_groups):
+        begin = dist.get_rank(zero.real_dp_process_group[number]) * flat.numel()
+        laid = zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True)
+        parts = [
+            part for each, at in laid if (part := _within(names[each], at, each.numel(), begin, flat.numel()))
+        ]
+        stepped.append(OptimizerTensor(flat, names[zero.bit16_groups[number][0]], parts))
+    members = [[names[each] for each in group] for group in zero.bit16_groups]
+    return Target(zero.optimizer, list(map(Group, zero.optimizer.param_groups, members)), stepped)
+
+
+def _within(name: str, at: int, count: int, begin: int, size: int) -> ParameterSlice | None:
+    """What of a parameter, which lies at `at` of the whole, is in the `size` elements from `begin` on."""
+    first, last = max(at, begin), min(at + count, begin + size)
+    return ParameterSlice(name, first - at, last - first, first - begin) if first < last else None
+
+
+def settle(trainer: Any, engine: str, *, step: int, scale: float | None) -> None:
+    """Once all of the optimizer's tensors are filled: bring the weights that the model computes with up to them."""
+    if engine not in ("zero2", "zero3"):
+        scaler = trainer.accelerator.scaler
+        if scaler is not None and scale is not None:
+            scaler.load_state_dict(scaler.state_dict() | {"scale": scale})
+        return
+    zero = trainer.deepspeed.optimizer
+    if scale is not None and zero.dynamic_loss_scale:
+        zero.loss_scaler.cur_scale = scale
+    if engine == "zero2":
+        zero.update_lp_params()
+    else:
+        _settle_stage_3(zero)
+    counts = trainer.deepspeed  # names its next checkpoint by the step that it counts
+    counts.global_steps, counts.global_samples = step, step * counts.train_batch_size()
+
+
+def _settle_stage_3(zero: Any) -> None:
+    """As DeepSpeed ends its own load of a checkpoint: here with nothing to load but what is there already."""
+    import torch.distributed as dist
+
+    zero.checkpoint_event_prologue()
+    mine = {
+        "loss_scaler": zero.loss_scaler,
+        "dynamic_loss_scale": zero.dynamic_loss_scale,
+        "overflow": False,
+        "fp32_flat_groups": zero.fp32_partitioned_groups_flat,
+    }
+    zero.load_state_dict([mine] * dist.get_world_size(zero.dp_process_group), load_optimizer_states=False)
+    zero.checkpoint_event_epilogue()
