@@ -220,8 +220,8 @@ def _cancel_here(found: Local) -> int:
 
 
 def _find(run: str, checkpoints: str | None) -> Known:
-    from launcher.addresses import canonical
     from launcher.registry import known
+    from trainer.bucket.address import canonical
 
     address = canonical(checkpoints, Path.cwd()) if checkpoints else None
     return known.find(terminal.state_folder(), run, address)

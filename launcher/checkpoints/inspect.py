@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.addresses import canonical
 from trainer.bucket import Bucket, Object, list_runs, open_run
-from trainer.bucket.address import Patience
+from trainer.bucket.address import Patience, canonical
 from trainer.bucket.attempts import PREFIX as ATTEMPTS_PREFIX
 from trainer.bucket.attempts import Attempt
 from trainer.bucket.manifest import (

@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.addresses import canonical
 from launcher.checkpoints.inspect import OF_A_RUN, PATIENCE
 from launcher.runs.listing import AT_ONCE
 from trainer.bucket import Bucket, list_runs, open_run
+from trainer.bucket.address import canonical
 from trainer.bucket.manifest import final
 from trainer.bucket.reference_cache import Entry, listed, shelves
 from trainer.bucket.store import in_parallel

@@ -7,10 +7,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.addresses import folder_of
 from launcher.doctor.check import Finding
 from trainer.bucket import Bucket, open_run
-from trainer.bucket.address import Patience
+from trainer.bucket.address import Patience, folder_of
 from trainer.errors import BucketError
 
 PROBE = "doctor"

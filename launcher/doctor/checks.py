@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from launcher import settings
-from launcher.addresses import canonical
 from launcher.cloud.protocol import Cloud
 from launcher.doctor import bucket, hub, machine
 from launcher.doctor.check import Check, Finding, run_all
 from launcher.settings import Settings
 from trainer.architecture.hub_login import with_login
+from trainer.bucket.address import canonical
 from trainer.errors import UserError
 from trainer.recipe import Recipe, load
 

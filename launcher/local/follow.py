@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from launcher.addresses import folder_of
 from launcher.local import process
 from launcher.local.fault_injection import KillMoment, Preemptions
 from launcher.local.process import LogTail, Supervisor
@@ -17,6 +16,7 @@ from launcher.registry.local import Home
 from launcher.runs.run import AttemptHistory, Reader, RunHistory
 from launcher.terminal import Answer
 from trainer.accounting import Limits
+from trainer.bucket.address import folder_of
 from trainer.errors import ExitCode, UserError
 
 MAX_FRUITLESS = 3

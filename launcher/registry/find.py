@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher import settings
-from launcher.addresses import canonical
 from launcher.registry import known
 from launcher.runs.run import Reader, RunHistory
 from trainer.bucket import open_run
+from trainer.bucket.address import canonical
 from trainer.errors import UserError
 
 

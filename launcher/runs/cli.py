@@ -27,8 +27,8 @@ COLUMNS = ("run", "state", ">step", ">loss", ">last commit", ">attempts", ">$", 
 def runs(checkpoints: str | None, as_json: bool) -> None:
     """List the runs that are in the bucket, whoever started them, the latest first."""
     from launcher import render, settings
-    from launcher.addresses import canonical
     from launcher.runs.listing import listing
+    from trainer.bucket.address import canonical
 
     address = canonical(checkpoints or settings.load(os.environ).checkpoints, Path.cwd())
     now = time.time()

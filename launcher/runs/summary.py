@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.addresses import folder_of
 from launcher.render import change, duration, size, usd
 from launcher.runs import account
 from launcher.runs.run import RunHistory, values
+from trainer.bucket.address import folder_of
 from trainer.events import of_kind
 
 if TYPE_CHECKING:

@@ -229,10 +229,10 @@ def _print_order(order: Order, *, as_json: bool) -> None:
 
 def _submission(recipe: str, overrides: Sequence[str], options: dict[str, Any]) -> Submission:
     from launcher import settings
-    from launcher.addresses import canonical
     from launcher.local import submit as machine
     from launcher.local.follow import Submission
     from launcher.submit import cost_variables
+    from trainer.bucket.address import canonical
     from trainer.recipe import default_run_id, load
 
     site = settings.load(os.environ)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from launcher.addresses import folder_of
+from trainer.bucket.address import folder_of
 from trainer.errors import BucketError, UserError
 from trainer.recipe import Recipe
 from trainer.recipe import names as recipe_names

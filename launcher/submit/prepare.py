@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher import settings
-from launcher.addresses import canonical
 from launcher.cloud import skypilot
 from launcher.image.builders import BuildOptions
 from launcher.local.submit import checked_run_id
@@ -25,6 +24,7 @@ from launcher.submit.task import Candidate, Config, TaskSpec
 from trainer.accounting import Limits
 from trainer.architecture.hub_login import with_login
 from trainer.architecture.lookup import find_architecture
+from trainer.bucket.address import canonical
 from trainer.errors import UserError
 from trainer.fit import fit
 from trainer.hardware import Shape, gpu

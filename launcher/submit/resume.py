@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from launcher import settings
-from launcher.addresses import canonical
 from launcher.registry import known
 from launcher.registry.known import Known, Local
 from launcher.runs.limits import kept
 from launcher.runs.run import Reader
 from trainer.bucket import open_run
+from trainer.bucket.address import canonical
 from trainer.errors import UserError
 from trainer.recipe import Recipe, load
 

@@ -38,12 +38,12 @@ def watch(
     RUN is a run's name or its address, such as s3://bucket/prefix/RUN. Elsewhere than on a terminal, a line whenever
     something has changed.
     """
-    from launcher.addresses import folder_of
     from launcher.registry.find import place, started_here
     from launcher.watch import follow
     from launcher.watch.follow import NoKeys, keys
     from launcher.watch.state import Source
     from launcher.watch.view import RunView
+    from trainer.bucket.address import folder_of
 
     found = place(run, checkpoints, state=terminal.state_folder(), environ=os.environ, cwd=Path.cwd())
     if not started_here(found, terminal.state_folder()):

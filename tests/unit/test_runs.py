@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.addresses import canonical, folder_of
 from launcher.runs.run import Reader, Redone, RunHistory
 from tests.fakes.runs import attempt_events, write_commit, write_events
 from trainer.bucket import open_run
+from trainer.bucket.address import canonical, folder_of
 from trainer.errors import BucketError
 
 

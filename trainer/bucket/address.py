@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from obstore.exceptions import BaseError
 from obstore.store import GCSStore, LocalStore, S3Store
@@ -74,6 +75,24 @@ def parse(uri: str) -> BucketAddress:
     if not uri or separator or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri):
         raise BucketError(f"{uri!r} is no address of a bucket that is known here", hint=VALID)
     return BucketAddress("file", "", _absolute(uri))
+
+
+def folder_of(uri: str) -> Path | None:
+    """Return the folder that a checkpoints address names; None if it names a bucket."""
+    if uri.startswith("file://"):
+        return Path(unquote(urlsplit(uri).path))
+    return None if "://" in uri else Path(uri)
+
+
+def canonical(uri: str, cwd: Path) -> str:
+    """Return the one spelling of an address: folders are absolute, and no slash is at the end.
+
+    Raises:
+        BucketError: `uri` is neither a folder nor a bucket address, such as `gcs://bucket`.
+    """
+    place = parse(uri)
+    folder = folder_of(uri)
+    return str(place) if folder is None else str((cwd / folder.expanduser()).resolve())
 
 
 def _absolute(folder: str) -> str:
