@@ -1,4 +1,8 @@
-"""What a run has spent over all its attempts, by their events, and whether its limits leave it anything; pure."""
+"""Hours and dollars of attempts and runs, and how much of a run's limits they use; computed from events alone.
+
+Every place that shows or checks hours or dollars uses this module: `status`, `runs`, `report`, `watch`, the model card,
+and the supervisor's budget.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +14,31 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.events import Event, of_kind
 
-What = Literal["budget", "deadline"]
+LimitKind = Literal["budget", "deadline"]
 Events = Sequence[Event]
+
+SPOT, ON_DEMAND = "spot", "on demand"
 
 
 class Limits(BaseModel):
-    """The most that a run may take, all attempts together; no part of what makes it that run."""
+    """The most that a run may use over all its attempts; not part of the run's identity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     budget_usd: float | None = Field(default=None, gt=0)
     deadline_h: float | None = Field(default=None, gt=0)
-    """Wall clock since the first attempt claimed the run, also while no machine is held."""
+    """Wall-clock hours since the first attempt's claim, including the time without a machine."""
 
     def __bool__(self) -> bool:
         return (self.budget_usd, self.deadline_h) != (None, None)
 
 
-class Spent(NamedTuple):
-    """What attempts have taken, from when on they are paid to what was heard of them last."""
-
-    hours: float
-    usd: float
-    """Of the attempts whose price is known."""
-    unpriced_h: float
-    """Hours of those whose price nobody knows."""
-
-
 class Limit(NamedTuple):
     """One limit, and how much of it is used."""
 
-    what: What
+    what: LimitKind
     of: float
-    """Dollars or hours, as `used`."""
+    """The limit in dollars or hours, the same unit as `used`."""
     used: float
 
     @property
@@ -55,73 +51,158 @@ class Limit(NamedTuple):
         return f"{self.used:.2f} h of the deadline of {self.of:g} h"
 
 
-def of_attempt(events: Events) -> Spent:
-    """What one attempt took; a clock that was set back makes it no shorter than its longest reading."""
+class AttemptCost(NamedTuple):
+    """The paid time of one attempt and its price."""
+
+    seconds: float
+    """Paid time: from the machine's boot (or the claim, if the boot is unknown) to the last event."""
+    usd_per_h: float | None
+    """Price of all nodes together; None if the price is unknown."""
+    market: str | None
+    """`spot`, `on demand`, or None for a machine that is not rented."""
+
+    @property
+    def hours(self) -> float:
+        return self.seconds / 3600
+
+    @property
+    def usd(self) -> float | None:
+        return None if self.usd_per_h is None else self.usd_per_h * self.seconds / 3600
+
+
+class RunCost(NamedTuple):
+    """The paid time and the dollars of several attempts."""
+
+    seconds: float
+    """Paid time of all attempts, with or without a price."""
+    unpriced_s: float
+    """Paid time of the attempts without a price."""
+    usd: float | None
+    """None if no attempt has a price."""
+    spot_usd: float
+    on_demand_usd: float
+
+    @property
+    def hours(self) -> float:
+        return self.seconds / 3600
+
+
+def attempt_cost(
+    events: Events, *, until: float | None = None, usd_per_h: float | None = None
+) -> AttemptCost:
+    """Return what one attempt cost.
+
+    Args:
+        events: the attempt's events.
+        until: end of the paid time (unix time, seconds): now, for a running attempt. None means the latest event.
+        usd_per_h: price to assume if the claim has none.
+    """
     if not events:
-        return Spent(0.0, 0.0, 0.0)
-    claimed = _claim(events)
-    hours = _since_claim_h(events) + boot_s(claimed) / 3600
-    usd_per_h = (claimed.get("price") or {}).get("usd_per_h")
-    return Spent(hours, 0.0, hours) if usd_per_h is None else Spent(hours, hours * usd_per_h, 0.0)
+        return AttemptCost(0.0, None, None)
+    price = _claim(events).get("price") or {}
+    claimed_price = price.get("usd_per_h")
+    return AttemptCost(
+        seconds=boot_s(events) + _since_claim_s(events, until),
+        usd_per_h=usd_per_h if claimed_price is None else float(claimed_price),
+        market=price.get("market"),
+    )
 
 
-def boot_s(claimed: Event) -> float:
-    """Seconds before its claim that an attempt is paid for: since its machine booted, where the claim tells of that."""
-    if not (booted := claimed.get("booted")):
+def run_cost(
+    attempts: Iterable[Events], *, now: float | None = None, usd_per_h: float | None = None
+) -> RunCost:
+    """Return what a run has cost so far.
+
+    Args:
+        attempts: the events of each attempt, oldest first.
+        now: unix time, seconds, if the newest attempt is running. None counts it up to its latest event.
+        usd_per_h: price to assume for attempts whose claim has none.
+    """
+    every = list(attempts)
+    costs = [attempt_cost(events, usd_per_h=usd_per_h) for events in every[:-1]]
+    costs += [attempt_cost(events, until=now, usd_per_h=usd_per_h) for events in every[-1:]]
+    priced = [(cost.market, usd) for cost in costs if (usd := cost.usd) is not None]
+    return RunCost(
+        seconds=sum(cost.seconds for cost in costs),
+        unpriced_s=sum(cost.seconds for cost in costs if cost.usd is None),
+        usd=sum(usd for _, usd in priced) if priced else None,
+        spot_usd=sum(usd for market, usd in priced if market == SPOT),
+        on_demand_usd=sum(usd for market, usd in priced if market != SPOT),
+    )
+
+
+def claimed_at(events: Events) -> datetime:
+    """Return when the attempt claimed the run."""
+    return _time(_claim(events))
+
+
+def latest_event_at(events: Events) -> datetime:
+    """Return the latest time of any event; not the last event's time, because a clock may be set back."""
+    return max(map(_time, events))
+
+
+def boot_s(events: Events) -> float:
+    """Return the paid seconds before the claim: from the machine's boot, or 0 if the claim does not record it."""
+    if not events or not (booted := _claim(events).get("booted")):
         return 0.0
-    return max(0.0, (_time(claimed) - datetime.fromisoformat(booted)).total_seconds())
+    return max(0.0, (claimed_at(events) - datetime.fromisoformat(booted)).total_seconds())
 
 
-def of_run(attempts: Iterable[Events]) -> Spent:
-    """What all of them took."""
-    parts = [of_attempt(events) for events in attempts]
-    return Spent(*(sum(part[index] for part in parts) for index in range(3)))
+def run_age_h(attempts: Sequence[Events], now: datetime) -> float:
+    """Return the hours since the first claim.
 
-
-def age_h(attempts: Sequence[Events], now: datetime) -> float:
-    """Hours since the first claim; at least those of the attempts, should this machine's clock be behind theirs."""
+    The result is never less than the attempts' own hours, because this machine's clock may be behind theirs.
+    """
     claims = [_time(event) for events in attempts for event in of_kind(events, "claimed")]
     if not claims:
         return 0.0
-    return max((now - claims[0]).total_seconds() / 3600, sum(map(_since_claim_h, attempts)))
+    own_s = sum(_since_claim_s(events) for events in attempts if events)
+    return max((now - claims[0]).total_seconds(), own_s) / 3600
 
 
-def standing(limits: Limits, *, usd: float, hours: float) -> list[Limit]:
-    """Each limit that there is, and what is used of it.
+def limit_usage(limits: Limits, *, usd: float, hours: float) -> list[Limit]:
+    """Return the usage of each limit that is set.
 
     Args:
-        limits: the run's.
-        usd: spent by all attempts.
-        hours: since the first claim.
+        limits: the run's limits.
+        usd: dollars spent by all attempts.
+        hours: hours since the first claim.
     """
-    found: list[Limit] = []
+    usages: list[Limit] = []
     if limits.budget_usd is not None:
-        found.append(Limit("budget", limits.budget_usd, usd))
+        usages.append(Limit("budget", limits.budget_usd, usd))
     if limits.deadline_h is not None:
-        found.append(Limit("deadline", limits.deadline_h, hours))
-    return found
+        usages.append(Limit("deadline", limits.deadline_h, hours))
+    return usages
 
 
-def used_up(
+def exhausted_limit(
     attempts: Sequence[Events], limits: Limits, now: datetime, *, boot_usd: float = 0.0
 ) -> Limit | None:
-    """The limit that leaves another attempt nothing, after what its own boot has cost; None if there is something left.
+    """Return the limit that leaves nothing for another attempt, or None.
 
-    A run that stopped for a limit stopped before it, to have time to save: the same limit, or a lower one, is used up.
+    A run stops shortly before it reaches a limit, to have time to save. So a limit at which the run stopped counts as
+    exhausted, and so does any lower one.
+
+    Args:
+        attempts: the events of each attempt, oldest first.
+        limits: the run's limits.
+        now: the current time.
+        boot_usd: what the boot of the next attempt's machine has cost already.
     """
-    stopped = {
+    stopped_at = {
         event["what"]: event["limit"] for events in attempts[-1:] for event in of_kind(events, "stopped")
     }
-    for each in standing(limits, usd=of_run(attempts).usd + boot_usd, hours=age_h(attempts, now)):
-        if each.share >= 1.0 or each.of <= stopped.get(each.what, 0.0):
-            return each
+    usd = (run_cost(attempts).usd or 0.0) + boot_usd
+    for usage in limit_usage(limits, usd=usd, hours=run_age_h(attempts, now)):
+        if usage.share >= 1.0 or usage.of <= stopped_at.get(usage.what, 0.0):
+            return usage
     return None
 
 
-def _since_claim_h(events: Events) -> float:
-    if not events:
-        return 0.0
-    return max(0.0, (max(map(_time, events)) - _time(_claim(events))).total_seconds() / 3600)
+def _since_claim_s(events: Events, until: float | None = None) -> float:
+    end = latest_event_at(events).timestamp() if until is None else until
+    return max(0.0, end - claimed_at(events).timestamp())
 
 
 def _claim(events: Events) -> Event:

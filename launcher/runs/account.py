@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import reduce
 from operator import add
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -131,7 +130,7 @@ def account(run: RunHistory, *, now: float | None = None) -> Account:
     each = tuple(
         _attempt(run, attempt, until=now if attempt.number == newest else None) for attempt in run.attempts
     )
-    billed = bill(run, now=now)
+    cost = run.cost(now=now)
     spent = reduce(add, (one.hours for one in each), TimeBreakdown())
     plans = [attempt.claim["plan"] for attempt in run.attempts if attempt.claim.get("plan")]
     last = run.steps[-1] if run.steps else {}
@@ -143,15 +142,15 @@ def account(run: RunHistory, *, now: float | None = None) -> Account:
         recipe=str(run.attempts[-1].claim.get("recipe", "")) if run.attempts else "",
         step=run.step,
         total_steps=run.total_steps,
-        wall_s=billed.seconds + sum(one.waited_s for one in each),
+        wall_s=cost.seconds + sum(one.waited_s for one in each),
         provisioning_s=sum(one.waited_s for one in each),
         lost_steps=sum(one.lost_steps for one in each),
         hours=spent,
         goodput=spent.goodput,
-        usd=billed.usd,
-        spot_usd=billed.spot_usd,
-        on_demand_usd=billed.on_demand_usd,
-        unpriced_s=billed.unpriced_s,
+        usd=cost.usd,
+        spot_usd=cost.spot_usd,
+        on_demand_usd=cost.on_demand_usd,
+        unpriced_s=cost.unpriced_s,
         upload_s=sum(one.upload_s for one in each),
         uploaded_bytes=sum(one.uploaded_bytes for one in each),
         commits=len(run.commits),
@@ -167,7 +166,7 @@ def account(run: RunHistory, *, now: float | None = None) -> Account:
 
 def _attempt(run: RunHistory, attempt: AttemptHistory, *, until: float | None) -> AttemptAccount:
     before = [each for each in run.attempts if each.number < attempt.number]
-    claim, cost = attempt.claim, paid(attempt, until=until)
+    claim, cost = attempt.claim, attempt.cost(until)
     began = attempt.began - attempt.boot_s
     price = claim.get("price") or {}
     end = attempt.end or {}
@@ -249,75 +248,3 @@ def _fit(claim: dict[str, Any]) -> str:
 
 def _iso(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds")
-
-
-SPOT, ON_DEMAND = "spot", "on demand"
-
-
-class Paid(NamedTuple):
-    """What an attempt has cost."""
-
-    seconds: float
-    usd_per_h: float | None
-    """Of all its nodes; None if nobody knows, or if nobody rents them."""
-    market: str | None
-    """`spot`, `on demand`, or None."""
-
-    @property
-    def usd(self) -> float | None:
-        return None if self.usd_per_h is None else self.usd_per_h * self.seconds / 3600
-
-
-class Bill(NamedTuple):
-    """What a run has cost over all its attempts."""
-
-    seconds: float
-    """Of all attempts, also of those whose price is not known."""
-    unpriced_s: float
-    """Of those whose price is not known."""
-    usd: float | None
-    """None if no attempt has a price."""
-    spot_usd: float
-    on_demand_usd: float
-
-
-def paid(attempt: AttemptHistory, *, until: float | None = None, usd_per_h: float | None = None) -> Paid:
-    """What an attempt has cost.
-
-    Args:
-        attempt: as its events tell it.
-        until: unix time, seconds: now, for one that is at work; None: its last event.
-        usd_per_h: for an attempt that does not know its price.
-    """
-    price = attempt.claim.get("price") or {}
-    own = price.get("usd_per_h")
-    return Paid(attempt.paid_s(until), usd_per_h if own is None else float(own), price.get("market"))
-
-
-def bill(run: RunHistory, *, now: float | None = None, usd_per_h: float | None = None) -> Bill:
-    """What a run has cost so far.
-
-    Args:
-        run: as its bucket tells it.
-        now: unix time, seconds, if its newest attempt is at work; None counts that one to its last event too.
-        usd_per_h: for attempts that do not know their price.
-    """
-    newest = run.attempts[-1].number if run.attempts else 0
-    return summed(
-        paid(attempt, until=now if attempt.number == newest else None, usd_per_h=usd_per_h)
-        for attempt in run.attempts
-    )
-
-
-def summed(parts: Iterable[Paid]) -> Bill:
-    """Of several attempts. What is not said to be spot counts as on demand."""
-    every = list(parts)
-    priced = [(part, part.usd) for part in every]
-    known = [(part.market, usd) for part, usd in priced if usd is not None]
-    return Bill(
-        seconds=sum(part.seconds for part in every),
-        unpriced_s=sum(part.seconds for part, usd in priced if usd is None),
-        usd=sum(usd for _, usd in known) if known else None,
-        spot_usd=sum(usd for market, usd in known if market == SPOT),
-        on_demand_usd=sum(usd for market, usd in known if market != SPOT),
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from launcher.runs.run import RunHistory
-from trainer.accounting import Limits, used_up
+from trainer.accounting import Limits, exhausted_limit
 from trainer.errors import UserError
 from trainer.events import of_kind
 
@@ -16,7 +16,7 @@ def refuse_used_up(run: RunHistory, limits: Limits, *, now: datetime) -> None:
     Raises:
         UserError: what is used up, and how to go on.
     """
-    gone = used_up([attempt.events for attempt in run.attempts], limits, now)
+    gone = exhausted_limit([attempt.events for attempt in run.attempts], limits, now)
     if gone is None:
         return
     raise UserError(

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.runs import account
 from launcher.runs.run import Reader, RunHistory
 from trainer.bucket import list_runs, open_run
 from trainer.errors import UserError
@@ -79,6 +78,6 @@ def _row(run: RunHistory, now: float) -> RunListing:
         loss=run.steps[-1].get("loss") if run.steps else None,
         committed=max(run.commits, default=None),
         attempts=len(run.attempts),
-        usd=account.bill(run, now=now if run.state == "running" and not silent else None).usd,
+        usd=run.cost(now=now if run.state == "running" and not silent else None).usd,
         last=last,
     )

@@ -10,7 +10,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from trainer.accounting import boot_s
+from trainer import accounting
+from trainer.accounting import AttemptCost, RunCost
 from trainer.events import Event, of_kind, parse
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ class AttemptHistory:
     @cached_property
     def began(self) -> float:
         """When it claimed the run (unix time, seconds)."""
-        return datetime.fromisoformat(self.events[0]["time"]).timestamp()
+        return accounting.claimed_at(self.events).timestamp()
 
     @cached_property
     def ended(self) -> float:
-        """When it was heard of last (unix time, seconds), as `trainer.accounting` counts it: its clock may have been set back."""
-        return max(datetime.fromisoformat(event["time"]).timestamp() for event in self.events)
+        """The latest time of any of its events (unix time, seconds)."""
+        return accounting.latest_event_at(self.events).timestamp()
 
     @cached_property
     def claim(self) -> Event:
@@ -56,12 +57,12 @@ class AttemptHistory:
 
     @cached_property
     def boot_s(self) -> float:
-        """Seconds before its claim that it is paid for."""
-        return boot_s(self.claim)
+        """Seconds from the machine's boot to the claim, which are paid too."""
+        return accounting.boot_s(self.events)
 
-    def paid_s(self, until: float | None = None) -> float:
-        """Seconds that it is paid for, until then (unix time, seconds), or until it was heard of last."""
-        return self.boot_s + max(0.0, (self.ended if until is None else until) - self.began)
+    def cost(self, until: float | None = None) -> AttemptCost:
+        """Return its paid time and price, up to `until` (unix time, seconds) or its latest event."""
+        return accounting.attempt_cost(self.events, until=until)
 
     @cached_property
     def start(self) -> int:
@@ -181,6 +182,12 @@ class RunHistory:
     def wall_s(self) -> float:
         """Seconds from the first event to the last, the time between attempts included."""
         return _seconds(self.events[0], self.events[-1]) if self.events else 0.0
+
+    def cost(self, *, now: float | None = None, usd_per_h: float | None = None) -> RunCost:
+        """Return what all attempts have cost so far; see `trainer.accounting.run_cost`."""
+        return accounting.run_cost(
+            [attempt.events for attempt in self.attempts], now=now, usd_per_h=usd_per_h
+        )
 
     @property
     def final_uri(self) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.render import change, duration, size, usd
-from launcher.runs import account
 from launcher.runs.run import RunHistory, values
 from trainer.bucket.address import folder_of
 from trainer.events import of_kind
@@ -98,7 +97,7 @@ def summary(run: RunHistory, *, usd_per_h: float | None = None) -> Summary:
         test=_ends(values(run.evals, metric)[1]),
         test_metric=metric,
         wall_s=run.wall_s,
-        usd=account.bill(run, usd_per_h=usd_per_h).usd,
+        usd=run.cost(usd_per_h=usd_per_h).usd,
         final=run.final_uri if run.finished else None,
         final_bytes=exported.get("bytes"),
         weights_digest=exported.get("weights_digest"),

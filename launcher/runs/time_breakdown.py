@@ -80,7 +80,7 @@ def hours(run: RunHistory, attempt: AttemptHistory, *, until: float | None = Non
         attempt: as its events tell it.
         until: unix time, seconds: now, if it is at work.
     """
-    held_s = attempt.paid_s(until) - attempt.boot_s
+    held_s = attempt.cost(until).seconds - attempt.boot_s
     training = Training(attempt)
     useful_s = training.seconds_until(useful_until(run, attempt))
     restore_s = sum(float(event.get("seconds", 0)) for event in of_kind(attempt.events, "restored"))

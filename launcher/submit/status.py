@@ -11,7 +11,6 @@ from launcher.registry import submitted
 from launcher.registry.known import Known, Local, Submitted, known
 from launcher.registry.local import LocalRecord
 from launcher.registry.submitted import Sent
-from launcher.runs import account
 from launcher.runs.run import Reader, RunHistory
 from trainer.bucket import open_run
 from trainer.errors import UserError
@@ -52,7 +51,7 @@ def usd_so_far(run: RunHistory, usd_per_h: float | None, *, now: float, at_work:
     """The attempts' hours, each at its own price, else at that of what was chosen; of the newest until now, if it is
     at work.
     """
-    usd = account.bill(run, now=now if at_work else None, usd_per_h=usd_per_h).usd
+    usd = run.cost(now=now if at_work else None, usd_per_h=usd_per_h).usd
     return None if usd is None else round(usd, 2)
 
 

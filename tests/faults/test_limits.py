@@ -18,7 +18,7 @@ from launcher.runs.account import account
 from launcher.runs.run import Reader
 from tests.faults.test_supervisor import RECIPE
 from tests.harness import ROOT, RunView, wait_until
-from trainer.accounting import Limits, boot_s, of_attempt
+from trainer.accounting import Limits, attempt_cost, boot_s
 from trainer.errors import ExitCode
 from trainer.supervisor.attempt import RunRequest
 from trainer.supervisor.preemption import Notice
@@ -76,14 +76,14 @@ def test_a_budget_of_two_attempts_stops_the_run_and_a_higher_one_ends_it_unchang
     cloud.start()
     assert run(under(request_, budget_usd=1000), notice) == ExitCode.RECOVER
     cloud.join()
-    first = of_attempt(view.events())
+    first = attempt_cost(view.events())
     budget = first.usd + 6
     assert run(under(request_, budget_usd=budget), Notice()) == ExitCode.LIMIT
     assert view.committed_steps() == [2, 1]
     (stopped,) = view.events("stopped")
     assert (stopped["what"], stopped["limit"]) == ("budget", budget)
     assert "stopped at step 2; a higher one goes on" in stopped["message"]
-    second = of_attempt([event for event in view.events() if event["attempt"] == 2])
+    second = attempt_cost([event for event in view.events() if event["attempt"] == 2])
     assert 0 < second.usd < budget
     assert [event["share"] for event in view.events("limit")] == [0.8, 1.0]
     assert not [event for event in view.events("notice") if event["attempt"] == 2]
@@ -125,7 +125,7 @@ def test_a_budget_is_kept_with_the_boot_in_it(request_: RunRequest, monkeypatch:
     assert run(under(request_, budget_usd=budget, deadline_h=a_minute), Notice()) == ExitCode.LIMIT
     (stopped,) = view.events("stopped")
     assert stopped["what"] == "budget"
-    paid_s = boot_s(view.events("claimed")[0])
+    paid_s = boot_s(view.events("claimed")[:1])
     assert paid_s > 1000
     assert stopped["usd"] == pytest.approx(
         stopped["hours"] * 3600 + paid_s, abs=1

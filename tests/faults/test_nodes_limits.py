@@ -11,7 +11,7 @@ import pytest
 from launcher.runs.run import Reader
 from tests.faults.test_nodes import assert_alike, checkpoints, finish, nodes, recipe  # noqa: F401 (fixtures)
 from tests.harness import RunView
-from trainer.accounting import of_attempt
+from trainer.accounting import attempt_cost
 from trainer.bucket.manifest import committed
 from trainer.errors import ExitCode
 from trainer.supervisor.price import CLUSTER
@@ -44,7 +44,7 @@ def assert_dollars_of_both(view: RunView) -> None:
     (claimed,), (stopped,) = view.events("claimed"), view.events("stopped")
     assert (claimed["shape"]["nodes"], claimed["price"]["usd_per_h"]) == (2, BOTH_USD_PER_H)
     assert stopped["usd"] == pytest.approx(stopped["hours"] * BOTH_USD_PER_H, rel=0.05)
-    spent = of_attempt(view.events())
+    spent = attempt_cost(view.events())
     assert spent.usd == pytest.approx(spent.hours * BOTH_USD_PER_H)
 
 

@@ -7,15 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runs import account as money
+from launcher.render import duration
+from launcher.report import tables
 from launcher.runs.account import account
+from launcher.runs.listing import listing
 from launcher.runs.run import AttemptHistory, Reader, RunHistory
+from launcher.runs.summary import summary
 from launcher.runs.time_breakdown import NAMES, TimeBreakdown, hours
+from launcher.submit.status import usd_so_far
+from launcher.watch.state import RunSnapshot
+from launcher.watch.text import pairs
 from tests.fakes.journeys import BEGIN, LEGS, PLAN, Leg, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
-from trainer.accounting import of_run
+from trainer.accounting import Limit, Limits, RunCost, run_cost
 from trainer.bucket import open_run
 from trainer.events import Event
+from trainer.recipe import load
+from trainer.supervisor.budget import BudgetWatch
+from trainer.supervisor.model_card import card
 
 
 def run_of(*attempts: list[Event], finished: str | None = None) -> RunHistory:
@@ -45,8 +54,8 @@ def test_each_attempt_costs_its_own_price() -> None:
         [claim(0, usd_per_h=12.0, market="spot"), told("step", 3600, step=1)],
         [claim(7200, usd_per_h=30.0, market="on demand"), told("done", 9000, step=2)],
     )
-    bill = money.bill(run)
-    assert bill == money.Bill(seconds=5400, unpriced_s=0, usd=27.0, spot_usd=12.0, on_demand_usd=15.0)
+    bill = run.cost()
+    assert bill == RunCost(seconds=5400, unpriced_s=0, usd=27.0, spot_usd=12.0, on_demand_usd=15.0)
 
 
 def test_the_attempt_that_is_at_work_costs_until_now() -> None:
@@ -55,7 +64,7 @@ def test_the_attempt_that_is_at_work_costs_until_now() -> None:
         [claim(0, usd_per_h=12.0, market="spot"), told("step", 3600, step=1)],
         [claim(7200, usd_per_h=12.0, market="spot"), told("step", 7300, step=2)],
     )
-    assert money.bill(run, now=BEGIN.timestamp() + 10_800).usd == 24.0
+    assert run.cost(now=BEGIN.timestamp() + 10_800).usd == 24.0
 
 
 def test_an_unknown_price_is_said_and_not_guessed() -> None:
@@ -64,10 +73,10 @@ def test_an_unknown_price_is_said_and_not_guessed() -> None:
         [claim(0, usd_per_h=None), told("step", 1800, step=1)],
         [claim(3600, usd_per_h=10.0), told("done", 7200, step=2)],
     )
-    bill = money.bill(run)
+    bill = run.cost()
     assert (bill.usd, bill.unpriced_s, bill.on_demand_usd) == (10.0, 1800, 10.0)
-    assert money.bill(run_of([claim(0), told("step", 60, step=1)])).usd is None
-    assert money.bill(run, usd_per_h=4.0).usd == 12.0
+    assert run_of([claim(0), told("step", 60, step=1)]).cost().usd is None
+    assert run.cost(usd_per_h=4.0).usd == 12.0
 
 
 def test_dollars_begin_with_the_machine_s_boot() -> None:
@@ -76,20 +85,70 @@ def test_dollars_begin_with_the_machine_s_boot() -> None:
         [claim(0, boot_s=600, usd_per_h=12.0), told("step", 3600, step=1)],
         [claim(7200, boot_s=300, usd_per_h=12.0), told("step", 7500, step=2)],
     )
-    bill = money.bill(run)
+    bill = run.cost()
     assert (bill.seconds, bill.usd) == (4800, pytest.approx(16.0))
-    assert bill.usd == pytest.approx(of_run([attempt.events for attempt in run.attempts]).usd)
-    assert money.bill(run, now=BEGIN.timestamp() + 7800).usd == pytest.approx(17.0)
+    assert bill.usd == pytest.approx(run_cost([attempt.events for attempt in run.attempts]).usd)
+    assert run.cost(now=BEGIN.timestamp() + 7800).usd == pytest.approx(17.0)
 
 
 def test_a_run_without_attempts_costs_nothing_known() -> None:
     """Nobody has claimed it."""
-    assert money.bill(run_of()) == money.Bill(0, 0, None, 0, 0)
+    assert run_of().cost() == RunCost(0, 0, None, 0, 0)
 
 
 def test_a_machine_that_costs_nothing_is_not_one_of_unknown_price() -> None:
     """Zero is a price."""
-    assert money.bill(run_of([claim(0, usd_per_h=0.0), told("step", 60, step=1)])).usd == 0.0
+    assert run_of([claim(0, usd_per_h=0.0), told("step", 60, step=1)]).cost().usd == 0.0
+
+
+def test_every_output_shows_the_same_hours_and_dollars(tmp_path: Path) -> None:
+    """A boot 20 minutes before the claim, and a last event whose clock was set back: 1.333 h and $13.33 everywhere."""
+    events = [
+        claim(0, boot_s=1200, usd_per_h=10.0, market="on demand"),
+        told("restored", 10, step=0, files=0, bytes=0, seconds=0.0),
+        told("step", 3600, step=1, total_steps=2, loss=0.5),
+        told("done", 3540, step=2),
+    ]
+    write_events(tmp_path / "a-run", events)
+    run = Reader(open_run(str(tmp_path), "a-run"), "a-run").read()
+    of_account = account(run)
+    (listed,) = listing(str(tmp_path), now=BEGIN.timestamp() + 3600)
+    watched = RunSnapshot(run, of_account, "done", at_work=False, said="", now=BEGIN.timestamp() + 3600)
+    watch = BudgetWatch(
+        Limits(budget_usd=100), Reporting(), claimed=claim(7200, usd_per_h=10.0), earlier=lambda: [events], clock=lambda: 0.0
+    )  # fmt: skip
+    dollars = {
+        "accounting": run_cost([events]).usd,
+        "status": usd_so_far(run, None, now=0.0, at_work=False),
+        "runs": listed.usd,
+        "summary": summary(run).usd,
+        "report": of_account.usd,
+        "attempt of the report": of_account.attempts[0].usd,
+        "budget": watch.usd,
+    }
+    assert dollars == pytest.approx(dict.fromkeys(dollars, 13.333), abs=0.005)
+    hours_of = {
+        "accounting": run_cost([events]).hours,
+        "report": of_account.hours.paid_s / 3600,
+        "time breakdown": hours(run, run.attempts[0]).paid_s / 3600,
+    }
+    assert hours_of == pytest.approx(dict.fromkeys(hours_of, 4 / 3))
+    assert tables.attempts(of_account).rows[-1][4:6] == (duration(4800), "$13.33")
+    assert dict(pairs(watched))["dollars"].startswith("$13.33 so far")
+    events[0] |= {"shape": {"accelerator": None, "nodes": 1, "cores": 2}}
+    text = card(load("zephyr-tiny/dpo", ()).recipe, events, name="model", step=2, merged=False)
+    assert "1.33 hours in 1 attempt" in text
+    assert "| 0 to 1 | 1.33 | done |" in text
+
+
+class Reporting:
+    """A reporter that ignores what it receives."""
+
+    def warned(self, message: str) -> None: ...
+    def limit(self, limit: Limit, share: float, *, usd: float, hours: float) -> None: ...
+    def stopped(self, limit: Limit, where: str, *, usd: float, hours: float) -> None: ...
+    def save_s(self) -> float:
+        return 0.0
 
 
 # Hours
@@ -181,7 +240,7 @@ def test_a_boot_is_paid_and_is_no_useful_time() -> None:
     """A part of its own, as long as it was, whether or not the other clocks agree; set-up begins with the claim."""
     run = run_of([claim(0, boot_s=60, usd_per_h=1.0), told("started", 10, step=0), told("step", 20, step=1, train_s=30.0)])  # fmt: skip
     spent = hours(run, run.attempts[0])
-    assert spent.paid_s == pytest.approx(80.0) == pytest.approx(money.paid(run.attempts[0]).seconds)
+    assert spent.paid_s == pytest.approx(80.0) == pytest.approx(run.attempts[0].cost().seconds)
     assert (spent.boot_s, spent.setup_s) == (60.0, pytest.approx(5.0))
     assert spent.goodput == pytest.approx(15 / 80)
     waits = run_of([claim(0, boot_s=60, usd_per_h=1.0), told("failed", 9, message="", exit_code=75)])

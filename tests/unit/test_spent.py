@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.accounting import Limits, Spent, age_h, of_attempt, of_run, standing, used_up
+from trainer.accounting import Limits, RunCost, exhausted_limit, limit_usage, run_age_h, run_cost
 from trainer.events import Event
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -27,6 +27,11 @@ def attempt(
     return [*events, {**events[-1], **end}] if end else events
 
 
+def cost(hours: float, usd: float | None, unpriced_h: float) -> RunCost:
+    """The cost of attempts that are all on demand."""
+    return RunCost(hours * 3600, unpriced_h * 3600, usd, 0.0, usd or 0.0)
+
+
 def at(hours: float) -> datetime:
     return BEGIN + timedelta(hours=hours)
 
@@ -34,18 +39,18 @@ def at(hours: float) -> datetime:
 @pytest.mark.parametrize(
     ("events", "spent"),
     [
-        ([], Spent(0, 0, 0)),
-        (attempt(0), Spent(0, 0, 0)),
-        (attempt(0, 1, 2), Spent(2, 20, 0)),
-        (attempt(0, 1.5, usd_per_h=None), Spent(1.5, 0, 1.5)),
-        (attempt(0, 3, usd_per_h=0.0), Spent(3, 0, 0)),
-        (attempt(0, 2, 1), Spent(2, 20, 0)),
-        (attempt(5, 1), Spent(0, 0, 0)),
-        (attempt(1, 3, boot_h=0.5), Spent(2.5, 25, 0)),
-        (attempt(1, boot_h=0.5), Spent(0.5, 5, 0)),
-        (attempt(1, 3, boot_h=0.5, usd_per_h=None), Spent(2.5, 0, 2.5)),
-        (attempt(5, 1, boot_h=0.5), Spent(0.5, 5, 0)),
-        (attempt(1, 3, boot_h=-0.5), Spent(2, 20, 0)),
+        ([], cost(0, None, 0)),
+        (attempt(0), cost(0, 0, 0)),
+        (attempt(0, 1, 2), cost(2, 20, 0)),
+        (attempt(0, 1.5, usd_per_h=None), cost(1.5, None, 1.5)),
+        (attempt(0, 3, usd_per_h=0.0), cost(3, 0, 0)),
+        (attempt(0, 2, 1), cost(2, 20, 0)),
+        (attempt(5, 1), cost(0, 0, 0)),
+        (attempt(1, 3, boot_h=0.5), cost(2.5, 25, 0)),
+        (attempt(1, boot_h=0.5), cost(0.5, 5, 0)),
+        (attempt(1, 3, boot_h=0.5, usd_per_h=None), cost(2.5, None, 2.5)),
+        (attempt(5, 1, boot_h=0.5), cost(0.5, 5, 0)),
+        (attempt(1, 3, boot_h=-0.5), cost(2, 20, 0)),
     ],
     ids=[
         "no events",
@@ -62,33 +67,33 @@ def at(hours: float) -> datetime:
         "a boot after its claim",
     ],
 )
-def test_an_attempt_costs_its_hours_at_its_own_price(events: list[Event], spent: Spent) -> None:
+def test_an_attempt_costs_its_hours_at_its_own_price(events: list[Event], spent: RunCost) -> None:
     """From its claim, or its machine's boot, to what was heard last; a clock that is set back earns nothing."""
-    assert of_attempt(events) == pytest.approx(spent)
+    assert run_cost([events]) == pytest.approx(spent)
 
 
 def test_events_of_before_there_were_prices_count_their_hours_alone() -> None:
     """An older version's claim has no price at all."""
     old = attempt(0, 2)
     del old[0]["price"]
-    assert of_run([old, attempt(3, 4)]) == pytest.approx(Spent(3, 10, 2))
+    assert run_cost([old, attempt(3, 4)]) == pytest.approx(cost(3, 10, 2))
 
 
 def test_a_deadline_runs_also_while_no_machine_is_held() -> None:
     """It is the wall clock's, from the first claim."""
-    assert age_h([attempt(0, 1), attempt(5, 6)], at(8)) == pytest.approx(8)
-    assert age_h([], at(8)) == 0
+    assert run_age_h([attempt(0, 1), attempt(5, 6)], at(8)) == pytest.approx(8)
+    assert run_age_h([], at(8)) == 0
 
 
 def test_a_machine_whose_clock_is_behind_does_not_turn_the_deadline_back() -> None:
     """What the attempts took by their own clocks has passed."""
-    assert age_h([attempt(0, 1), attempt(5, 7)], at(-100)) == pytest.approx(3)
+    assert run_age_h([attempt(0, 1), attempt(5, 7)], at(-100)) == pytest.approx(3)
 
 
 @pytest.mark.parametrize("now_h", [2, -100])
 def test_a_deadline_begins_with_the_first_claim_and_not_with_a_boot(now_h: float) -> None:
     """The wall clock may be right or wrong: a boot is paid for, and no more than that."""
-    assert age_h([attempt(0, 2, boot_h=0.5)], at(now_h)) == pytest.approx(2)
+    assert run_age_h([attempt(0, 2, boot_h=0.5)], at(now_h)) == pytest.approx(2)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +111,7 @@ def test_a_limit_is_used_up_by_all_attempts_together(
     limits: dict[str, Any], now_h: float, what: str | None
 ) -> None:
     """Two attempts of one and of two hours at $10."""
-    found = used_up([attempt(0, 1), attempt(5, 7)], Limits(**limits), at(now_h))
+    found = exhausted_limit([attempt(0, 1), attempt(5, 7)], Limits(**limits), at(now_h))
     assert (found.what if found else None) == what
 
 
@@ -114,7 +119,7 @@ def test_a_limit_is_used_up_by_all_attempts_together(
 def test_boots_use_up_a_budget(budget: float, goes_on: bool) -> None:
     """Two hours at $10 after a quarter of an hour, and a quarter of an hour that the next attempt has cost already."""
     run = [attempt(0, 2, boot_h=0.25)]
-    assert (used_up(run, Limits(budget_usd=budget), at(3), boot_usd=2.5) is None) is goes_on
+    assert (exhausted_limit(run, Limits(budget_usd=budget), at(3), boot_usd=2.5) is None) is goes_on
 
 
 @pytest.mark.parametrize(("budget", "goes_on"), [(9.0, False), (10.0, False), (10.5, True)])
@@ -123,11 +128,11 @@ def test_a_run_that_stopped_in_time_is_not_started_again_for_what_it_left(
 ) -> None:
     """It left time to save and nothing else; only a higher limit goes on."""
     run = [attempt(0, 0.95, end={"kind": "stopped", "what": "budget", "limit": 10.0})]
-    assert (used_up(run, Limits(budget_usd=budget), at(1)) is None) is goes_on
+    assert (exhausted_limit(run, Limits(budget_usd=budget), at(1)) is None) is goes_on
 
 
 def test_limits_say_what_is_used_of_them() -> None:
     """In dollars and in hours, as a user reads them."""
-    said = [str(each) for each in standing(Limits(budget_usd=200, deadline_h=24), usd=160.5, hours=3)]
+    said = [str(each) for each in limit_usage(Limits(budget_usd=200, deadline_h=24), usd=160.5, hours=3)]
     assert said == ["$160.50 of the budget of $200.00", "3.00 h of the deadline of 24 h"]
     assert not Limits()

@@ -66,16 +66,17 @@ class BudgetWatch:
         self._claimed_at = clock()
         self._told: set[tuple[str, float]] = set()
         attempts = earlier() if limits else ()
-        before = accounting.of_run(attempts)
-        boot_usd = accounting.of_attempt([claimed]).usd
-        self._usd_before, self._age_before_h = before.usd + boot_usd, accounting.age_h(attempts, now())
+        before = accounting.run_cost(attempts)
+        boot_usd = accounting.attempt_cost([claimed]).usd or 0.0
+        self._usd_before = (before.usd or 0.0) + boot_usd
+        self._age_before_h = accounting.run_age_h(attempts, now())
         self.reached: Limit | None = None
         """The limit that ended this attempt, or that left it nothing."""
         if limits.budget_usd is not None and usd_per_h is None:
             tell.warned(UNPRICED.format(budget=limits.budget_usd))
-        if limits.budget_usd is not None and before.unpriced_h:
-            tell.warned(UNCOUNTED.format(hours=before.unpriced_h))
-        if limits and (gone := accounting.used_up(attempts, limits, now(), boot_usd=boot_usd)):
+        if limits.budget_usd is not None and before.unpriced_s:
+            tell.warned(UNCOUNTED.format(hours=before.unpriced_s / 3600))
+        if limits and (gone := accounting.exhausted_limit(attempts, limits, now(), boot_usd=boot_usd)):
             self._reach(gone)
 
     @property
@@ -93,8 +94,8 @@ class BudgetWatch:
         if not self._limits or self.reached or notice.given:
             return
         reserve_h = self._tell.save_s() / 3600
-        now = accounting.standing(self._limits, usd=self.usd, hours=self.hours)
-        then = accounting.standing(
+        now = accounting.limit_usage(self._limits, usd=self.usd, hours=self.hours)
+        then = accounting.limit_usage(
             self._limits, usd=self.usd + (self._usd_per_h or 0.0) * reserve_h, hours=self.hours + reserve_h
         )
         for each, saved in zip(now, then, strict=True):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 import yaml
 
+from trainer.accounting import attempt_cost, run_cost
 from trainer.bucket.manifest import Manifest
 from trainer.events import Event, of_kind
 from trainer.recipe import Recipe
@@ -104,15 +104,15 @@ def _data(recipe: Recipe) -> str:
 
 def _attempts(events: Sequence[Event]) -> str:
     """A row for each attempt: machine, steps, hours, and how it ended."""
-    rows = []
-    for number in dict.fromkeys(event["attempt"] for event in events):
-        mine = [event for event in events if event["attempt"] == number]
-        rows.append(f"| {number} | {_shape(mine)} | {_span(mine)} | {_hours(mine):.2f} | {_end(mine)} |")
+    attempts: dict[int, list[Event]] = {}
+    for event in events:
+        attempts.setdefault(event["attempt"], []).append(event)
+    rows = [
+        f"| {number} | {_shape(own)} | {_span(own)} | {attempt_cost(own).hours:.2f} | {_end(own)} |"
+        for number, own in attempts.items()
+    ]
     lost = sum("lost" in row or "preempted" in row for row in rows)
-    hours = sum(
-        _hours([event for event in events if event["attempt"] == number])
-        for number in dict.fromkeys(event["attempt"] for event in events)
-    )
+    hours = run_cost(attempts.values()).hours
     table = "| attempt | machine | steps | hours | end |\n|--:|---|---|--:|---|\n" + "\n".join(rows)
     return f"{hours:.2f} hours in {_count(len(rows), 'attempt')}, {_count(lost, 'recovery', 'recoveries')}.\n\n{table}"
 
@@ -133,11 +133,6 @@ def _span(events: Sequence[Event]) -> str:
     start = max((event["step"] for event in of_kind(events, "restored")), default=0)
     last = max((event["step"] for event in of_kind(events, "step")), default=start)
     return f"{start} to {last}" if last > start else "none"
-
-
-def _hours(events: Sequence[Event]) -> float:
-    first, last = (datetime.fromisoformat(events[at]["time"]) for at in (0, -1))
-    return (last - first).total_seconds() / 3600
 
 
 def _end(events: Sequence[Event]) -> str:
