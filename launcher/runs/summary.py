@@ -10,6 +10,7 @@ from launcher.render import change, duration, size, usd
 from launcher.runs.run import RunHistory, values
 from trainer.bucket.address import folder_of
 from trainer.events import of_kind
+from trainer.method import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +81,7 @@ def summary(run: RunHistory, *, usd_per_h: float | None = None) -> Summary:
         run: as its bucket tells it.
         usd_per_h: for attempts that do not know their price.
     """
-    metric = "eval_rewards/accuracies" if run.method == "dpo" else "eval_loss"
+    metric = METHODS[run.method].test_metric if run.method in METHODS else "eval_loss"
     exported = next(iter(reversed(of_kind(run.events, "exported"))), {})
     return Summary(
         run=run.run_id,

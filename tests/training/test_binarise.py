@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.errors import DataError
+from trainer.method import METHODS
 from trainer.recipe import Recipe
 from trainer.worker import ultrafeedback
 from trainer.worker.row_formats import Malformed, Pair, check_columns, dpo_form
@@ -176,7 +177,7 @@ def test_rows_are_held_out_by_the_seed(tmp_path: Path) -> None:
 def test_a_question_and_two_responses_are_a_chat() -> None:
     """Argilla's columns, and our own: not plain text, though they are strings."""
     pair = {"instruction": "q", "chosen_response": "yes", "rejected_response": "no", "source": "x"}
-    check_columns(pair, "dpo")
+    check_columns(pair, METHODS["dpo"])
     assert dpo_form(pair) == Pair(
         [{"role": "user", "content": "q"}],
         [{"role": "assistant", "content": "yes"}],

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from trainer.errors import DataError
+from trainer.method import METHODS
 from trainer.worker.row_formats import (
     Chat,
     Completion,
@@ -34,7 +35,7 @@ RULE = {"role": "system", "content": ""}
 )
 def test_sft_forms(row: dict[str, Any], form: Any) -> None:
     """Chats, and prompts with completions, as text or as messages."""
-    check_columns(row, "sft")
+    check_columns(row, METHODS["sft"])
     assert sft_form(row) == form
 
 
@@ -53,7 +54,7 @@ def test_sft_forms(row: dict[str, Any], form: Any) -> None:
 )
 def test_dpo_forms(row: dict[str, Any], form: Any) -> None:
     """Whole chats with or without `prompt`, answers as messages, and plain text."""
-    check_columns(row, "dpo")
+    check_columns(row, METHODS["dpo"])
     assert dpo_form(row) == form
 
 
@@ -94,11 +95,11 @@ def test_malformed_pairs(row: dict[str, Any], reason: str) -> None:
 def test_chats_are_no_pairs() -> None:
     """DPO on chats names the columns it found and those it needs."""
     with pytest.raises(DataError, match=r"dpo needs `chosen` and `rejected`.*have id, messages"):
-        check_columns({"messages": [ASK, YES], "id": 1}, "dpo")
+        check_columns({"messages": [ASK, YES], "id": 1}, METHODS["dpo"])
 
 
 def test_pairs_are_no_chats_unless_the_recipe_says_so() -> None:
     """SFT on preference data is refused, with the line that would allow it."""
     with pytest.raises(DataError, match="sft needs `messages`") as error:
-        check_columns({"prompt": "q", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "sft")
+        check_columns({"prompt": "q", "chosen": [ASK, YES], "rejected": [ASK, NO]}, METHODS["sft"])
     assert "columns: {chosen: messages}" in str(error.value)

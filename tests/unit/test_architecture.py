@@ -24,6 +24,7 @@ CONTRACT = {
     "accounting",
     "task_variables",
     "architecture",
+    "method",
 }
 """What the launcher shares with the node; `job`, `staged` and `parent_death` are between supervisor and worker."""
 DECIDES = (

@@ -70,7 +70,7 @@ def one_pass(run: StepInputs, batch: MicroBatch, *, adapted: bool = True) -> Pas
         memory=moved * batch.tokens * layers / machine.memory,
         launches=kernels * layers * machine.launch_s,
         dequantise=_dequantise(run.recipe, architecture, machine),
-        overhead=efficiency.PAIRS_OVERHEAD if run.recipe.method == "dpo" else 1.0,
+        overhead=run.recipe.training_method.time_overhead,
     )
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
-from trainer.estimate.workload import TRL_MAX_LENGTH, Workload
+from trainer.estimate.workload import Workload
 from trainer.memory import Layout
 from trainer.recipe import Recipe
 
@@ -39,15 +39,6 @@ class MicroBatch(NamedTuple):
         return self._replace(length=length, square=length**2)
 
 
-def per_row(recipe: Recipe) -> int:
-    """Sequences of a row."""
-    return 2 if recipe.method == "dpo" else 1
-
-
-def max_length(recipe: Recipe) -> int:
-    return int(recipe.trainer_args.get("max_length") or TRL_MAX_LENGTH)
-
-
 def batch(recipe: Recipe, layout: Layout, workload: Workload, *, in_order: bool) -> MicroBatch:
     """The micro batch of a recipe under a layout.
 
@@ -59,20 +50,20 @@ def batch(recipe: Recipe, layout: Layout, workload: Workload, *, in_order: bool)
         workload: how long they are.
         in_order: whether a global batch is dealt by length (`trainer.worker.sampling`), or rows meet by chance.
     """
-    each = per_row(recipe)
+    each = recipe.training_method.sequences_per_row
     sequences = layout.micro_batch * each
-    limit = max_length(recipe)
+    limit = recipe.max_length
     mean = min(workload.tokens / each, float(limit))
     of_step = layout.micro_batch * layout.processes
     found = MicroBatch(
         sequences=sequences,
         length=limit,
         square=limit**2,
-        real=sequences * (limit if packed(recipe) else mean),
+        real=sequences * (limit if recipe.is_packed else mean),
         accumulation=max(1, recipe.global_batch_size // of_step),
         processes=layout.processes,
     )
-    if packed(recipe):
+    if recipe.is_packed:
         return found
     if not in_order:
         return found.of_length(padded(mean, workload.spread, sequences, limit))
@@ -82,10 +73,6 @@ def batch(recipe: Recipe, layout: Layout, workload: Workload, *, in_order: bool)
     return found._replace(
         length=sum(longest) / len(longest), square=sum(each**2 for each in longest) / len(longest)
     )
-
-
-def packed(recipe: Recipe) -> bool:
-    return recipe.method == "sft" and bool(recipe.trainer_args.get("packing"))
 
 
 def steps(recipe: Recipe, workload: Workload) -> int:
@@ -101,8 +88,8 @@ def steps(recipe: Recipe, workload: Workload) -> int:
 
 def rows(recipe: Recipe, workload: Workload) -> int:
     """What an epoch has to train on: rows, or the full rows that they are packed into."""
-    if packed(recipe):
-        return max(1, math.ceil(workload.rows * workload.tokens / max_length(recipe)))
+    if recipe.is_packed:
+        return max(1, math.ceil(workload.rows * workload.tokens / recipe.max_length))
     return workload.rows
 
 

@@ -44,10 +44,6 @@ KERNELS_PER_LAYER = 60
 """Of one decoder layer in eager Transformers, forward: counted in modeling_mistral.py."""
 KERNELS_PER_ADAPTER = 9
 """Cast, dropout, two products, scale, add; PEFT's LoRA layer, counted."""
-PAIRS_OVERHEAD = 1.25
-"""Times the arithmetic of DPO: what its steps take over what is counted here. Set between notus-7b-v1-lora and
-zephyr-7b-dpo-full. **Unexplained**; candidates are batches of another length each time, which defeat the allocator's
-cache and the choice of kernels, and metrics that wait for the GPU at every step."""
 EAGER_ATTENTION_BYTES = 39
 """Of each score, forward: written, scaled, masked, cast to fp32, soft-maxed, cast back, dropped out, read. Counted in
 `eager_attention_forward` of Transformers' modeling_mistral.py; the backward pass moves as much again."""

@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.recipe import DataSource, Recipe
 
-TRL_MAX_LENGTH = 1024
-"""Of SFTConfig and DPOConfig, tokens (https://huggingface.co/docs/trl)."""
 BYTES_PER_TOKEN = 4.0
 """English prose in tokenizers of 32,000 to 128,000 words; code and other languages have fewer bytes to a token."""
 USUAL_SPREAD = 0.56
@@ -118,8 +116,8 @@ def known_workload(recipe: Recipe) -> Workload | None:
 
 def full_workload(recipe: Recipe, rows: int, said: str) -> Workload:
     """Of rows that nobody knows more of than their number, and who said it: they are taken to be as long as may be."""
-    sequences = 2 if recipe.method == "dpo" else 1
-    longest = int(recipe.trainer_args.get("max_length") or TRL_MAX_LENGTH)
+    sequences = recipe.training_method.sequences_per_row
+    longest = recipe.max_length
     return Workload(
         rows=rows,
         tokens=sequences * longest,
@@ -144,7 +142,7 @@ def counted_workload(recipe: Recipe, *, rows: int, size_bytes: int, test_rows: i
         size_bytes: of the text.
         test_rows: of each evaluation.
     """
-    sequences = 2 if recipe.method == "dpo" else 1
+    sequences = recipe.training_method.sequences_per_row
     tokens = size_bytes / max(rows, 1) / BYTES_PER_TOKEN / sequences
     words = f"{rows} rows of {size_bytes / max(rows, 1):.0f} bytes, at {BYTES_PER_TOKEN:.0f} bytes a token: a guess"
     return _workload(recipe, rows=rows, test=test_rows, tokens=tokens, spread=USUAL_SPREAD, source=words)
@@ -160,12 +158,10 @@ def truncated(mean: float, spread: float, limit: int) -> float:
 
 
 def _workload(recipe: Recipe, *, rows: int, test: int, tokens: float, spread: float, source: str) -> Workload:
-    limit = int(recipe.trainer_args.get("max_length") or TRL_MAX_LENGTH)
-    packing = recipe.method == "sft" and recipe.trainer_args.get("packing")
-    cut = tokens if packing else truncated(tokens, spread, limit)
+    cut = tokens if recipe.is_packed else truncated(tokens, spread, recipe.max_length)
     return Workload(
         rows=max(1, min(rows, recipe.max_train_samples or rows)),
-        tokens=max(1.0, cut * (2 if recipe.method == "dpo" else 1)),
+        tokens=max(1.0, cut * recipe.training_method.sequences_per_row),
         spread=spread,
         test_rows=min(test, test if recipe.max_test_samples is None else recipe.max_test_samples),
         source=source,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from trainer.memory import Attention, Engine, Reference
-from trainer.memory.precision import is_lora
 from trainer.recipe import Recipe
 
 
@@ -12,10 +11,10 @@ def reference_of(recipe: Recipe) -> Reference:
     `precompute_ref_log_probs: false` a second model beside the policy; LoRA's are the policy's without its adapter,
     unless the recipe asks for the pass.
     """
-    if recipe.method != "dpo":
+    if not recipe.training_method.needs_reference:
         return "none"
     said = recipe.trainer_args.get("precompute_ref_log_probs")
-    if is_lora(recipe):
+    if recipe.is_lora:
         return "precomputed" if said else "adapters_off"
     return "model" if said is False else "precomputed"
 

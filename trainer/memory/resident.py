@@ -58,7 +58,7 @@ class Case(NamedTuple):
     @property
     def sequences(self) -> int:
         """That pass through the model at once: a DPO pair is two."""
-        return self.layout.micro_batch * (2 if self.recipe.method == "dpo" else 1)
+        return self.layout.micro_batch * self.recipe.training_method.sequences_per_row
 
 
 def model_bytes(architecture: Architecture, precision: Precision) -> float:

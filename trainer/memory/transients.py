@@ -106,7 +106,8 @@ def _whole_logits(case: Case, tokens: TokenBatch) -> float:
     """Label smoothing wants them all: as they are, in float32, and their gradient
     (https://github.com/huggingface/trl/blob/main/trl/trainer/sft_trainer.py, `compute_loss`).
     """
-    if case.recipe.method != "sft" or not case.recipe.trainer_args.get("label_smoothing_factor"):
+    method, settings = case.recipe.training_method, case.recipe.trainer_args
+    if not (method.smooths_labels and settings.get("label_smoothing_factor")):
         return 0.0
     return tokens.total * case.architecture.vocab_size * (case.precision.computed + 8.0)
 

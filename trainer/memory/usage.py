@@ -111,4 +111,4 @@ def worst_moment(case: Case) -> tuple[Term, Term]:
 
 def is_padded(recipe: Recipe) -> bool:
     """Whether batches have sequences of unlike lengths, which take a mask; packed ones have none."""
-    return not (recipe.method == "sft" and recipe.trainer_args.get("packing"))
+    return not recipe.is_packed

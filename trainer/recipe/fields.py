@@ -11,8 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.method import METHODS
+
 PATH = Path(__file__).with_name("fields.json")
-CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig", "model": "ModelConfig"}
+CONFIGS = {**{name: method.config_class for name, method in METHODS.items()}, "model": "ModelConfig"}
+"""The classes of TRL that `fields.json` describes: one for each training method, and one for the model."""
 
 
 class Field(NamedTuple):

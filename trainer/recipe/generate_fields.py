@@ -13,16 +13,16 @@ import typing
 from importlib.metadata import version
 from typing import Any
 
-from trainer.recipe.fields import PATH
+from trainer.recipe.fields import CONFIGS, PATH
 
 
 def describe() -> dict[str, Any]:
     """What `fields.json` holds for the installed TRL; imports TRL, so it takes seconds."""
-    from trl import DPOConfig, ModelConfig, SFTConfig
+    import trl
 
     return {
         "versions": {name: version(name) for name in ("trl", "transformers")},
-        **{config.__name__: _fields_of(config) for config in (SFTConfig, DPOConfig, ModelConfig)},
+        **{name: _fields_of(getattr(trl, name)) for name in CONFIGS.values()},
     }
 
 

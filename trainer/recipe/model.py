@@ -8,9 +8,10 @@ from pathlib import PurePath
 from typing import Any, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trainer.errors import RecipeError
+from trainer.method import METHODS, TrainingMethod
 
 BOOKKEEPING = frozenset(
     {
@@ -110,7 +111,8 @@ class Recipe(_Frozen):
     """What to train. The same recipe trains the same model on every shape."""
 
     name: str = Field(min_length=1)
-    method: Literal["sft", "dpo"]
+    method: str
+    """A name in the table `trainer.method.METHODS`."""
     model_name_or_path: str | None = None
     """Hub id, local folder, GGUF file, or the URI of a run's exported model; None with `init`."""
     init: Literal["tiny"] | None = None
@@ -138,6 +140,13 @@ class Recipe(_Frozen):
     model_args: dict[str, Any] = {}
     """Keys of TRL's ModelConfig, without the model itself."""
 
+    @field_validator("method")
+    @classmethod
+    def _is_known_method(cls, method: str) -> str:
+        if method not in METHODS:
+            raise ValueError(f"must be one of {', '.join(METHODS)}")
+        return method
+
     @model_validator(mode="after")
     def _trainable(self) -> Self:
         self._check_model()
@@ -156,14 +165,13 @@ class Recipe(_Frozen):
                 if both
                 else "add `model_name_or_path: <Hub id or folder>`, or `init: tiny`",
             )
-        quantised = [key for key in ("load_in_4bit", "load_in_8bit") if self.model_args.get(key)]
-        if len(quantised) == 2:
+        if self.model_args.get("load_in_4bit") and self.model_args.get("load_in_8bit"):
             raise RecipeError(
                 f"recipe {self.name} loads the model in 4 and in 8 bits", hint="drop one of them"
             )
-        if quantised and not self.model_args.get("use_peft"):
+        if self.is_quantised and not self.is_lora:
             raise RecipeError(
-                f"recipe {self.name}: `{quantised[0]}: true` freezes the model, and no LoRA is trained on it",
+                f"recipe {self.name}: `load_in_{self.quantised_bits}bit: true` freezes the model, and no LoRA is trained on it",
                 hint="add `use_peft: true`",
             )
 
@@ -171,12 +179,11 @@ class Recipe(_Frozen):
         """What no machine could run."""
         if self.engine is None:
             return
-        quantised = [key for key in ("load_in_4bit", "load_in_8bit") if self.model_args.get(key)]
-        if quantised and self.engine != "ddp":
+        if self.is_quantised and self.engine != "ddp":
             raise RecipeError(
-                f"recipe {self.name}: `engine: {self.engine}` cuts weights, and with `{quantised[0]}: true` they are "
+                f"recipe {self.name}: `engine: {self.engine}` cuts weights, and with `load_in_{self.quantised_bits}bit: true` they are "
                 "packed by bitsandbytes, which nothing cuts",
-                hint=f"leave out `engine`, or `{quantised[0]}`",
+                hint=f"leave out `engine`, or `load_in_{self.quantised_bits}bit`",
             )
         wanted = {"optimizer": ("zero2", "zero3"), "all": ("zero3",)}.get(self.offload or "none")
         if wanted and self.engine not in wanted:
@@ -207,6 +214,38 @@ class Recipe(_Frozen):
                 f"recipe {self.name}: `train_sampling_strategy: {order}` makes the order of samples depend on the GPUs",
                 hint="drop it; the order is random, and the same on every shape",
             )
+
+    @property
+    def training_method(self) -> TrainingMethod:
+        """The method's row in the table of methods."""
+        return METHODS[self.method]
+
+    @property
+    def max_length(self) -> int:
+        """The length in tokens that sequences are cut to, for predictions; the method's default if unset."""
+        return int(self.trainer_args.get("max_length") or self.training_method.max_length)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether several rows share one sequence, so that every sequence is full and none is padded."""
+        return self.training_method.can_pack and bool(self.trainer_args.get("packing"))
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether a LoRA adapter is trained, and the base model is frozen."""
+        return bool(self.model_args.get("use_peft"))
+
+    @property
+    def quantised_bits(self) -> Literal[4, 8] | None:
+        """The bits per weight that the base model is loaded in, if bitsandbytes quantises it."""
+        if self.model_args.get("load_in_8bit"):
+            return 8
+        return 4 if self.model_args.get("load_in_4bit") else None
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the base model is loaded in 4 or 8 bits."""
+        return self.quantised_bits is not None
 
     @property
     def seed(self) -> int:
@@ -292,22 +331,18 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-OF_THE_MICRO_BATCH = {"aot", "aot_unpaired", "bco_pair"}
-"""Losses of DPO that compare the pairs of a micro batch: rows are dealt to them in plain order, by chance. All others
-are means over pairs (https://huggingface.co/docs/trl/dpo_trainer), or made so: `trainer.worker.dpo`."""
-
-
 def may_sort(recipe: Recipe) -> bool:
-    """Whether loss and gradient are the same however a global batch is dealt to micro batches.
+    """Return whether loss and gradient are the same for every way to split a global batch into micro batches.
 
-    SFT divides by the learned tokens of the whole batch, over ranks and micro batches; DPO takes the mean over pairs,
-    of which every micro batch has as many.
+    A loss that is a mean over tokens divides by the learned tokens of the whole global batch, over all ranks and micro
+    batches. A mean over rows gives every micro batch the same weight, since all have equally many rows. A loss that
+    compares the rows of one micro batch depends on the split: its rows stay in random order.
     """
-    settings = recipe.trainer_args
-    if recipe.method == "sft":
-        return settings.get("average_tokens_across_devices") is not False
-    losses = settings.get("loss_type") or "sigmoid"
-    return not OF_THE_MICRO_BATCH & set([losses] if isinstance(losses, str) else losses)
+    method, settings = recipe.training_method, recipe.trainer_args
+    if method.averages_tokens and settings.get("average_tokens_across_devices") is False:
+        return False
+    losses = settings.get("loss_type") or ()
+    return method.micro_batch_losses.isdisjoint([losses] if isinstance(losses, str) else losses)
 
 
 FIELDS = {

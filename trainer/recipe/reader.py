@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from trainer.errors import DataError, ModelError, RecipeError, UserError
+from trainer.method import METHODS
 from trainer.recipe import fields, mixture, yaml_file
 from trainer.recipe.fields import Field
 from trainer.recipe.gather import BATCH, RecipeKeys, gather
@@ -23,7 +24,7 @@ __all__ = ["DataSource", "Loaded", "Mixture", "Recipe", "TinyModel", "default_ru
 
 OURS = {
     "name": Field("str"),
-    "method": Field("str", choices=("sft", "dpo")),
+    "method": Field("str", choices=tuple(METHODS)),
     "model_name_or_path": Field("str | None"),
     "init": Field("str | None", choices=("tiny",)),
     "tiny": Field("dict"),
@@ -40,8 +41,6 @@ OURS = {
     "max_test_samples": Field("int | None"),
 }
 NESTED = (*TinyModel.model_fields, *Mixture.model_fields, *DataSource.model_fields)
-DPO_ONLY = ("max_prompt_length",)
-"""Those of ours that mean nothing in SFT."""
 IMPORTED_GPUS = 8
 """What the recipes of the alignment-handbook were written for."""
 BUCKETS = ("s3://", "gs://")
@@ -100,24 +99,28 @@ def _method(given: RecipeKeys, path: Path) -> str:
     """The method that is said; else the one that the file's place or its keys can only mean."""
     if "method" in given.keys:
         return str(_convert("method", given.keys["method"], OURS["method"], given))
-    of_place = {part for part in (path.stem, path.parent.name) if part in ("sft", "dpo")}
-    only = {
-        method: set(fields.of(method)) - set(fields.of(other))
-        for method, other in (("sft", "dpo"), ("dpo", "sft"))
-    }
-    of_keys = {method for method, known in only.items() if known & set(given.keys)}
-    of_keys |= {"dpo"} if set(DPO_ONLY) & set(given.keys) else set()
-    for found, reason in ((of_place, "its place"), (of_keys, "its keys")):
+    by_place = {part for part in (path.stem, path.parent.name) if part in METHODS}
+    by_keys = {method for method in METHODS if _keys_of_only(method) & set(given.keys)}
+    for found, reason in ((by_place, "the file's name or folder"), (by_keys, "the keys that the file has")):
         if len(found) == 1:
             method = found.pop()
-            given.notes.append(f"`method: {method}`, by {reason}")
+            given.notes.append(f"`method: {method}` is inferred from {reason}")
             return method
-    raise RecipeError(f"{given.file} does not say what it trains", hint="add `method: sft` or `method: dpo`")
+    choices = " or ".join(f"`method: {method}`" for method in METHODS)
+    raise RecipeError(f"{given.file} has no `method`, and none can be inferred", hint=f"add {choices}")
+
+
+def _keys_of_only(method: str) -> set[str]:
+    """Return the keys that only this method's recipes have."""
+    others: set[str] = set().union(*(_known(other) for other in METHODS if other != method))
+    return set(_known(method)) - others
 
 
 def _known(method: str) -> dict[str, Field]:
     """Every key that a recipe of the method can have."""
-    ours = {key: field for key, field in OURS.items() if method == "dpo" or key not in DPO_ONLY}
+    foreign = {key for other in METHODS.values() if other.name != method for key in other.recipe_keys}
+    foreign -= set(METHODS[method].recipe_keys)
+    ours = {key: field for key, field in OURS.items() if key not in foreign}
     return {**fields.of(method), **fields.of("model"), **ours}
 
 
@@ -141,9 +144,9 @@ def _check_names(given: RecipeKeys, method: str) -> None:
 
 
 def _hint_for(key: str, known: dict[str, Field], method: str) -> str:
-    other = "dpo" if method == "sft" else "sft"
-    if key in _known(other):
-        return f"it is a key of {other}, and this recipe is {method}"
+    others = [other for other in METHODS if other != method and key in _known(other)]
+    if others:
+        return f"it is a key of {' and '.join(others)}, and this recipe is {method}"
     near = fields.nearest(key, {*known, *UNDERSTOOD})
     return f"did you mean `{near}`?" if near else ""
 

@@ -77,12 +77,12 @@ def _owned(job: Job) -> dict[str, Any]:
         "logging_steps": 1,
         "disable_tqdm": True,
         "enable_jit_checkpoint": False,  # it saves in mid-step, and no two ranks agree on which
-        "assistant_only_loss": False,  # our labels say so already
     }
     if job.fit.use_cpu:
         owned["dataloader_pin_memory"] = False
-    if job.recipe.method == "dpo":
-        del owned["assistant_only_loss"]
+    method = job.recipe.training_method
+    owned |= dict.fromkeys(method.disabled_settings, False)
+    if method.needs_reference:
         owned["precompute_ref_log_probs"] = job.fit.reference == "precomputed"
     return owned
 

@@ -15,12 +15,12 @@ import pyarrow as pa  # type: ignore[import-untyped,import-not-found,unused-igno
 import xxhash
 
 from trainer.errors import DataError
+from trainer.method import TrainingMethod
 from trainer.recipe import Recipe
 from trainer.worker.chat import Renderer, Text, Tokenizer
 from trainer.worker.row_formats import (
     Chat,
     Malformed,
-    Method,
     Pair,
     check_columns,
     dpo_form,
@@ -33,7 +33,6 @@ Item = TypeVar("Item")
 
 IGNORED = -100
 """The label that PyTorch's cross entropy leaves out."""
-DEFAULT_MAX_LENGTH = 1024  # TRL's, for SFT and DPO
 KEEP_ALL = ("wrapped", "bfd_split")
 """Ways of TRL's to pack that carry on in another sequence what does not fit into one."""
 ROWS_AT_ONCE = 1000
@@ -67,7 +66,7 @@ def for_sft(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str
     Raises:
         DataError: the columns are of no form for SFT, or not one row can be used.
     """
-    settings = recipe.trainer_args
+    settings = {"max_length": recipe.training_method.max_length, **recipe.trainer_args}
     renderer = Renderer(tokenizer, insert_system=recipe.auto_insert_empty_system_msg)
     completion_only = settings.get("completion_only_loss") is not False
 
@@ -81,7 +80,7 @@ def for_sft(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str
     def tokens(texts: list[Text], encoded: list[_Encoded]) -> TokenRow:
         return sft_row(encoded[0], texts[0].learned, cut=_cut(settings))
 
-    return _tokenise(rows, tokenizer, "sft", name, text, tokens)
+    return _tokenise(rows, tokenizer, recipe.training_method, name, text, tokens)
 
 
 def for_dpo(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str) -> TokenizedDataset:
@@ -90,7 +89,7 @@ def for_dpo(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str
     Raises:
         DataError: the columns are of no form for DPO, or not one row can be used.
     """
-    settings = recipe.trainer_args
+    settings = {"max_length": recipe.training_method.max_length, **recipe.trainer_args}
     renderer = Renderer(tokenizer, insert_system=recipe.auto_insert_empty_system_msg)
     keep_end = settings.get("truncation_mode") == "keep_end"  # then only TRL's collator can cut the whole
 
@@ -108,10 +107,10 @@ def for_dpo(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str
             prompt_length=min(starts),
             max_prompt_length=recipe.max_prompt_length,
             keep_prompt_end=recipe.truncation_side == "left",
-            max_length=None if keep_end else settings.get("max_length", DEFAULT_MAX_LENGTH),
+            max_length=None if keep_end else settings["max_length"],
         )
 
-    return _tokenise(rows, tokenizer, "dpo", name, text, tokens)
+    return _tokenise(rows, tokenizer, recipe.training_method, name, text, tokens)
 
 
 def sft_row(encoded: _Encoded, learned: Sequence[tuple[int, int]], *, cut: slice) -> TokenRow:
@@ -164,7 +163,7 @@ def _learn_all(text: Text) -> Text:
 
 
 def _cut(settings: Mapping[str, Any]) -> slice:
-    max_length = settings.get("max_length", DEFAULT_MAX_LENGTH)
+    max_length = settings["max_length"]
     if max_length is None or (settings.get("packing") and settings.get("packing_strategy") in KEEP_ALL):
         return slice(None)
     return slice(-max_length, None) if settings.get("truncation_mode") == "keep_end" else slice(max_length)
@@ -178,7 +177,7 @@ def _first_token(encoded: _Encoded, character: int) -> int:
 def _tokenise(
     rows: Sequence[Row],
     tokenizer: Tokenizer,
-    method: Method,
+    method: TrainingMethod,
     name: str,
     text: Callable[[Row], list[Text]],
     tokens: Callable[[list[Text], list[_Encoded]], TokenRow],

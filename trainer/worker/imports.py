@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from trainer.job import Job, Outcome
+from trainer.method import METHODS
 from trainer.worker.supervisor_channel import Channel
 
 QUIET = {
@@ -33,8 +35,6 @@ def uncollected() -> Iterator[None]:
 
 def train_function(name: str) -> Callable[[Job, Channel], Outcome]:
     """What trains by a recipe's `method`; imports the stack, which takes seconds."""
-    if name == "sft":
-        from trainer.worker.sft import train
-    else:
-        from trainer.worker.dpo import train
+    module = importlib.import_module(METHODS[name].worker)
+    train: Callable[[Job, Channel], Outcome] = module.train
     return train

@@ -21,7 +21,7 @@ from trainer.job import Job
 from trainer.memory.precision import half_precision
 from trainer.worker import fsdp
 from trainer.worker.arguments import has_bf16
-from trainer.worker.data import DEFAULT_MAX_LENGTH, TokenizedDataset
+from trainer.worker.data import TokenizedDataset
 from trainer.worker.model_source import dtype_name
 from trainer.worker.reference_files import About, CachedLogps, Pairs, read, stage
 from trainer.worker.sampling import Numbers, dealt, lengths_of, shuffled
@@ -55,7 +55,7 @@ def about(job: Job, tokens: TokenizedDataset, model: str) -> About:
     return About(
         model=model,
         data=tokens.fingerprint,
-        max_length=settings.get("max_length", DEFAULT_MAX_LENGTH),
+        max_length=settings.get("max_length", job.recipe.training_method.max_length),
         truncation_mode=str(settings.get("truncation_mode", "keep_start")),
         precision=half or dtype_name(job.recipe),
         ld_alpha=settings.get("ld_alpha"),

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from trainer.errors import DataError
+from trainer.method import TrainingMethod
 from trainer.worker.chat import Message
 from trainer.worker.sources import Row
 
 ROLES = ("system", "user", "assistant")
 
-Method = Literal["sft", "dpo"]
-NEEDED = {
-    "sft": "`messages`, or `prompt` and `completion`",
-    "dpo": "`chosen` and `rejected` (whole chats), or `prompt`, `chosen` and `rejected`, or `instruction`, "
-    "`chosen_response` and `rejected_response`",
-}
 RESPONSES = ("instruction", "chosen_response", "rejected_response")
 """A question and two answers of a chat: https://huggingface.co/datasets/argilla/ultrafeedback-binarized-preferences."""
 
@@ -44,19 +39,18 @@ class Pair(NamedTuple):
     rejected: Any
 
 
-def check_columns(row: Row, method: Method) -> None:
-    """Raise `DataError` if the data are of no form that the method can read."""
-    has_pair = "chosen" in row and "rejected" in row
-    if method == "dpo" and (has_pair or all(name in row for name in RESPONSES)):
-        return
-    if method == "sft" and ("messages" in row or ("prompt" in row and "completion" in row)):
+def check_columns(row: Row, method: TrainingMethod) -> None:
+    """Raise `DataError` if the data have no form that the method can train on."""
+    if any(all(column in row for column in form.columns) for form in method.row_forms):
         return
     hint = None
-    if method == "sft" and has_pair:
+    if "chosen" in row and "rejected" in row and any("messages" in form.columns for form in method.row_forms):
         hint = (
             "to train on the chosen answers of preference data, give the source `columns: {chosen: messages}`"
         )
-    raise DataError(f"{method} needs {NEEDED[method]}; the data have {', '.join(sorted(row))}", hint=hint)
+    raise DataError(
+        f"{method.name} needs {method.needed_columns}; the data have {', '.join(sorted(row))}", hint=hint
+    )
 
 
 def sft_form(row: Row) -> Chat | Completion:
