@@ -57,7 +57,7 @@ def _words(row: PlanRow) -> str:
 
 
 def _shipped() -> Prices:
-    tables = [table for infra in INFRA if (table := store.snapshot(infra))]
+    tables = [table for infra in INFRA if (table := store.load_snapshot(infra))]
     offers = [offer for table in tables for row in table.rows if (offer := offer_of(row))]
     taken = min((table.taken for table in tables), default=datetime.now(UTC))
     return Prices(offers=tuple(offers), as_of=taken.date(), source="snapshot")

@@ -1,1 +1,1 @@
-"""What clouds ask for machines with GPUs: offers, the cache of them, and the snapshot that is shipped."""
+"""Cloud prices of machines with GPUs: offers, their cache, and the shipped snapshot."""

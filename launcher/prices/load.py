@@ -1,4 +1,4 @@
-"""What can be rented, and for how much: from SkyPilot's catalog by way of a cache, else from the shipped snapshot."""
+"""Load the prices of machines with GPUs: from the cache, from SkyPilot's catalog, or from the shipped snapshot."""
 
 from __future__ import annotations
 
@@ -15,28 +15,42 @@ from launcher.prices.offer import Offer, Prices, offer_of
 from launcher.prices.store import Table
 from trainer.errors import Unavailable, UserError
 
-__all__ = ["DEFAULT_INFRA", "Catalogs", "Offer", "Prices", "load_prices"]
+__all__ = ["DEFAULT_INFRA", "Catalogs", "FakeCatalogs", "Offer", "Prices", "load_prices"]
 
 DEFAULT_INFRA = ("gcp", "lambda")
 OWN = (*skypilot.UNPRICED, "local")
-"""Machines that are not rented, so that no plan for them has a price."""
+"""Machines that the user owns. They have no rental price, so no plan covers them."""
 ALIASES = {"k8s": "kubernetes"}
-"""SkyPilot's short forms."""
+"""SkyPilot's short names."""
 
 Source = Literal["skypilot", "cache", "snapshot"]
-LIVELY: tuple[Source, ...] = ("skypilot", "cache", "snapshot")
-"""The most live first."""
+FRESHEST_FIRST: tuple[Source, ...] = ("skypilot", "cache", "snapshot")
 NAMES = {"cache": "cache", "snapshot": "shipped snapshot"}
 Catalogs = Callable[[Sequence[str]], Mapping[str, Fetched | UserError]]
-"""`launcher.cloud.skypilot.catalogs`, or a stand-in for it."""
+"""The type of `launcher.cloud.skypilot.catalogs` and of `FakeCatalogs`."""
 
 
 class _CloudPrices(NamedTuple):
-    """A cloud's prices, where they are from, and what there is to say of that."""
+    """A cloud's prices, their source, and notes for the user about that source."""
 
     table: Table
     source: Source
     notes: tuple[str, ...] = ()
+
+
+class FakeCatalogs:
+    """A stand-in for SkyPilot's catalogs, for tests and for planning without SkyPilot.
+
+    It returns the given answers, and `Unavailable` for every other cloud. `asked` records every request.
+    """
+
+    def __init__(self, answers: Mapping[str, Fetched | UserError] | None = None) -> None:
+        self.answers = dict(answers or {})
+        self.asked: list[tuple[str, ...]] = []
+
+    def __call__(self, infras: Sequence[str]) -> Mapping[str, Fetched | UserError]:
+        self.asked.append(tuple(infras))
+        return {infra: self.answers.get(infra, Unavailable("the network is down")) for infra in infras}
 
 
 def load_prices(
@@ -47,22 +61,23 @@ def load_prices(
     catalogs: Catalogs = skypilot.catalogs,
     refresh: bool = False,
 ) -> Prices:
-    """Prices of machines with GPUs: for each cloud a fresh cache, else SkyPilot's catalog, else the newest known.
+    """Return the prices of machines with GPUs.
 
-    A cache counts as fresh for `store.FRESH`, and a failure is not tried again within `store.RETRY`; `refresh`
-    asks SkyPilot in any case. It is imported only to be asked. With `folder` None the cache is the user's.
+    Each cloud's prices come from the cache if it is younger than `store.MAX_AGE`, else from SkyPilot's catalog,
+    else from the cache or the snapshot, whichever is newer. A failed request is not repeated within
+    `store.RETRY_INTERVAL`. SkyPilot is imported only when it is asked.
 
     Args:
-        now: with a time zone.
-        infra: as SkyPilot writes it, `gcp` or `gcp/us-central1`.
-        folder: of the cache.
-        catalogs: what asks SkyPilot.
-        refresh: leave the cache unread.
+        now: the current time, with a time zone.
+        infra: clouds or regions as SkyPilot writes them, `gcp` or `gcp/us-central1`.
+        folder: the cache folder; None means the user's.
+        catalogs: asks SkyPilot for catalogs.
+        refresh: ask SkyPilot even if the cache is fresh or the last request has just failed.
 
     Raises:
-        UserError: a cloud or a region that nobody knows, or a cloud with no prices anywhere.
+        UserError: an unknown cloud or region, or a cloud whose prices no source has.
     """
-    places = [_place(name) for name in infra]
+    places = [_parse_place(name) for name in infra]
     clouds = list(dict.fromkeys(cloud for cloud, _ in places if cloud not in OWN))
     found = _find(clouds, now=now, folder=folder or store.cache_folder(), catalogs=catalogs, refresh=refresh)
     offers = [
@@ -72,7 +87,9 @@ def load_prices(
     return Prices(
         offers=tuple(dict.fromkeys(offers)),
         as_of=min((one.table.taken for one in found.values()), default=now).date(),
-        source=max((one.source for one in found.values()), key=LIVELY.index, default=LIVELY[0]),
+        source=max(
+            (one.source for one in found.values()), key=FRESHEST_FIRST.index, default=FRESHEST_FIRST[0]
+        ),
         notes=tuple(dict.fromkeys([*owned, *(note for one in found.values() for note in one.notes)])),
     )
 
@@ -80,50 +97,52 @@ def load_prices(
 def _find(
     clouds: Sequence[str], *, now: datetime, folder: Path, catalogs: Catalogs, refresh: bool
 ) -> dict[str, _CloudPrices]:
-    at_hand = {} if refresh else {cloud: _at_hand(cloud, now=now, folder=folder) for cloud in clouds}
-    asked = [cloud for cloud in clouds if not at_hand.get(cloud)]
-    answers = catalogs(asked) if asked else {}
+    local = (
+        {} if refresh else {cloud: _find_without_request(cloud, now=now, folder=folder) for cloud in clouds}
+    )
+    to_ask = [cloud for cloud in clouds if not local.get(cloud)]
+    answers = catalogs(to_ask) if to_ask else {}  # one request for all: SkyPilot's import is slow
     return {
-        cloud: at_hand.get(cloud) or _answered(cloud, answers[cloud], now=now, folder=folder)
+        cloud: local.get(cloud) or _use_answer(cloud, answers[cloud], now=now, folder=folder)
         for cloud in clouds
     }
 
 
-def _at_hand(cloud: str, *, now: datetime, folder: Path) -> _CloudPrices | None:
-    """What need not be asked for: a fresh cache, or the fallback if SkyPilot has just failed."""
-    kept = store.cached(cloud, folder=folder)
-    if kept and store.fresh(kept, now=now):
-        return _CloudPrices(kept, "cache")
-    why = store.failure(cloud, now=now, folder=folder)
+def _find_without_request(cloud: str, *, now: datetime, folder: Path) -> _CloudPrices | None:
+    """Return prices that need no request: a fresh cache, or the fallback if SkyPilot has just failed."""
+    cached = store.load_cached(cloud, folder=folder)
+    if cached and store.is_fresh(cached, now=now):
+        return _CloudPrices(cached, "cache")
+    why = store.recent_failure(cloud, now=now, folder=folder)
     return _fallback(cloud, why, folder=folder) if why else None
 
 
-def _answered(cloud: str, answer: Fetched | UserError, *, now: datetime, folder: Path) -> _CloudPrices:
-    """SkyPilot's answer, or the fallback; raises SkyPilot's error if there is none."""
+def _use_answer(cloud: str, answer: Fetched | UserError, *, now: datetime, folder: Path) -> _CloudPrices:
+    """Return the prices of SkyPilot's answer, else the fallback; raises SkyPilot's error if there is neither."""
     if isinstance(answer, Fetched) and answer.rows:
         return _live(cloud, answer, now=now, folder=folder)
-    why = Unavailable(f"SkyPilot lists no GPUs of {cloud}") if isinstance(answer, Fetched) else answer
-    found = _fallback(cloud, why.message, folder=folder)
+    error = Unavailable(f"SkyPilot lists no GPUs of {cloud}") if isinstance(answer, Fetched) else answer
+    found = _fallback(cloud, error.message, folder=folder)
     if found is None:
-        raise why
-    if isinstance(why, Unavailable):  # a missing SkyPilot is looked for each time
-        store.keep_failure(cloud, why.message, now=now, folder=folder)
+        raise error
+    if isinstance(error, Unavailable):  # not if SkyPilot is missing: it is used as soon as it is installed
+        store.record_failure(cloud, error.message, now=now, folder=folder)
     return found
 
 
 def _live(cloud: str, answer: Fetched, *, now: datetime, folder: Path) -> _CloudPrices:
-    """SkyPilot's answer; kept only if it had nothing to warn of, such as that its own copy is old."""
+    """Return SkyPilot's prices; cache them only if it gave no warning, such as that its own copy is old."""
     table = Table(now, "SkyPilot's catalog", answer.rows)
     if not answer.warnings:
-        store.keep(cloud, table, folder=folder)
+        store.write_cache(cloud, table, folder=folder)
     return _CloudPrices(table, "skypilot", tuple(f"SkyPilot: {text}" for text in answer.warnings))
 
 
 def _fallback(cloud: str, why: str, *, folder: Path) -> _CloudPrices | None:
-    """The newer of an old cache and the snapshot, with a note of its date and of why it is used."""
+    """Return the newer of the old cache and the snapshot, with a note that has its date and the reason."""
     tables: dict[Source, Table | None] = {
-        "cache": store.cached(cloud, folder=folder),
-        "snapshot": store.snapshot(cloud),
+        "cache": store.load_cached(cloud, folder=folder),
+        "snapshot": store.load_snapshot(cloud),
     }
     known = [(table, source) for source, table in tables.items() if table]
     if not known:
@@ -138,23 +157,23 @@ def _offers(table: Table, region: str | None) -> Iterable[Offer]:
     if region and not rows:
         regions = sorted({row.region for row in table.rows})
         cloud = table.rows[0].infra
-        raise UserError(f"{cloud} has no GPUs in a region `{region}`", hint=_near(region, regions))
+        raise UserError(f"{cloud} has no GPUs in region `{region}`", hint=_suggest(region, regions))
     return (offer for row in rows if (offer := offer_of(row)))
 
 
-def _place(infra: str) -> tuple[str, str | None]:
-    """Cloud and region of `gcp/us-central1`; raises UserError for a cloud that nobody knows."""
+def _parse_place(infra: str) -> tuple[str, str | None]:
+    """Return the cloud and the region of `gcp/us-central1`; raises UserError for an unknown cloud."""
     cloud, _, region = infra.lower().partition("/")
     cloud = ALIASES.get(cloud, cloud)
     known = (*skypilot.PRICED, *OWN)
     if cloud not in known:
         several = " ".join(f"--infra {name.strip()}" for name in infra.split(","))
-        hint = f"one at a time: `{several}`" if "," in infra else _near(cloud, known)
-        raise UserError(f"no infrastructure is called `{infra}`", hint=hint)
+        hint = f"repeat the option: `{several}`" if "," in infra else _suggest(cloud, known)
+        raise UserError(f"unknown infrastructure `{infra}`", hint=hint)
     return cloud, region or None
 
 
-def _near(name: str, known: Sequence[str]) -> str:
+def _suggest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
     return (
         f"did you mean {', '.join(f'`{word}`' for word in near)}?" if near else f"known: {', '.join(known)}"

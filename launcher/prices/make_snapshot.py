@@ -1,8 +1,8 @@
-"""`python -m launcher.prices.make_snapshot`: write `snapshot.json` anew from SkyPilot's catalog.
+"""Regenerate `snapshot.json` from SkyPilot's catalog: `python -m launcher.prices.make_snapshot`.
 
-SkyPilot downloads the catalog, or takes the one that lies in `$SKY_RUNTIME_DIR/.sky/catalogs/v8`; then `--date`
-says of which day that is. The catalog is https://github.com/skypilot-org/skypilot-catalog, of the SkyPilot
-project, which is under the Apache License 2.0.
+SkyPilot downloads the catalog, or reads the copy in `$SKY_RUNTIME_DIR/.sky/catalogs/v8`. For a copy, pass its day with
+`--date`. The catalog is https://github.com/skypilot-org/skypilot-catalog, of the SkyPilot project, under the Apache
+License 2.0.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from trainer.errors import UserError
 SOURCE = "SkyPilot's catalog v8, https://github.com/skypilot-org/skypilot-catalog, Apache License 2.0"
 
 
-def text(infra: tuple[str, ...], taken: datetime) -> str:
-    """The whole file; raises UserError if SkyPilot has no prices for one of the clouds."""
+def make_text(infra: tuple[str, ...], taken: datetime) -> str:
+    """Return the text of the snapshot; raises UserError if SkyPilot has no prices for one of the clouds."""
     rows: list[CatalogRow] = []
     for answer in skypilot.catalogs(infra).values():
         if isinstance(answer, UserError):
@@ -30,13 +30,15 @@ def text(infra: tuple[str, ...], taken: datetime) -> str:
 
 
 def main() -> None:
-    """Write the file."""
-    parser = argparse.ArgumentParser(description="write the shipped price snapshot anew")
-    parser.add_argument("--infra", nargs="+", default=DEFAULT_INFRA, help="clouds, as SkyPilot calls them")
-    parser.add_argument("--date", type=datetime.fromisoformat, default=None, help="of the catalog; else now")
-    given = parser.parse_args()
-    taken = given.date.replace(tzinfo=UTC) if given.date else datetime.now(UTC)
-    SNAPSHOT.write_text(text(tuple(given.infra), taken), encoding="utf-8")
+    """Parse the command line and write the snapshot."""
+    parser = argparse.ArgumentParser(description="regenerate the shipped price snapshot")
+    parser.add_argument("--infra", nargs="+", default=DEFAULT_INFRA, help="clouds, by SkyPilot's names")
+    parser.add_argument(
+        "--date", type=datetime.fromisoformat, default=None, help="day of the catalog (default: now)"
+    )
+    arguments = parser.parse_args()
+    taken = arguments.date.replace(tzinfo=UTC) if arguments.date else datetime.now(UTC)
+    SNAPSHOT.write_text(make_text(tuple(arguments.infra), taken), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Offers, and the rows that a cache, a snapshot and SkyPilot's adapter hold them as."""
+"""Offers: machines that can be rented and their prices, and how a catalog row becomes an offer."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from launcher.cloud.protocol import CatalogRow
 from trainer.hardware import Gpu, Shape, known_gpu
 
 LAMBDA_PCIE = ("gpu_1x_a100", "gpu_2x_a100", "gpu_4x_a100")
-"""What Lambda describes as `A100 (40 GB PCIe)`; its `_sxm4` and 8x types are SXM.
+"""Lambda's instance types with PCIe boards, `A100 (40 GB PCIe)`; its `_sxm4` and 8x types have SXM boards.
 https://docs.lambda.ai/api/cloud, `description` of `GET /instance-types`"""
 RUNPOD_PCIE = ("A100-80GB", "H100")
-"""What SkyPilot's catalog calls RunPod's PCIe boards; the SXM ones end in `-SXM` there.
+"""RunPod's PCIe boards, by their names in SkyPilot's catalog; the names of its SXM boards end in `-SXM`.
 https://github.com/skypilot-org/skypilot/blob/master/sky/catalog/data_fetchers/fetch_runpod.py"""
 
 
 class Offer(BaseModel):
-    """A machine that can be rented, and what it costs there."""
+    """A machine that can be rented in a region, and its price."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     infra: str
-    """SkyPilot's name of the cloud: `gcp`, `lambda`."""
+    """SkyPilot's name for the cloud: `gcp`, `lambda`."""
     region: str
-    """Never left out: the cheapest region on spot is not the cheapest on demand."""
+    """Required, because the cheapest region for spot is not the cheapest on demand."""
     zone: str | None
-    """None: any of the region; a catalog's prices are those of its cheapest zone."""
+    """None: any zone of the region; a catalog has the prices of the cheapest zone."""
     instance_type: str
     shape: Shape
     usd_per_h: float | None
-    """On demand, of the whole machine, accelerators included; None: not to be had on demand."""
+    """On-demand price of the whole machine with its accelerators; None: not offered on demand."""
     spot_usd_per_h: float | None
-    """None: no spot there."""
+    """None: not offered on spot."""
 
 
 class Prices(BaseModel):
-    """Offers, and how much they are to be believed."""
+    """Offers, with the age and the source of their prices."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     offers: tuple[Offer, ...]
     as_of: date
-    """When the oldest of them was asked for."""
+    """When the oldest prices were read from the catalog."""
     source: Literal["skypilot", "cache", "snapshot"]
-    """Of the least live of them."""
+    """The least fresh source among them."""
     notes: tuple[str, ...] = ()
-    """What a reader of the prices should know: why they are old, what has none."""
+    """What a user should know about the prices: why they are old, and which clouds have none."""
 
 
 def offer_of(row: CatalogRow) -> Offer | None:
-    """The offer that a row is; None if its accelerator is no GPU of the table, as TPUs are not."""
+    """Return a row as an offer; None if its accelerator is not in the table of GPUs, such as a TPU."""
     board = _board(row)
     if board is None:
         return None

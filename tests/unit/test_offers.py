@@ -13,8 +13,7 @@ import pytest
 from launcher.cloud.protocol import CatalogRow
 from launcher.cloud.skypilot import Fetched
 from launcher.prices import store
-from launcher.prices.fake import FakeCatalogs
-from launcher.prices.load import Offer, Prices, load_prices
+from launcher.prices.load import FakeCatalogs, Offer, Prices, load_prices
 from launcher.prices.store import Table
 from trainer.errors import Unavailable, UserError
 from trainer.hardware import Shape
@@ -107,14 +106,14 @@ def test_the_snapshot_is_never_taken_for_fresh(load: Load, tmp_path: Path) -> No
     load(catalogs)
     assert not list(tmp_path.glob("*.json"))
     catalogs.answers = dict(ALL)
-    assert load(catalogs, now=NOW + store.RETRY).source == "skypilot"
+    assert load(catalogs, now=NOW + store.RETRY_INTERVAL).source == "skypilot"
 
 
 def test_a_failure_is_not_tried_again_at_once(load: Load) -> None:
     """Offline, the next plan does not wait for SkyPilot's import and the network once more; the note stays."""
     catalogs = FakeCatalogs()
     first = load(catalogs)
-    soon = NOW + store.RETRY - timedelta(seconds=1)
+    soon = NOW + store.RETRY_INTERVAL - timedelta(seconds=1)
     assert load(catalogs, now=soon) == first
     assert len(catalogs.asked) == 1
     load(catalogs, now=soon, refresh=True)
@@ -145,7 +144,7 @@ def test_an_old_cache_is_better_than_an_older_snapshot(load: Load) -> None:
 
 def test_a_new_snapshot_is_better_than_an_older_cache(load: Load, tmp_path: Path) -> None:
     """A cache that was left behind by an earlier version does not stand in the way."""
-    store.keep("gcp", Table(NOW - timedelta(days=99), "long ago", (A100,)), folder=tmp_path)
+    store.write_cache("gcp", Table(NOW - timedelta(days=99), "long ago", (A100,)), folder=tmp_path)
     assert load(FakeCatalogs(), infra=["gcp"]).source == "snapshot"
 
 
@@ -202,7 +201,7 @@ def test_another_cloud_is_skypilots_alone_to_price(load: Load) -> None:
 def test_an_infrastructure_that_nobody_knows_is_an_error(load: Load, name: str, hint: str) -> None:
     """It names what was meant, and asks nobody."""
     catalogs = FakeCatalogs(ALL)
-    with pytest.raises(UserError, match=f"no infrastructure is called `{name}`") as caught:
+    with pytest.raises(UserError, match=f"unknown infrastructure `{name}`") as caught:
         load(catalogs, infra=[name])
     assert hint in (caught.value.hint or "")
     assert not catalogs.asked
@@ -221,7 +220,7 @@ def test_a_region_narrows_a_cloud(load: Load) -> None:
     """As SkyPilot writes it; a region without GPUs is an error that names the others."""
     prices = load(FakeCatalogs(), infra=["gcp/us-central1"])
     assert {offer.region for offer in prices.offers} == {"us-central1"}
-    with pytest.raises(UserError, match="no GPUs in a region `us-centrall`") as caught:
+    with pytest.raises(UserError, match="no GPUs in region `us-centrall`") as caught:
         load(FakeCatalogs(), infra=["gcp/us-centrall"])
     assert "`us-central1`" in (caught.value.hint or "")
 
@@ -246,7 +245,7 @@ def test_prices_that_are_at_hand_are_read_without_skypilot() -> None:
         "from datetime import UTC, datetime\n"
         "from pathlib import Path\n"
         "from launcher.prices.load import load_prices\n"
-        "from launcher.prices.fake import FakeCatalogs\n"
+        "from launcher.prices.load import FakeCatalogs\n"
         "prices = load_prices(now=datetime.now(UTC), folder=Path(tempfile.mkdtemp()), catalogs=FakeCatalogs())\n"
         "assert prices.source == 'snapshot' and prices.offers\n"
         "assert not {'sky', 'pandas', 'numpy', 'requests'} & set(sys.modules)\n"

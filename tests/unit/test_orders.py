@@ -11,7 +11,7 @@ import yaml
 
 from launcher.prices.load import DEFAULT_INFRA
 from launcher.prices.offer import Prices, offer_of
-from launcher.prices.store import snapshot
+from launcher.prices.store import load_snapshot
 from launcher.settings import Settings
 from launcher.submit.job_files import JOBS, find, names
 from launcher.submit.prepare import Order, SubmitOptions, prepare
@@ -31,7 +31,7 @@ def shipped(*, infra: tuple[str, ...], **_: object) -> Prices:
     offers = []
     for name in infra:
         cloud, _slash, region = name.partition("/")
-        table = snapshot(cloud)
+        table = load_snapshot(cloud)
         rows = table.rows if table else ()
         offers += [offer for row in rows if region in ("", row.region) and (offer := offer_of(row))]
     return Prices(offers=tuple(offers), as_of=date(2026, 11, 21), source="snapshot")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from launcher.plan.rank import Plan, PlanRequest, parse_gpus, plan
 from launcher.prices.offer import Offer, Prices, offer_of
-from launcher.prices.store import snapshot
+from launcher.prices.store import load_snapshot
 from trainer.architecture import known_architecture
 from trainer.errors import UserError
 from trainer.estimate import Workload, known_workload
@@ -19,7 +19,7 @@ from trainer.recipe import Recipe, load
 
 
 def shipped_prices() -> Prices:
-    tables = [table for infra in ("gcp", "lambda") if (table := snapshot(infra))]
+    tables = [table for infra in ("gcp", "lambda") if (table := load_snapshot(infra))]
     offers = [offer for table in tables for row in table.rows if (offer := offer_of(row))]
     return Prices(offers=tuple(offers), as_of=date(2026, 11, 21), source="snapshot")
 

@@ -22,9 +22,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
     """A runner whose prices are the shipped ones, a minute old: nobody is asked."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for infra in ("gcp", "lambda"):
-        table = store.snapshot(infra)
+        table = store.load_snapshot(infra)
         assert table
-        store.keep(infra, table._replace(taken=datetime.now(UTC)), folder=tmp_path / "aeolus" / "prices")
+        store.write_cache(
+            infra, table._replace(taken=datetime.now(UTC)), folder=tmp_path / "aeolus" / "prices"
+        )
     return CliRunner()
 
 

@@ -57,9 +57,9 @@ def test_whatever_is_no_table_is_a_value_error(text: str) -> None:
 def test_the_cache_gives_back_what_it_was_given(tmp_path: Path) -> None:
     """Clouds do not share a file: asking for one leaves the other's prices as old as they are."""
     folder = tmp_path / "new" / "folder"
-    store.keep("gcp", TABLE, folder=folder)
-    assert store.cached("gcp", folder=folder) == TABLE
-    assert store.cached("lambda", folder=folder) is None
+    store.write_cache("gcp", TABLE, folder=folder)
+    assert store.load_cached("gcp", folder=folder) == TABLE
+    assert store.load_cached("lambda", folder=folder) is None
     assert [path.name for path in folder.iterdir()] == ["gcp.json"]
 
 
@@ -67,16 +67,16 @@ def test_the_cache_gives_back_what_it_was_given(tmp_path: Path) -> None:
 def test_a_damaged_cache_is_as_good_as_none(tmp_path: Path, damage: bytes) -> None:
     """It is written anew the next time, and stops nobody."""
     (tmp_path / "gcp.json").write_bytes(damage)
-    assert store.cached("gcp", folder=tmp_path) is None
-    store.keep("gcp", TABLE, folder=tmp_path)
-    assert store.cached("gcp", folder=tmp_path) == TABLE
+    assert store.load_cached("gcp", folder=tmp_path) is None
+    store.write_cache("gcp", TABLE, folder=tmp_path)
+    assert store.load_cached("gcp", folder=tmp_path) == TABLE
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     """A home that is read-only, or a file where the folder should be, costs time and nothing else."""
     (tmp_path / "file").write_text("")
-    store.keep("gcp", TABLE, folder=tmp_path / "file" / "prices")
-    assert store.cached("gcp", folder=tmp_path / "file" / "prices") is None
+    store.write_cache("gcp", TABLE, folder=tmp_path / "file" / "prices")
+    assert store.load_cached("gcp", folder=tmp_path / "file" / "prices") is None
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 )
 def test_a_day_makes_prices_old(age: timedelta, *, expected: bool) -> None:
     """And a clock that was set back makes them unbelievable."""
-    assert store.fresh(TABLE, now=NOW + age) is expected
+    assert store.is_fresh(TABLE, now=NOW + age) is expected
 
 
 def test_every_row_of_the_snapshot_is_an_offer() -> None:
@@ -140,7 +140,7 @@ def test_known_prices_are_in_the_snapshot(
     infra: str, region: str, instance_type: str, expected: tuple[object, ...]
 ) -> None:
     """Sums that were made by hand from the catalog's rows."""
-    table = store.snapshot(infra)
+    table = store.load_snapshot(infra)
     assert table is not None
     (row,) = [row for row in table.rows if (row.region, row.instance_type) == (region, instance_type)]
     assert row[3:] == pytest.approx(expected, abs=1e-9)
@@ -148,7 +148,7 @@ def test_known_prices_are_in_the_snapshot(
 
 def test_a_cloud_that_is_not_shipped_has_no_snapshot() -> None:
     """Two clouds are; of the others SkyPilot alone knows."""
-    assert store.snapshot("aws") is None
+    assert store.load_snapshot("aws") is None
 
 
 @pytest.mark.parametrize(
