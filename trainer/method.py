@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from trainer.metrics import LOSS, REWARD_ACCURACY
+
 TRL_MAX_LENGTH = 1024
 """Tokens: the default `max_length` of SFTConfig and DPOConfig (https://huggingface.co/docs/trl)."""
 PAIRS_OVERHEAD = 1.25
@@ -64,7 +66,7 @@ class TrainingMethod(NamedTuple):
     """Recipe keys of this project, not of TRL, that only this method reads."""
     disabled_settings: tuple[str, ...] = ()
     """Settings of the config class that the worker turns off, because its own data preparation does their work."""
-    test_metric: str = "eval_loss"
+    test_metric: str = LOSS.test_key
     """The metric that summarises an evaluation."""
 
     @property
@@ -102,7 +104,7 @@ METHODS: Mapping[str, TrainingMethod] = {
             micro_batch_losses=frozenset({"aot", "aot_unpaired", "bco_pair"}),
             time_overhead=PAIRS_OVERHEAD,
             recipe_keys=("max_prompt_length",),
-            test_metric="eval_rewards/accuracies",
+            test_metric=REWARD_ACCURACY.test_key,
         ),
     )
 }

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from launcher.render import duration
 from launcher.runs.run import RunHistory
+from trainer.metrics import LOSS, REWARD_ACCURACY
 
 
 class ProgressView(Protocol):
@@ -115,10 +116,8 @@ def facts(run: RunHistory) -> str:
     last = run.steps[-1] if run.steps else {}
     words = [
         f"{duration(left)} left" if left else "",
-        f"loss {last['loss']:.4f}" if isinstance(last.get("loss"), float) else "",
-        f"accuracy {last['rewards/accuracies']:.2f}"
-        if isinstance(last.get("rewards/accuracies"), float)
-        else "",
+        f"loss {loss}" if (loss := LOSS.text(last)) else "",
+        f"accuracy {accuracy}" if (accuracy := REWARD_ACCURACY.text(last)) else "",
         f"committed {run.commits[-1]}" if run.commits else "nothing committed yet",
         f"{run.preemptions} preempted" if run.preemptions else "",
     ]

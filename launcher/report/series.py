@@ -10,6 +10,7 @@ from launcher.runs.account import how
 from launcher.runs.run import RunHistory, values
 from launcher.runs.time_breakdown import useful_until
 from trainer.events import of_kind
+from trainer.metrics import CURVES, Metric
 
 Points = list[tuple[float, float]]
 """Steps and values."""
@@ -43,17 +44,9 @@ class Panel:
     """Steps at which an attempt ended, and how: `1 lost`."""
 
 
-METRICS = (
-    ("loss", "eval_loss", "Loss", "loss"),
-    ("rewards/accuracies", "eval_rewards/accuracies", "Reward accuracy", "share of pairs"),
-    ("mean_token_accuracy", "eval_mean_token_accuracy", "Token accuracy", "share of tokens"),
-)
-"""Of training, of evaluation, and what they are called; the first accuracy that a run has is shown."""
-
-
 def panels(run: RunHistory) -> list[Panel]:
     """The loss, and an accuracy if there is one."""
-    found = [_panel(run, *metric) for metric in METRICS]
+    found = [_panel(run, metric) for metric in CURVES]
     shown = [panel for panel in found if any(curve.points for curve in panel.curves)]
     return shown[:2]
 
@@ -61,7 +54,7 @@ def panels(run: RunHistory) -> list[Panel]:
 def compared(runs: Sequence[RunHistory], names: Sequence[str]) -> list[Panel]:
     """The same of several runs in one frame, each with a style of its own."""
     found = []
-    for train, test, title, unit in METRICS:
+    for metric in CURVES:
         curves = [
             Curve(
                 f"{name} {what}".strip(),
@@ -71,29 +64,32 @@ def compared(runs: Sequence[RunHistory], names: Sequence[str]) -> list[Panel]:
                 not tested,
             )
             for nth, (run, name) in enumerate(zip(runs, names, strict=True))
-            for what, kind, key, tested in (("", "train", train, False), ("test", "test", test, True))
+            for what, kind, key, tested in (
+                ("", "train", metric.key, False),
+                ("test", "test", metric.test_key, True),
+            )
         ]
         last = max((run.total_steps or run.step for run in runs), default=1)
         if any(curve.points for curve in curves):
-            found.append(Panel(title, unit, tuple(curves), last))
+            found.append(Panel(metric.title.capitalize(), metric.unit, tuple(curves), last))
     return found[:2]
 
 
-def _panel(run: RunHistory, train: str, test: str, title: str, unit: str) -> Panel:
+def _panel(run: RunHistory, metric: Metric) -> Panel:
     lost = []
     for attempt in run.attempts:
         after = useful_until(run, attempt)
         events = [event for event in of_kind(attempt.events, "step") if event["step"] >= after]
         if attempt.step > after:
-            lost.append(Curve("", "lost", _pairs(*values(events, train))))
+            lost.append(Curve("", "lost", _pairs(*values(events, metric.key))))
     ended = [attempt for attempt in run.attempts if how(run, attempt) not in ("done", "at work")]
     return Panel(
-        title,
-        unit,
+        metric.title.capitalize(),
+        metric.unit,
         (
-            Curve("train", "train", _points(run, train, tested=False), noisy=True),
+            Curve("train", "train", _points(run, metric.key, tested=False), noisy=True),
             *lost,
-            Curve("test", "test", _points(run, test, tested=True), marked=True),
+            Curve("test", "test", _points(run, metric.test_key, tested=True), marked=True),
         ),
         run.total_steps or max(run.step, 1),
         tuple((span.after, span.until) for span in run.redone),

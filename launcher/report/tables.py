@@ -9,6 +9,7 @@ from typing import NamedTuple
 from launcher.render import NOTHING, duration, size, usd
 from launcher.runs.account import Account, AttemptAccount
 from launcher.runs.time_breakdown import NAMES
+from trainer.metrics import LOSS, REWARD_ACCURACY, TOKEN_ACCURACY
 
 NOT_COUNTED = (
     "An attempt is paid from its claim to the last that was heard of it; on a machine that SkyPilot rented within the"
@@ -55,12 +56,11 @@ def figures(account: Account) -> list[tuple[str, str, str]]:
         ("steps", f"{account.step:,}", f"{of}; {account.lost_steps} lost and redone"),
         ("attempts", str(len(account.attempts)), ", ".join(one.how for one in account.attempts[-4:])),
     ]
-    accuracy = account.test.get("eval_rewards/accuracies", account.test.get("eval_mean_token_accuracy"))
-    if "eval_loss" in account.test:
-        said = f"accuracy {accuracy:.3f}" if accuracy is not None else ""
-        found.append(("test loss", f"{account.test['eval_loss']:.4f}", said))
+    if test_loss := LOSS.test_text(account.test):
+        accuracy = REWARD_ACCURACY.test_text(account.test) or TOKEN_ACCURACY.test_text(account.test)
+        found.append(("test loss", test_loss, f"accuracy {accuracy}" if accuracy else ""))
     elif account.loss is not None:
-        found.append(("train loss", f"{account.loss:.4f}", "of the last step"))
+        found.append(("train loss", format(account.loss, LOSS.format), "of the last step"))
     return found
 
 
@@ -178,8 +178,8 @@ def compared(accounts: tuple[Account, Account]) -> ReportTable:
         ("lost steps", lambda one: one.lost_steps, _count),
         *((title, attrgetter(f"hours.{name}"), _time) for name, title in NAMES.items()),
         ("train loss", lambda one: one.loss, _form),
-        ("test loss", lambda one: one.test.get("eval_loss"), _form),
-        ("test reward accuracy", lambda one: one.test.get("eval_rewards/accuracies"), _form),
+        ("test loss", lambda one: one.test.get(LOSS.test_key), _form),
+        ("test reward accuracy", lambda one: one.test.get(REWARD_ACCURACY.test_key), _form),
     ]
     first, second = accounts
     rows = [("state", first.state, second.state, "")]
@@ -201,4 +201,4 @@ def _time(seconds: float | None) -> str:
 
 
 def _form(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.4f}"
+    return NOTHING if value is None else format(value, LOSS.format)

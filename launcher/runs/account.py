@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from launcher.runs.run import AttemptHistory, RunHistory
 from launcher.runs.time_breakdown import TimeBreakdown, count, hours, total, useful_until
 from trainer.events import of_kind
+from trainer.metrics import TEST_PREFIX
 
 WORDS = {
     "done": "done",
@@ -159,7 +160,9 @@ def account(run: RunHistory, *, now: float | None = None) -> Account:
         attempts=each,
         loss=last.get("loss"),
         test={
-            key: value for key, value in (run.evals[-1] if run.evals else {}).items() if key[:5] == "eval_"
+            key: value
+            for key, value in (run.evals[-1] if run.evals else {}).items()
+            if key.startswith(TEST_PREFIX)
         },
     )
 

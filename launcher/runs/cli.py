@@ -50,13 +50,14 @@ def runs(checkpoints: str | None, as_json: bool) -> None:
 
 def _cells(row: RunListing, now: float) -> list[str]:
     from launcher.render import ago
+    from trainer.metrics import LOSS
 
     of = f" of {row.total_steps:,}" if row.total_steps else ""
     return [
         row.run,
         row.state,
         f"{row.step:,}{of}" if row.step is not None else "",
-        f"{row.loss:.4f}" if row.loss is not None else "",
+        format(row.loss, LOSS.format) if row.loss is not None else "",
         f"{row.committed:,}" if row.committed is not None else "",
         str(row.attempts) if row.attempts is not None else "",
         f"{row.usd:,.2f}" if row.usd is not None else "",

@@ -11,6 +11,7 @@ from launcher.runs.run import RunHistory, values
 from trainer.bucket.address import folder_of
 from trainer.events import of_kind
 from trainer.method import METHODS
+from trainer.metrics import LEARNING_RATE, LOSS, REWARD_ACCURACY, TOKEN_ACCURACY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ class Summary:
         """Name and value of each, for people."""
         of = "" if self.total_steps is None else f" of {self.total_steps}"
         redone = f"{self.lost_steps} redone" if self.lost_steps else "none redone"
-        what = "test reward accuracy" if self.test_metric == "eval_rewards/accuracies" else "test loss"
+        metric = next(metric for metric in (LOSS, REWARD_ACCURACY) if metric.test_key == self.test_metric)
         bytes_ = f" ({size(self.final_bytes)})" if self.final_bytes is not None else ""
         return [
             ("run", self.run),
@@ -66,7 +67,7 @@ class Summary:
             ("attempts", f"{self.attempts}, {self.preemptions} preempted, {self.restores} restored"),
             ("checkpoints committed", str(self.commits)),
             ("train loss", change(self.train_loss)),
-            (what, change(self.test, ".3f" if "accuracies" in self.test_metric else ".4f")),
+            (f"test {metric.title}", change(self.test, metric.test_format)),
             ("wall time", duration(self.wall_s)),
             *([("dollars", usd(self.usd))] if self.usd is not None else []),
             ("final model", f"{self.final}{bytes_}" if self.final else "not yet"),
@@ -81,7 +82,7 @@ def summary(run: RunHistory, *, usd_per_h: float | None = None) -> Summary:
         run: as its bucket tells it.
         usd_per_h: for attempts that do not know their price.
     """
-    metric = METHODS[run.method].test_metric if run.method in METHODS else "eval_loss"
+    metric = METHODS[run.method].test_metric if run.method in METHODS else LOSS.test_key
     exported = next(iter(reversed(of_kind(run.events, "exported"))), {})
     return Summary(
         run=run.run_id,
@@ -94,7 +95,7 @@ def summary(run: RunHistory, *, usd_per_h: float | None = None) -> Summary:
         restores=len(run.restores),
         lost_steps=run.lost_steps,
         commits=len(run.commits),
-        train_loss=_ends(values(run.steps, "loss")[1]),
+        train_loss=_ends(values(run.steps, LOSS.key)[1]),
         test=_ends(values(run.evals, metric)[1]),
         test_metric=metric,
         wall_s=run.wall_s,
@@ -182,23 +183,23 @@ def _draw_attempts(axis: Axes, run: RunHistory) -> None:
 
 
 def _draw_loss(axis: Axes, run: RunHistory) -> None:
-    _curve(axis, values(run.steps, "loss"), label="train", test=False)
-    _curve(axis, values(run.evals, "eval_loss"), label="test", test=True)
+    _curve(axis, values(run.steps, LOSS.key), label="train", test=False)
+    _curve(axis, values(run.evals, LOSS.test_key), label="test", test=True)
     axis.set_ylabel("loss")
 
 
 def _draw_quality(axis: Axes, run: RunHistory) -> None:
     """Reward accuracy, else token accuracy, else the learning rate: the first that the run has."""
-    for key, label in (("rewards/accuracies", "reward accuracy"), ("mean_token_accuracy", "token accuracy")):
-        train, test = values(run.steps, key), values(run.evals, f"eval_{key}")
+    for metric in (REWARD_ACCURACY, TOKEN_ACCURACY):
+        train, test = values(run.steps, metric.key), values(run.evals, metric.test_key)
         if train[0] or test[0]:
             _curve(axis, train, label="train", test=False)
             _curve(axis, test, label="test", test=True)
-            axis.set_ylabel(label)
+            axis.set_ylabel(metric.title)
             break
     else:
-        _curve(axis, values(run.steps, "learning_rate"), label="learning rate", test=False)
-        axis.set_ylabel("learning rate")
+        _curve(axis, values(run.steps, LEARNING_RATE.key), label=LEARNING_RATE.unit, test=False)
+        axis.set_ylabel(LEARNING_RATE.unit)
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axis.set_xlabel("optimizer step")
 

@@ -9,6 +9,7 @@ from launcher.report.tables import gib
 from launcher.runs.account import how
 from launcher.watch.state import RunSnapshot
 from trainer.events import of_kind
+from trainer.metrics import LOSS, REWARD_ACCURACY
 
 
 def pairs(seen: RunSnapshot) -> list[tuple[str, str]]:
@@ -24,11 +25,9 @@ def pairs(seen: RunSnapshot) -> list[tuple[str, str]]:
         f"{newest.tokens_per_s:,.0f} tokens/s" if newest.tokens_per_s else "",
     ]
     metrics = [
-        f"loss {last['loss']:.4f}" if isinstance(last.get("loss"), float) else "",
-        f"test loss {one.test['eval_loss']:.4f}" if "eval_loss" in one.test else "",
-        f"test accuracy {one.test['eval_rewards/accuracies']:.3f}"
-        if "eval_rewards/accuracies" in one.test
-        else "",
+        f"loss {loss}" if (loss := LOSS.text(last)) else "",
+        f"test loss {loss}" if (loss := LOSS.test_text(one.test)) else "",
+        f"test accuracy {accuracy}" if (accuracy := REWARD_ACCURACY.test_text(one.test)) else "",
     ]
     return [
         ("node", ", ".join(filter(None, (newest.where, newest.market, price, newest.fit)))),
@@ -82,7 +81,7 @@ def line(seen: RunSnapshot) -> str:
         seen.state,
         f"attempt {run.attempts[-1].number} {how(run, run.attempts[-1])}",
         f"step {run.step} of {run.total_steps}" if run.total_steps else "",
-        f"loss {last['loss']:.4f}" if isinstance(last.get("loss"), float) else "",
+        f"loss {loss}" if (loss := LOSS.text(last)) else "",
         f"committed {run.commits[-1]}" if run.commits else "",
         f"{usd(one.usd)}" if one.usd is not None else "",
         f"{duration(seen.left_s)} left" if seen.left_s else "",

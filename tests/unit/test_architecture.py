@@ -22,6 +22,7 @@ CONTRACT = {
     "events",
     "durations",
     "accounting",
+    "metrics",
     "task_variables",
     "architecture",
     "method",

@@ -11,18 +11,17 @@ import yaml
 from trainer.accounting import attempt_cost, run_cost
 from trainer.bucket.manifest import Manifest
 from trainer.events import Event, of_kind
+from trainer.metrics import CURVES, LOSS, REWARD_ACCURACY
 from trainer.recipe import Recipe
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 POINTS = 12
 """Rows of the table of losses."""
-METRICS = {
-    "loss": "loss",
-    "rewards/accuracies": "reward accuracy",
-    "mean_token_accuracy": "token accuracy",
-    "eval_loss": "test loss",
-    "eval_rewards/accuracies": "test reward accuracy",
+COLUMNS = {
+    **{metric.key: metric.title for metric in CURVES},
+    **{metric.test_key: f"test {metric.title}" for metric in (LOSS, REWARD_ACCURACY)},
 }
+"""Keys and titles of the table of losses; a run shows those that it has."""
 
 
 def card(
@@ -148,12 +147,12 @@ def _curves(events: Sequence[Event], step: int) -> str:
     for event in of_kind(events, "step", "eval"):
         if event["step"] <= step:
             told.setdefault(event["step"], {}).update(event)
-    names = [name for name in METRICS if any(isinstance(one.get(name), int | float) for one in told.values())]
-    steps = _spread(sorted(told), [at for at in sorted(told) if "eval_loss" in told[at]])
+    names = [name for name in COLUMNS if any(isinstance(one.get(name), int | float) for one in told.values())]
+    steps = _spread(sorted(told), [at for at in sorted(told) if LOSS.test_key in told[at]])
     if not names or not steps:
         return "None are known."
     lines = [
-        "| step | " + " | ".join(METRICS[name] for name in names) + " |",
+        "| step | " + " | ".join(COLUMNS[name] for name in names) + " |",
         "|--:" * (len(names) + 1) + "|",
     ]
     lines += [f"| {at} | " + " | ".join(_number(told[at].get(name)) for name in names) + " |" for at in steps]

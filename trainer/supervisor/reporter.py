@@ -18,6 +18,7 @@ from trainer.events import Event, EventLog, Kind
 from trainer.fit import Fit
 from trainer.hardware import Shape
 from trainer.job import Tail
+from trainer.metrics import log_text
 from trainer.recipe import Recipe
 from trainer.supervisor.price import Price
 from trainer.supervisor.save_window import SURE, SaveHistory, Window, WindowVerdict, verdict
@@ -162,9 +163,9 @@ class Reporter:
             case "started":
                 log.info("training from step %d to %d", event["step"], event["total_steps"])
             case "step" if event["step"] % self._print_every == 0 or event["step"] == event["total_steps"]:
-                log.info("step %d/%d  %s", event["step"], event["total_steps"], _metrics(event))
+                log.info("step %d/%d  %s", event["step"], event["total_steps"], log_text(event))
             case "eval":
-                log.info("step %d test  %s", event["step"], _metrics(event))
+                log.info("step %d test  %s", event["step"], log_text(event))
             case "save_skipped":
                 log.warning("step %d is not saved: %s", event["step"], event["reason"])
             case "log":
@@ -288,21 +289,6 @@ class Outage:
     def _count(self) -> str:
         times = "once" if self._tries == 1 else f"{self._tries} times"
         return f"{times} in {self._clock() - self._since:.0f} s"
-
-
-SHOWN = {
-    "loss": "loss {:.4f}",
-    "learning_rate": "lr {:.2e}",
-    "rewards/accuracies": "reward accuracy {:.2f}",
-    "mean_token_accuracy": "token accuracy {:.2f}",
-    "eval_loss": "loss {:.4f}",
-    "eval_rewards/accuracies": "reward accuracy {:.3f}",
-    "eval_mean_token_accuracy": "token accuracy {:.3f}",
-}
-
-
-def _metrics(event: dict[str, Any]) -> str:
-    return "  ".join(form.format(event[key]) for key, form in SHOWN.items() if event.get(key) is not None)
 
 
 def _files(manifest: Manifest) -> str:
