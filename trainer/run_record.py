@@ -9,11 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pydantic import BaseModel, ConfigDict
 
 from trainer.bucket import Bucket
+from trainer.bucket.layout import RUN_KEY, events_key
 from trainer.errors import RecipeError
 from trainer.events import Event, of_kind, parse
 from trainer.recipe import Recipe
-
-KEY = "run.json"
 
 
 class RunRecord(BaseModel):
@@ -43,9 +42,9 @@ def write_or_compare(bucket: Bucket, run_id: str, recipe: Recipe, notes: tuple[s
         notes=notes,
         versions={"aeolus": _own_version(), "python": platform.python_version()},
     )
-    if bucket.create(KEY, mine.model_dump_json(indent=2).encode()):
+    if bucket.create(RUN_KEY, mine.model_dump_json(indent=2).encode()):
         return
-    theirs = RunRecord.model_validate_json(bucket.get(KEY))
+    theirs = RunRecord.model_validate_json(bucket.get(RUN_KEY))
     if theirs.recipe_digest == mine.recipe_digest:
         return
     raise RecipeError(
@@ -60,7 +59,7 @@ def read(bucket: Bucket) -> RunRecord:
     Raises:
         FileNotFoundError: the run has not begun.
     """
-    return RunRecord.model_validate_json(bucket.get(KEY))
+    return RunRecord.model_validate_json(bucket.get(RUN_KEY))
 
 
 def report_id(bucket: Bucket) -> str:
@@ -72,7 +71,7 @@ def fruitless_attempts(bucket: Bucket, attempt: int) -> int:
     """How many attempts just before `attempt` died in a row without committing a checkpoint."""
     count = 0
     for number in range(attempt - 1, 0, -1):
-        events = parse(bucket.get_or_none(f"events/{number:04d}.jsonl") or b"")
+        events = parse(bucket.get_or_none(events_key(number)) or b"")
         if not of_kind(events, "failed") or of_kind(events, "committed"):
             break
         count += 1
@@ -82,7 +81,7 @@ def fruitless_attempts(bucket: Bucket, attempt: int) -> int:
 def last_commits(bucket: Bucket, attempt: int, *, attempts: int = 3) -> list[Event]:
     """The events of the last attempt before `attempt` that committed a checkpoint, if it is a recent one."""
     for number in range(attempt - 1, max(0, attempt - 1 - attempts), -1):
-        events = parse(bucket.get_or_none(f"events/{number:04d}.jsonl") or b"")
+        events = parse(bucket.get_or_none(events_key(number)) or b"")
         if of_kind(events, "committed"):
             return events
     return []
@@ -90,7 +89,7 @@ def last_commits(bucket: Bucket, attempt: int, *, attempts: int = 3) -> list[Eve
 
 def events_before(bucket: Bucket, attempt: int) -> list[list[Event]]:
     """The events of each attempt before `attempt`, in their order."""
-    return [parse(bucket.get_or_none(f"events/{number:04d}.jsonl") or b"") for number in range(1, attempt)]
+    return [parse(bucket.get_or_none(events_key(number)) or b"") for number in range(1, attempt)]
 
 
 def _own_version() -> str:

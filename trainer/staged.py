@@ -9,6 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 STAGED_SUFFIX = ".staged"
+IDENTITY_FILE = "aeolus.json"
+"""The file of a checkpoint that tells which model, data and packages it belongs to."""
 
 
 class Staged(BaseModel):

@@ -11,12 +11,15 @@ from typing import Any
 
 from trainer.bucket import Bucket, Object, list_runs, open_run
 from trainer.bucket.address import Patience, canonical
-from trainer.bucket.attempts import PREFIX as ATTEMPTS_PREFIX
 from trainer.bucket.attempts import Attempt
-from trainer.bucket.manifest import (
+from trainer.bucket.layout import (
+    ATTEMPTS_PREFIX,
     CHECKPOINTS_PREFIX,
-    FINAL_KEY,
+    FINAL_COMMIT_KEY,
     FINAL_PREFIX,
+    RUN_FOLDERS,
+)
+from trainer.bucket.manifest import (
     File,
     Manifest,
     Unreadable,
@@ -31,7 +34,6 @@ from trainer.errors import BucketError, UserError
 
 PATIENCE = Patience(transfer_s=60.0)
 """Somebody waits, and what is left undone the same command does later."""
-OF_A_RUN = {"attempts", "checkpoints", "commits", "events", "final"}
 Tell = Callable[[int], object]
 
 
@@ -107,7 +109,7 @@ def find(uri: str, cwd: Path) -> Bucket:
         hint = f"runs in there: {_some(near, len(names))}" if names else "no runs are in there"
         raise BucketError(f"no run {run_id} in {runs}", hint=hint)
     below = list_runs(address)
-    if not OF_A_RUN & set(below):
+    if not RUN_FOLDERS & set(below):
         others = f"is it a folder of runs? name one of {_some(below[:5], len(below))}"
         raise BucketError(f"{address} holds no run", hint=others if below else "the folder is empty")
     return open_run(runs, run_id, patience=PATIENCE)
@@ -115,7 +117,7 @@ def find(uri: str, cwd: Path) -> Bucket:
 
 def survey(bucket: Bucket) -> Survey:
     """What is committed, and whether its files are there with their sizes."""
-    found = [read(bucket, FINAL_KEY), *commits(bucket)]
+    found = [read(bucket, FINAL_COMMIT_KEY), *commits(bucket)]
     there = {
         item.key: item.size for prefix in (CHECKPOINTS_PREFIX, FINAL_PREFIX) for item in bucket.list(prefix)
     }
@@ -192,7 +194,7 @@ def prune(bucket: Bucket, attempt: Attempt, keep: int) -> list[int]:
 
 def _standing(about: Manifest | Unreadable, there: dict[str, int]) -> CheckpointStatus:
     if isinstance(about, Unreadable):
-        kind = "final" if about.reason.startswith(FINAL_KEY) else "checkpoint"
+        kind = "final" if about.reason.startswith(FINAL_COMMIT_KEY) else "checkpoint"
         return CheckpointStatus(about.step, kind, None, about.reason)
     return CheckpointStatus(about.step, about.kind, about, about.fault(there))
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.checkpoints.inspect import OF_A_RUN, PATIENCE
+from launcher.checkpoints.inspect import PATIENCE
 from launcher.runs.listing import AT_ONCE
 from trainer.bucket import Bucket, list_runs, open_run
 from trainer.bucket.address import canonical
+from trainer.bucket.layout import RUN_FOLDERS, RUN_KEY
 from trainer.bucket.manifest import final
 from trainer.bucket.reference_cache import Entry, listed, shelves
 from trainer.bucket.store import in_parallel
@@ -22,8 +23,6 @@ from trainer.errors import BucketError, UserError
 from trainer.fit import reference_of
 from trainer.recipe import Recipe
 from trainer.recipe.model import reference_key
-
-RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def find_runs(uri: str, cwd: Path) -> str:
     """
     address = canonical(uri, cwd)
     names = list_runs(address, patience=PATIENCE)
-    if OF_A_RUN & set(names):
+    if RUN_FOLDERS & set(names):
         above = address.rpartition("/")[0]
         raise BucketError(f"{address} is a run, and references lie beside the runs", hint=f"name {above}")
     if not names and not shelves(address, patience=PATIENCE):
@@ -124,7 +123,7 @@ def prune(runs: str, shown: Sequence[RunReference], older_than: timedelta) -> No
 def _wanted(runs: str, name: str) -> str | None:
     """The digest of what a run may still use, empty if it has no reference; None if it is finished, or no run."""
     bucket = open_run(runs, name, patience=PATIENCE)
-    if final(bucket) or (data := bucket.get_or_none(RECORD)) is None:
+    if final(bucket) or (data := bucket.get_or_none(RUN_KEY)) is None:
         return None
     recipe = _recipe(bucket, data)
     return reference_key(recipe) if reference_of(recipe) == "precomputed" else ""
@@ -135,6 +134,6 @@ def _recipe(bucket: Bucket, data: bytes) -> Recipe:
         return Recipe.model_validate(json.loads(data)["recipe"])
     except (ValueError, KeyError, TypeError, ValidationError):
         raise UserError(
-            f"{bucket.uri}/{RECORD} cannot be read, so nobody knows which reference that run needs",
+            f"{bucket.uri}/{RUN_KEY} cannot be read, so nobody knows which reference that run needs",
             hint="the version that wrote it can; or remove the run, if it is not to go on",
         ) from None

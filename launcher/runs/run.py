@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +11,14 @@ from typing import TYPE_CHECKING, Literal
 
 from trainer import accounting
 from trainer.accounting import AttemptCost, RunCost
+from trainer.bucket.layout import (
+    COMMITS_PREFIX,
+    EVENTS_PREFIX,
+    FINAL_COMMIT_KEY,
+    committed_step,
+    events_attempt,
+    final_uri,
+)
 from trainer.events import Event, of_kind, parse
 
 if TYPE_CHECKING:
@@ -19,10 +26,6 @@ if TYPE_CHECKING:
 
 State = Literal["new", "running", "preempted", "stopped", "failed", "superseded", "done"]
 End = Literal["preempted", "stopped", "failed", "superseded", "done"]
-
-_ATTEMPT = re.compile(r"events/(\d+)\.jsonl")
-FINAL_KEY = "commits/final.json"
-_COMMIT = re.compile(r"commits/step-(\d+)\.json")
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class RunHistory:
     @property
     def final_uri(self) -> str:
         """Where the exported model lies once the run is done."""
-        return f"{self.uri.rstrip('/')}/final"
+        return final_uri(self.uri)
 
 
 class Reader:
@@ -207,16 +210,16 @@ class Reader:
 
     def read(self) -> RunHistory:
         """The run as it is now; raises BucketError and Unavailable."""
-        for entry in self._bucket.list("events/"):
-            if match := _ATTEMPT.search(entry.key):
-                self._refresh(int(match[1]), entry.key, entry.size)
+        for entry in self._bucket.list(EVENTS_PREFIX):
+            if (number := events_attempt(entry.key)) is not None:
+                self._refresh(number, entry.key, entry.size)
         attempts = tuple(self._attempts[number][1] for number in sorted(self._attempts))
-        keys = [entry.key for entry in self._bucket.list("commits/")]
+        keys = [entry.key for entry in self._bucket.list(COMMITS_PREFIX)]
         told = [event for attempt in attempts for event in of_kind(attempt.events, "committed")]
-        self._commits |= {int(match[1]) for match in map(_COMMIT.search, keys) if match}
+        self._commits |= {step for step in map(committed_step, keys) if step is not None}
         self._commits |= {int(event["step"]) for event in told}
-        if self._finished is None and any(key.endswith(FINAL_KEY) for key in keys):
-            self._finished = json.loads(self._bucket.get(FINAL_KEY))["created"]
+        if self._finished is None and FINAL_COMMIT_KEY in keys:
+            self._finished = json.loads(self._bucket.get(FINAL_COMMIT_KEY))["created"]
         return RunHistory(
             self._run_id, self._bucket.uri, attempts, tuple(sorted(self._commits)), self._finished
         )

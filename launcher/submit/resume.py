@@ -17,11 +17,11 @@ from launcher.runs.limits import kept
 from launcher.runs.run import Reader
 from trainer.bucket import open_run
 from trainer.bucket.address import canonical
+from trainer.bucket.layout import RUN_KEY
 from trainer.errors import UserError
 from trainer.recipe import Recipe, load
 
 FOLDER = "resumed"
-RECORD = "run.json"
 LIMITS = {"budget": "budget_usd", "deadline": "deadline_h"}
 """Options, and what a run's events call them."""
 
@@ -52,7 +52,7 @@ def resume(run_id: str, options: Mapping[str, Any], *, state: Path, environ: Map
     )
     address = canonical(checkpoints, Path.cwd())
     bucket = open_run(address, run_id)
-    data = bucket.get_or_none(RECORD)
+    data = bucket.get_or_none(RUN_KEY)
     if data is None:
         raise UserError(
             f"no run {run_id} in {address}",

@@ -12,7 +12,8 @@ from tests.soak.ledger import Ledger, Reference
 from tests.soak.soak import KEEP, Trial, soak
 from trainer.bucket import Bucket, attempts, open_run
 from trainer.bucket.commit import commit
-from trainer.bucket.manifest import commit_key, committed
+from trainer.bucket.layout import commit_key
+from trainer.bucket.manifest import committed
 from trainer.staged import Staged
 
 STEPS = (10, 20, 30, 40)

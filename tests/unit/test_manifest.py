@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.servers.stores import MemoryBucket
+from trainer.bucket.layout import FINAL_COMMIT_KEY, commit_key, step_prefix
 from trainer.bucket.manifest import (
-    FINAL_KEY,
     File,
     Manifest,
     Unreadable,
-    checkpoint_key,
-    commit_key,
     commits,
     committed,
     final,
@@ -54,10 +52,10 @@ def write(bucket: MemoryBucket, *manifests: Manifest) -> None:
 
 def test_keys_sort_as_steps_do() -> None:
     """A listing in the order of keys is one in the order of steps."""
-    assert checkpoint_key(100) == "checkpoints/step-00000100/"
+    assert step_prefix(100) == "checkpoints/step-00000100/"
     assert commit_key(100) == "commits/step-00000100.json"
     assert manifest(100).prefix == "checkpoints/step-00000100/0002/"
-    assert (manifest(kind="final").key, manifest(kind="final").prefix) == (FINAL_KEY, "final/")
+    assert (manifest(kind="final").key, manifest(kind="final").prefix) == (FINAL_COMMIT_KEY, "final/")
     assert commit_key(99) < commit_key(100) < commit_key(99999)
 
 
@@ -140,7 +138,7 @@ def test_a_final_model_is_believed_only_with_all_its_files() -> None:
     assert final(bucket) == manifest(kind="final")
     bucket.delete(["final/trainer_state.json"])
     assert final(bucket) is None
-    bucket.put(FINAL_KEY, b"{")
+    bucket.put(FINAL_COMMIT_KEY, b"{")
     assert final(bucket) is None
 
 

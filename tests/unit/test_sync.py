@@ -14,7 +14,8 @@ from trainer.bucket import Bucket, open_run
 from trainer.bucket.address import Patience
 from trainer.bucket.attempts import Attempt, claim
 from trainer.bucket.commit import commit
-from trainer.bucket.manifest import Manifest, commit_key, committed, final
+from trainer.bucket.layout import commit_key
+from trainer.bucket.manifest import Manifest, committed, final
 from trainer.bucket.restore import CorruptCheckpoint, fetch, restore
 from trainer.errors import Superseded, Unavailable
 from trainer.staged import Staged

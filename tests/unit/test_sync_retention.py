@@ -12,7 +12,8 @@ from tests.unit.test_sync import bucket, no_rejects, save
 from trainer.bucket import Bucket, open_run
 from trainer.bucket.attempts import Attempt, claim
 from trainer.bucket.commit import commit
-from trainer.bucket.manifest import checkpoint_key, commit_key, committed
+from trainer.bucket.layout import commit_key, step_prefix
+from trainer.bucket.manifest import committed
 from trainer.bucket.restore import restore
 from trainer.bucket.retention import prune
 from trainer.errors import Superseded
@@ -124,7 +125,7 @@ def test_the_replaced_files_of_a_kept_step_go_in_the_end(tmp_path: Path) -> None
     newer = claim(bucket, {})
     save(bucket, newer, tmp_path, 20, 30)
     assert prune(bucket, newer, 3) == []
-    assert {key.split("/")[2] for key, _ in bucket.list(checkpoint_key(20))} == {"0002"}
+    assert {key.split("/")[2] for key, _ in bucket.list(step_prefix(20))} == {"0002"}
 
 
 def test_a_superseded_attempt_deletes_nothing(bucket: Bucket, tmp_path: Path) -> None:

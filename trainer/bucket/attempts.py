@@ -9,16 +9,15 @@ its claim and before each commit and deletion. What remains open is the moment b
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from trainer.bucket.layout import ATTEMPTS_PREFIX, attempt_key, claimed_attempt
 from trainer.bucket.store import Bucket
 from trainer.errors import Superseded
 
-PREFIX = "attempts/"
 NEWER_GOES_ON = "the newer attempt goes on from the newest commit; nothing is left to do here"
 NOT_EXCLUSIVE = (
     "this store takes no conditional create: two controllers started at the same moment could both believe"
@@ -80,23 +79,19 @@ def _take(bucket: Bucket, number: int, token: str, about: Mapping[str, Any]) -> 
     card = {"attempt": number, "claimed": datetime.now(UTC).isoformat(), "token": token, **about}
     data = json.dumps(card, indent=2, default=str).encode()
     # A card that was there already may be ours, from a try whose answer was lost.
-    if not bucket.create(_key(number), data) and not _is_ours(bucket, number, token):
+    if not bucket.create(attempt_key(number), data) and not _is_ours(bucket, number, token):
         return None
-    exclusive = bucket.keeps_first(_key(number), data)
+    exclusive = bucket.keeps_first(attempt_key(number), data)
     return exclusive if exclusive or _is_ours(bucket, number, token) else None
 
 
 def _is_ours(bucket: Bucket, number: int, token: str) -> bool:
     try:
-        return bool(json.loads(bucket.get(_key(number)))["token"] == token)
+        return bool(json.loads(bucket.get(attempt_key(number)))["token"] == token)
     except (FileNotFoundError, ValueError, KeyError):
         return False
 
 
-def _key(number: int) -> str:
-    return f"{PREFIX}{number:04d}.json"
-
-
 def _newest(bucket: Bucket) -> int:
-    numbers = (re.fullmatch(rf"{PREFIX}(\d+)\.json", object_.key) for object_ in bucket.list(PREFIX))
-    return max((int(match[1]) for match in numbers if match), default=0)
+    numbers = (claimed_attempt(object_.key) for object_ in bucket.list(ATTEMPTS_PREFIX))
+    return max((number for number in numbers if number is not None), default=0)

@@ -8,11 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trainer.bucket.attempts import Attempt
+from trainer.bucket.layout import FINAL_COMMIT_KEY, commit_key
 from trainer.bucket.manifest import (
-    FINAL_KEY,
     File,
     Manifest,
-    commit_key,
     files_prefix,
     read,
     sizes,
@@ -124,7 +123,7 @@ def merged(parts: Iterable[tuple[File, ...]]) -> tuple[File, ...]:
 
 def _already_committed(bucket: Bucket, attempt: Attempt, staged: Staged) -> Manifest | None:
     """The manifest that makes an upload needless; one that is not whole is taken back."""
-    key = FINAL_KEY if staged.kind == "final" else commit_key(staged.step)
+    key = FINAL_COMMIT_KEY if staged.kind == "final" else commit_key(staged.step)
     manifest = read(bucket, key)
     if not isinstance(manifest, Manifest):
         return None

@@ -16,7 +16,6 @@ training is exact.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import PurePosixPath
@@ -25,12 +24,16 @@ from typing import Any, Literal, NamedTuple, Protocol
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from trainer.bucket.layout import (
+    COMMITS_PREFIX,
+    FINAL_COMMIT_KEY,
+    FINAL_PREFIX,
+    commit_key,
+    committed_step,
+    upload_prefix,
+)
 from trainer.bucket.store import Bucket
 
-CHECKPOINTS_PREFIX = "checkpoints/"
-COMMITS_PREFIX = "commits/"
-FINAL_PREFIX = "final/"
-FINAL_KEY = "commits/final.json"
 WEIGHTS = (".safetensors", ".bin")
 NO_WEIGHTS = "training_args.bin"  # Transformers keeps paths of the machine in it
 
@@ -85,7 +88,7 @@ class Manifest(BaseModel):
     @property
     def key(self) -> str:
         """Where this manifest lies in the run."""
-        return FINAL_KEY if self.kind == "final" else commit_key(self.step)
+        return FINAL_COMMIT_KEY if self.kind == "final" else commit_key(self.step)
 
     @property
     def weights_digest(self) -> str:
@@ -126,15 +129,6 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-def checkpoint_key(step: int) -> str:
-    """The prefix of all that was uploaded for a step, by any attempt."""
-    return f"{CHECKPOINTS_PREFIX}step-{step:08d}/"
-
-
-def commit_key(step: int) -> str:
-    return f"{COMMITS_PREFIX}step-{step:08d}.json"
-
-
 def files_prefix(kind: Literal["checkpoint", "final", "reference"], step: int, attempt: int) -> str:
     """Where an attempt uploads the files of a step, or the final model; ends at a slash.
 
@@ -143,7 +137,7 @@ def files_prefix(kind: Literal["checkpoint", "final", "reference"], step: int, a
     """
     if kind == "reference":
         raise ValueError("log-probabilities of a reference are no checkpoint")
-    return FINAL_PREFIX if kind == "final" else f"{checkpoint_key(step)}{attempt:04d}/"
+    return FINAL_PREFIX if kind == "final" else upload_prefix(step, attempt)
 
 
 def read(bucket: Bucket, key: str, step: int = 0) -> Manifest | Unreadable | None:
@@ -166,11 +160,8 @@ def read(bucket: Bucket, key: str, step: int = 0) -> Manifest | Unreadable | Non
 
 def commits(bucket: Bucket) -> Iterator[Manifest | Unreadable]:
     """What was committed as a checkpoint, newest step first, read one by one."""
-    found = (
-        re.fullmatch(rf"{COMMITS_PREFIX}step-(\d+)\.json", object_.key)
-        for object_ in bucket.list(COMMITS_PREFIX)
-    )
-    for step in sorted((int(match[1]) for match in found if match), reverse=True):
+    found = (committed_step(object_.key) for object_ in bucket.list(COMMITS_PREFIX))
+    for step in sorted((step for step in found if step is not None), reverse=True):
         if (manifest := read(bucket, commit_key(step), step)) is not None:
             yield manifest
 
@@ -182,7 +173,7 @@ def committed(bucket: Bucket) -> list[Manifest]:
 
 def final(bucket: Bucket) -> Manifest | None:
     """The final model, if it is committed and all its files are there with their sizes."""
-    manifest = read(bucket, FINAL_KEY)
+    manifest = read(bucket, FINAL_COMMIT_KEY)
     if not isinstance(manifest, Manifest):
         return None
     return None if manifest.fault(sizes(bucket, FINAL_PREFIX)) else manifest

@@ -10,7 +10,6 @@ is what no manifest names, and retention clears it away as such.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +19,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.bucket.attempts import Attempt
 from trainer.bucket.commit import upload_files
-from trainer.bucket.manifest import CHECKPOINTS_PREFIX, File, Manifest, commit_key, files_prefix, read
+from trainer.bucket.layout import CHECKPOINTS_PREFIX, commit_key, node_part_key, node_part_of
+from trainer.bucket.manifest import File, Manifest, files_prefix, read
 from trainer.bucket.store import Bucket
 from trainer.errors import Unavailable
 from trainer.staged import Staged
 
 log = logging.getLogger(__name__)
-FOLDER = ".parts/"
 FIRST_POLL_S = 0.1
 
 
@@ -89,7 +88,7 @@ def upload_part(bucket: Bucket, attempt: Attempt, staging: Path, staged: Staged,
     prefix = files_prefix(staged.kind, staged.step, attempt.number)
     part = NodePart(node=node, files=upload_files(bucket, prefix, staging / staged.folder))
     attempt.check()
-    bucket.put(f"{prefix}{FOLDER}{node:04d}.json", part.model_dump_json(indent=1).encode())
+    bucket.put(node_part_key(staged.step, attempt.number, node), part.model_dump_json(indent=1).encode())
     return part
 
 
@@ -132,17 +131,17 @@ def _look(bucket: Bucket, attempt: int, step: int) -> _UploadedParts:
     """One listing."""
     there: set[int] = set()
     beyond: dict[int, int] = {}
-    pattern = re.compile(rf"{CHECKPOINTS_PREFIX}step-(\d+)/{attempt:04d}/{re.escape(FOLDER)}(\d+)\.json")
-    for match in map(pattern.fullmatch, (object_.key for object_ in bucket.list(CHECKPOINTS_PREFIX))):
-        if match and int(match[1]) == step:
-            there.add(int(match[2]))
-        elif match and int(match[1]) > step:
-            beyond[int(match[2])] = int(match[1])
+    parts = (node_part_of(object_.key) for object_ in bucket.list(CHECKPOINTS_PREFIX))
+    for part in (part for part in parts if part and part.attempt == attempt):
+        if part.step == step:
+            there.add(part.node)
+        elif part.step > step:
+            beyond[part.node] = part.step
     return _UploadedParts(there, beyond)
 
 
 def _part(bucket: Bucket, attempt: Attempt, staged: Staged, node: int) -> NodePart:
-    key = f"{files_prefix(staged.kind, staged.step, attempt.number)}{FOLDER}{node:04d}.json"
+    key = node_part_key(staged.step, attempt.number, node)
     try:
         return NodePart.model_validate_json(bucket.get(key))
     except (FileNotFoundError, ValidationError) as error:

@@ -11,7 +11,6 @@ of two that compute the same on unlike machines each keeps its last bits, and ne
 from __future__ import annotations
 
 import logging
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.bucket.address import Patience
 from trainer.bucket.commit import upload_files
+from trainer.bucket.layout import reference_manifest_key, reference_owner, reference_prefix, reference_uri
 from trainer.bucket.manifest import File
 from trainer.bucket.restore import CorruptCheckpoint, fetch
-from trainer.bucket.store import PATIENCE, RESERVED, Bucket, Object, list_runs, open_run
+from trainer.bucket.store import PATIENCE, Bucket, Object, list_runs, open_run
 from trainer.staged import Staged
 
 log = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ class ReferenceManifest(BaseModel):
 
     @property
     def key(self) -> str:
-        return f"{self.fingerprint}/{self.run_id}.json"
+        return reference_manifest_key(self.fingerprint, self.run_id)
 
     @property
     def prefix(self) -> str:
-        return f"{self.fingerprint}/{self.run_id}/{self.attempt:04d}-{self.pairs:09d}/"
+        return f"{reference_prefix(self.fingerprint, self.run_id)}{self.attempt:04d}-{self.pairs:09d}/"
 
 
 class ReferenceCache:
@@ -76,7 +76,7 @@ class ReferenceCache:
         )
         mine = mine.model_copy(update={"files": upload_files(self._bucket, mine.prefix, folder)})
         self._bucket.put(mine.key, mine.model_dump_json(indent=1).encode())
-        below = f"{mine.fingerprint}/{self._run_id}/"
+        below = reference_prefix(mine.fingerprint, self._run_id)
         self._bucket.delete(
             each.key for each in self._bucket.list(below) if not each.key.startswith(mine.prefix)
         )
@@ -125,11 +125,11 @@ def listed(bucket: Bucket) -> list[Entry]:
     """
     found: dict[tuple[str, str], list[Object]] = {}
     for each in bucket.list():
-        if match := re.fullmatch(r"([^/]+)/(?:([^/]+)\.json|([^/]+)/.+)", each.key):
-            found.setdefault((match[1], match[2] or match[3]), []).append(each)
+        if owner := reference_owner(each.key):
+            found.setdefault((owner.fingerprint, owner.run_id), []).append(each)
     entries = []
     for (fingerprint, run_id), objects in sorted(found.items()):
-        key = f"{fingerprint}/{run_id}.json"
+        key = reference_manifest_key(fingerprint, run_id)
         objects.sort(key=lambda each: (each.key != key, each.key))
         shelved = _read(bucket, key) if objects[0].key == key else None
         entries.append(Entry(run_id, fingerprint, shelved, tuple(objects)))
@@ -152,7 +152,7 @@ def shelves(checkpoints: str, *, patience: Patience = PATIENCE) -> dict[str, Buc
     Raises:
         BucketError, Unavailable: as `open_run`.
     """
-    place = _beside(checkpoints)
+    place = reference_uri(checkpoints)
     return {
         recipe: open_run(place, recipe, patience=patience) for recipe in list_runs(place, patience=patience)
     }
@@ -164,8 +164,4 @@ def open_shelf(checkpoints: str, recipe: str, *, run_id: str, attempt: int) -> R
     Raises:
         BucketError, Unavailable: as `open_run`.
     """
-    return ReferenceCache(open_run(_beside(checkpoints), recipe), run_id, attempt)
-
-
-def _beside(checkpoints: str) -> str:
-    return f"{checkpoints.rstrip('/')}/{RESERVED}"
+    return ReferenceCache(open_run(reference_uri(checkpoints), recipe), run_id, attempt)

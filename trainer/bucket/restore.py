@@ -9,13 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer.bucket.layout import commit_key, run_of_final
 from trainer.bucket.manifest import (
-    FINAL_PREFIX,
     CommittedFiles,
     File,
     Manifest,
     Unreadable,
-    commit_key,
     commits,
     final,
     read,
@@ -169,9 +168,8 @@ def find_exported(uri: str) -> tuple[Bucket, Manifest]:
         ModelError: the URI is not that of a run's exported model, or the run has none yet.
         BucketError, Unavailable: as `open_run`.
     """
-    parent, _, last = uri.rstrip("/").rpartition("/")
-    runs, _, run_id = parent.rpartition("/")
-    if last != FINAL_PREFIX.rstrip("/") or not run_id:
+    runs, _, run_id = (run_of_final(uri) or "").rpartition("/")
+    if not run_id:
         raise ModelError(
             f"model_name_or_path={uri} is not a run's model", hint="it ends with /<run id>/final"
         )

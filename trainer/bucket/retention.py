@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from typing import NamedTuple
 
 from trainer.bucket.attempts import Attempt
-from trainer.bucket.manifest import CHECKPOINTS_PREFIX, Manifest, Unreadable, commit_key, commits, sizes
+from trainer.bucket.layout import CHECKPOINTS_PREFIX, commit_key, upload_of
+from trainer.bucket.manifest import Manifest, Unreadable, commits, sizes
 from trainer.bucket.store import Bucket
 
 MIN_KEPT = 2
@@ -96,10 +96,8 @@ def _named(manifests: list[Manifest | Unreadable]) -> set[str]:
 
 def _is_garbage(key: str, attempt: int, kept: list[Manifest]) -> bool:
     """Whether a file that no manifest names is one that nobody can be uploading."""
-    match = re.match(rf"{CHECKPOINTS_PREFIX}step-(\d+)/(\d+)/", key)
-    if not match:
+    if (upload := upload_of(key)) is None:
         return False
-    step, owner = int(match[1]), int(match[2])
-    if owner == attempt:
-        return any(step < manifest.step for manifest in kept if manifest.attempt == attempt)
-    return owner < attempt and step < kept[0].step
+    if upload.attempt == attempt:
+        return any(upload.step < manifest.step for manifest in kept if manifest.attempt == attempt)
+    return upload.attempt < attempt and upload.step < kept[0].step

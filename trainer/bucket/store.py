@@ -15,6 +15,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 
 from trainer.bucket.address import BucketAddress, Patience, connect, parse
 from trainer.bucket.folder_store import below, clear, folder_of, link
+from trainer.bucket.layout import REFERENCE_FOLDER
 from trainer.bucket.ranged_reads import Pieces
 from trainer.bucket.store_errors import no_such_bucket, sort_fault
 from trainer.errors import BucketError
@@ -31,8 +32,6 @@ SMALL_AT_ONCE = 16
 """Other files at once: each is held whole, so 128 MiB too; small ones wait for answers, not for bytes."""
 
 PATIENCE = Patience()
-RESERVED = "reference"
-"""Beside the runs: see `trainer.bucket.reference_cache`."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -308,7 +307,7 @@ def open_run(uri: str, run_id: str, *, patience: Patience = PATIENCE) -> Bucket:
         raise BucketError(
             f"{run_id!r} cannot name a run", hint="use letters, digits, '.', '_' and '-', at most 200 of them"
         )
-    if run_id == RESERVED:
+    if run_id == REFERENCE_FOLDER:
         raise BucketError(
             f"{run_id!r} is where runs share what they compute", hint="give the run another name"
         )
@@ -338,7 +337,7 @@ def list_runs(uri: str, *, patience: Patience = PATIENCE) -> list[str]:
     place = parse(uri)
     if place.scheme == "file" and not Path(place.path).exists():
         return []
-    return [name for name in _names(place, patience) if name != RESERVED]
+    return [name for name in _names(place, patience) if name != REFERENCE_FOLDER]
 
 
 def _names(place: BucketAddress, patience: Patience) -> list[str]:

@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 from trainer import run_record
 from trainer.bucket import Bucket, open_run
-from trainer.bucket.manifest import FINAL_PREFIX, Manifest, commit_key, committed, final, read
+from trainer.bucket.layout import (
+    EVENTS_PREFIX,
+    MODEL_CARD_KEY,
+    RUN_KEY,
+    commit_key,
+    events_attempt,
+    run_of_final,
+)
+from trainer.bucket.manifest import Manifest, committed, final, read
 from trainer.bucket.restore import fetch
 from trainer.errors import BucketError, UserError
 from trainer.events import Event, parse
@@ -25,7 +33,6 @@ from trainer.supervisor.workers import PACKAGE_ROOT, worker_python
 
 log = logging.getLogger(__name__)
 PROGRAM = "trainer.worker.publish_model"
-CARD_KEY = f"{FINAL_PREFIX}README.md"
 
 
 class Wish(NamedTuple):
@@ -101,8 +108,8 @@ def card_of(bucket: Bucket, recipe: Recipe, manifest: Manifest, *, name: str, me
     """Told by all attempts' events that are in the bucket."""
     events: list[Event] = [
         event
-        for each in bucket.list("events/")
-        if each.key.endswith(".jsonl")
+        for each in bucket.list(EVENTS_PREFIX)
+        if events_attempt(each.key)
         for event in parse(bucket.get(each.key))
     ]
     return card(recipe, events, name=name, step=manifest.step, merged=merged or merged_of(recipe, manifest))
@@ -113,21 +120,21 @@ def complete(bucket: Bucket, manifest: Manifest) -> None:
     model, but each would tell of other hours. A run is done without it too.
     """
     try:
-        if bucket.get_or_none(CARD_KEY) is None:
+        if bucket.get_or_none(MODEL_CARD_KEY) is None:
             recipe = run_record.read(bucket).recipe
-            bucket.put(CARD_KEY, card_of(bucket, recipe, manifest, name=bucket.run_id).encode())
+            bucket.put(MODEL_CARD_KEY, card_of(bucket, recipe, manifest, name=bucket.run_id).encode())
     except (UserError, FileNotFoundError, ValueError) as error:
         log.warning("the final model has no card: %s", error)
 
 
 def _run_at(uri: str) -> Bucket:
-    address = uri.rstrip("/").removesuffix("/" + FINAL_PREFIX.rstrip("/"))
+    address = run_of_final(uri) or uri.rstrip("/")
     runs, _, run_id = address.rpartition("/")
     if not run_id:
         raise BucketError(f"{uri} names no run", hint="it ends with /<run id>, or with /<run id>/final")
     bucket = open_run(runs or ("/" if address.startswith("/") else "."), run_id)
-    if bucket.get_or_none(run_record.KEY) is None:
-        raise BucketError(f"there is no run at {bucket.uri}", hint="it has a run.json")
+    if bucket.get_or_none(RUN_KEY) is None:
+        raise BucketError(f"there is no run at {bucket.uri}", hint=f"it has a {RUN_KEY}")
     return bucket
 
 

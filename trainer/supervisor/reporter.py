@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.accounting import Limit, Limits
+from trainer.bucket.layout import final_uri
 from trainer.bucket.manifest import Manifest
 from trainer.bucket.restore import Restored
 from trainer.errors import ExitCode, Superseded
@@ -251,7 +252,7 @@ class Reporter:
 
     def done(self, model: Manifest, uri: str) -> None:
         self._events.add("done", step=model.step, weights_digest=model.weights_digest)
-        log.info("done: the model is in %s/final/", uri)
+        log.info("done: the model is in %s/", final_uri(uri))
 
 
 class Outage:

@@ -15,6 +15,7 @@ from trainer.accounting import Limits
 from trainer.architecture import Architecture
 from trainer.architecture.lookup import HubAway, architecture_for
 from trainer.bucket import Bucket, attempts, open_run
+from trainer.bucket.layout import ATTEMPTS_PREFIX, events_key, final_uri
 from trainer.bucket.manifest import final
 from trainer.bucket.node_parts import Node
 from trainer.errors import ExitCode, ModelError, Superseded, UserError
@@ -52,7 +53,7 @@ def run(request: RunRequest, notice: Notice, where: Position = ALONE) -> ExitCod
     bucket = open_run(request.checkpoints, request.run_id)
     if done := final(bucket):
         export.complete(bucket, done)
-        log.info("run %s is done since %s: %s/final/", request.run_id, done.created, bucket.uri)
+        log.info("run %s is done since %s: %s/", request.run_id, done.created, final_uri(bucket.uri))
         return ExitCode.DONE
     python = worker_python()
     team = meet(where, request.digest(), detect(), lambda: notice.given)
@@ -146,12 +147,12 @@ def look_up(
     try:
         return architecture_for(recipe, shape)
     except HubAway as error:
-        if bucket.list(attempts.PREFIX):
+        if bucket.list(ATTEMPTS_PREFIX):
             raise
         raise ModelError(error.message, hint=error.hint) from None
 
 
 def _writer(bucket: Bucket, attempt: attempts.Attempt, node: Node) -> Callable[[bytes], None]:
     """Where an attempt's events go: node 0 tells them for all."""
-    key = f"events/{attempt.number:04d}.jsonl"
+    key = events_key(attempt.number)
     return (lambda _: None) if node.rank else (lambda data: bucket.put(key, data))

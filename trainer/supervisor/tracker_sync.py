@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.bucket import Bucket
+from trainer.bucket.layout import REPORTS_PREFIX
 from trainer.errors import UserError
 from trainer.job import Job
 
 log = logging.getLogger(__name__)
-PREFIX = "reports/"
 EVERY_S = 15.0
 PATTERNS = ("tensorboard/*", "wandb/offline-run-*/**/*")
 """W&B's folder of a run that is online is its own business."""
@@ -47,7 +47,9 @@ class Mirror(threading.Thread):
                     continue
                 state = path.stat()
                 if self._copied.get(path) != (state.st_size, state.st_mtime_ns):
-                    self._bucket.put(PREFIX + path.relative_to(self._folder).as_posix(), path.read_bytes())
+                    self._bucket.put(
+                        REPORTS_PREFIX + path.relative_to(self._folder).as_posix(), path.read_bytes()
+                    )
                     self._copied[path] = (state.st_size, state.st_mtime_ns)
         except (UserError, OSError) as error:
             log.warning("reports are not copied for now: %s", error)

@@ -13,12 +13,11 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.errors import DataError, ModelError, UserError
 from trainer.job import Job
-from trainer.staged import write_atomically
+from trainer.staged import IDENTITY_FILE, write_atomically
 from trainer.worker.data import TokenizedDataset
 from trainer.worker.reshard.dcp_folder import INDEX, MODEL, OPTIMIZER, Folder
 
 log = logging.getLogger(__name__)
-FILE = "aeolus.json"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "bitsandbytes")
 LATER = ("device", "packages")
 """Of an identity, what older checkpoints do not say."""
@@ -94,7 +93,7 @@ def packages() -> str:
 
 
 def write(folder: Path, mine: Identity) -> None:
-    write_atomically(folder / FILE, mine.model_dump_json(indent=2))
+    write_atomically(folder / IDENTITY_FILE, mine.model_dump_json(indent=2))
 
 
 def check(folder: Path, mine: Identity) -> Identity:
@@ -106,8 +105,8 @@ def check(folder: Path, mine: Identity) -> Identity:
         DataError: the training data are not those that the run began with.
         ModelError: the base model is not the one that the run began with.
     """
-    _need(folder, FILE)
-    theirs = Identity.model_validate_json((folder / FILE).read_text())
+    _need(folder, IDENTITY_FILE)
+    theirs = Identity.model_validate_json((folder / IDENTITY_FILE).read_text())
     _need(folder, *_files(theirs))
     if theirs.engine == "fsdp2":
         _need(

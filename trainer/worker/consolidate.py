@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.errors import ModelError, UserError
+from trainer.staged import IDENTITY_FILE
 from trainer.worker.reshard.dcp_folder import INDEX, MODEL, OPTIMIZER, Folder
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ SHARD = "5GB"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEAD = "lm_head.weight"
 OF_THE_RUN = (
-    "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin", "aeolus.json",
+    "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin", IDENTITY_FILE,
     "deepspeed.json", "latest", "global_step*", "fsdp.json", MODEL, OPTIMIZER, "zero_to_*.py", "*.partial", "README.md",
 )  # fmt: skip
 """What a checkpoint has and a model has not."""

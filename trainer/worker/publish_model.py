@@ -14,13 +14,12 @@ from pathlib import Path
 
 from trainer.errors import ModelError, UserError
 from trainer.job import Job, Outcome, Publish
-from trainer.staged import write_atomically
+from trainer.staged import IDENTITY_FILE, write_atomically
 from trainer.worker import model_source
 from trainer.worker.consolidate import ADAPTER_CONFIG, consolidate
 from trainer.worker.model_source import Base
 
 log = logging.getLogger("trainer.worker.publish_model")
-IDENTITY = "aeolus.json"
 
 
 def publish(task: Publish) -> None:
@@ -73,7 +72,7 @@ def _base(job: Job) -> Base:
 
 
 def _trained_on(source: Path) -> str | None:
-    path = source / IDENTITY
+    path = source / IDENTITY_FILE
     return str(json.loads(path.read_text())["model"]) if path.is_file() else None
 
 
