@@ -33,7 +33,7 @@ def named() -> list[str]:
 def prediction(recipe: Recipe) -> str:
     """One line: on the GPUs that it is made for, what is expected in the cheapest place."""
     prices = _shipped()
-    gpus = SMALL if recipe.model_args.get("load_in_4bit") else LARGE
+    gpus = SMALL if recipe.quantised_bits == 4 else LARGE
     found = "; ".join(filter(None, (_on(recipe, prices, each) for each in gpus)))
     return f"# Predicted: {found} (prices of {prices.as_of})."
 

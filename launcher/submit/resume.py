@@ -93,7 +93,7 @@ def _recipe_file(record: Mapping[str, Any], run_id: str, state: Path, mounts: Ma
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", word) or "-" for word in (run_id, folder or "recipe", stem)]
     path = state / FOLDER / words[0] / words[1] / f"{words[2]}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.write_text(yaml.safe_dump(flat(recipe), sort_keys=False))
+    path.write_text(yaml.safe_dump(recipe.as_flat(), sort_keys=False))
     read = load(path).recipe
     if read.digest() != record["recipe_digest"]:
         raise UserError(
@@ -107,13 +107,3 @@ def _as_here(recipe: Recipe, mounts: Mapping[str, str]) -> Recipe:
     """With data files that were copied to the nodes where they lie on this machine."""
     here = {there.removeprefix("~"): path for there, path in mounts.items()}
     return recipe.with_data(lambda name: next((here[end] for end in here if name.endswith(end)), name))
-
-
-def flat(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as its file has it: one level of keys."""
-    keys = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"trainer_args", "model_args"})
-    return {
-        **keys,
-        **recipe.model_dump(mode="json")["trainer_args"],
-        **recipe.model_dump(mode="json")["model_args"],
-    }

@@ -19,7 +19,7 @@ from launcher.runs.limits import kept, refuse_used_up, unchanged
 from launcher.runs.run import AttemptHistory, RunHistory
 from launcher.submit.launch import SubmitContext, judge, submit
 from launcher.submit.prepare import SubmitOptions, prepare
-from launcher.submit.resume import flat, resume
+from launcher.submit.resume import resume
 from launcher.submit.status import table
 from tests.fakes.runs import attempt_events, write_commit, write_events
 from tests.unit.test_orders import _no_settings, order, shipped  # noqa: F401 (a fixture, used by being there)
@@ -98,7 +98,7 @@ def test_every_recipe_comes_back_from_its_run_json(name: str, tmp_path: Path) ->
     """The same digest, so the same run."""
     recipe = load(name).recipe
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(flat(recipe)))
+    path.write_text(yaml.safe_dump(recipe.as_flat()))
     assert load(path).recipe.digest() == recipe.digest()
     assert load(path).recipe.name == recipe.name
 

@@ -100,6 +100,6 @@ def elementwise_bytes(architecture: Architecture, targets: tuple[str, ...], stac
 
 def _dequantise(recipe: Recipe, architecture: Architecture, machine: Machine) -> float:
     """NF4 weights are read and written as bf16 before each product (QLoRA, arXiv:2305.14314, section 3)."""
-    if not lora.four_bit(recipe):
+    if recipe.quantised_bits != 4:
         return 0.0
     return (NF4_BYTES + HALF) * architecture.linear_weights / machine.memory

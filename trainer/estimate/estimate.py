@@ -20,7 +20,7 @@ from trainer.estimate.result import SAVES, Estimate, StepTerm
 from trainer.estimate.workload import Workload
 from trainer.hardware import Gpu, Shape, gpu_of
 from trainer.hardware import gpu as named_gpu
-from trainer.memory import Layout, lora
+from trainer.memory import Layout
 from trainer.recipe import Recipe
 from trainer.recipe.model import may_sort
 
@@ -93,7 +93,7 @@ def step_s(
 def _run(
     recipe: Recipe, architecture: Architecture, layout: Layout, on: Machine, stack: Stack | None = None
 ) -> StepInputs:
-    usual = TRANSFORMERS_4BIT if lora.four_bit(recipe) else TRANSFORMERS
+    usual = TRANSFORMERS_4BIT if recipe.quantised_bits == 4 else TRANSFORMERS
     return StepInputs(
         recipe=recipe, architecture=architecture, layout=layout, machine=on, stack=stack or usual
     )
@@ -136,13 +136,13 @@ def _arithmetic(run: StepInputs, micro: MicroBatch) -> Iterator[StepTerm]:
 
 
 def _backward(run: StepInputs, each: Pass) -> float:
-    products = 1.0 if lora.lora(run.recipe) else 2.0
+    products = 1.0 if run.recipe.is_lora else 2.0
     attentions = 2.0 if run.layout.attention == "eager" else BACKWARD_ATTENTION
     return each.seconds(matmuls=products, attentions=attentions, memories=2.0)
 
 
 def _why_backward(run: StepInputs) -> str:
-    if lora.lora(run.recipe):
+    if run.recipe.is_lora:
         return "gradients of inputs only: the weights are frozen"
     return "gradients of inputs and of weights: twice the forward pass"
 

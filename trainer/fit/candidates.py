@@ -11,9 +11,9 @@ from trainer.architecture import Architecture
 from trainer.errors import NoFit
 from trainer.estimate import step_s, usual_workload
 from trainer.fit.recipe_choices import attention_of, checkpointing_of, engine_of, reference_of
-from trainer.hardware import Gpu, Shape, gpu_of
+from trainer.hardware import Gpu, Shape, gpu_of, has_bf16
 from trainer.memory import Attention, Engine, Layout, Usage, usage
-from trainer.memory.precision import half_precision, is_lora, is_quantised, loaded_dtype
+from trainer.memory.precision import half_precision, loaded_dtype
 from trainer.memory.resident import DEFAULT_OPTIMIZER, optimizer_of
 from trainer.recipe import Recipe
 
@@ -21,8 +21,6 @@ LARGEST_MICRO_BATCH = 8
 """On the CPU, where memory is not what limits it."""
 LARGEST_GPU_MICRO_BATCH = 32
 """Own assumption: beyond it a GPU gets no faster."""
-FLASH_CAPABILITY = (8, 0)
-"""Ampere, the oldest that FlashAttention 2 supports: https://github.com/Dao-AILab/flash-attention"""
 CUTS_PARAMETERS: Engine = "zero3"
 """Of ZeRO 3 and FSDP 2, which do the same, the one that is taken where the recipe is silent. Neither was measured to be the
 faster (`bench/engines.md`); FSDP 2 is predicted to take less on the way, of 7B on eight GPUs some 1.5 GiB, which nothing
@@ -134,13 +132,8 @@ def attention_on(recipe: Recipe, architecture: Architecture, board: Gpu | None) 
     in_half = (
         half_precision(recipe, has_bf16=has_bf16(board)) or loaded_dtype(recipe, architecture) != "float32"
     )
-    has_flash = board is not None and board.compute_capability >= FLASH_CAPABILITY and in_half
+    has_flash = board is not None and board.has_flash_attention and in_half
     return "sdpa" if wanted == "flash_attention_2" and not has_flash else wanted
-
-
-def has_bf16(board: Gpu | None) -> bool:
-    """Of a board that the table does not know we assume so; the worker looks again."""
-    return board is None or board.bf16_tflops is not None
 
 
 def largest_divisor(whole: int, *, at_most: int) -> int:
@@ -168,9 +161,9 @@ def _possible(recipe: Recipe, *, several: bool) -> list[Way]:
     LoRA's small state; then with offload, by an optimizer that can step on the host.
     """
     ways: list[Way] = [("ddp" if several else "single", False, False)]
-    if is_quantised(recipe):
+    if recipe.is_quantised:
         return ways
-    second: list[Way] = [] if is_lora(recipe) else [("zero2", False, False)]
+    second: list[Way] = [] if recipe.is_lora else [("zero2", False, False)]
     if several:
         ways += [*second, (CUTS_PARAMETERS, False, False)]
     if optimizer_of(str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER))).offloads:

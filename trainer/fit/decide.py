@@ -8,7 +8,6 @@ from trainer.fit import reasons
 from trainer.fit.candidates import (
     LARGEST_MICRO_BATCH,
     MemoryBudget,
-    has_bf16,
     largest_divisor,
     taking,
     timed,
@@ -16,7 +15,7 @@ from trainer.fit.candidates import (
 )
 from trainer.fit.recipe_choices import attention_of, checkpointing_of, engine_of, reference_of
 from trainer.fit.result import NAMES, Fit
-from trainer.hardware import Shape, gpu_of, usable_gib
+from trainer.hardware import Shape, gpu_of, has_bf16, usable_gib
 from trainer.memory import Layout, Usage, staged_host, usage
 from trainer.memory.precision import needs_bf16
 from trainer.recipe import Recipe

@@ -21,7 +21,7 @@ from trainer.fit.result import NAMES
 from trainer.hardware import Shape
 from trainer.hardware.table import GPUS
 from trainer.memory import Usage
-from trainer.memory.precision import is_lora, is_quantised, needs_bf16
+from trainer.memory.precision import needs_bf16
 from trainer.recipe import Recipe
 
 MOST_GPUS = 8
@@ -182,10 +182,8 @@ def unknown(recipe: Recipe) -> NoFit:
 
 
 def no_bf16(recipe: Recipe, shape: Shape) -> NoFit:
-    have = ", ".join(board.name for board in GPUS if board.bf16_tflops is not None)
-    other = (
-        "" if is_quantised(recipe) else "; or `bf16=false fp16=true dtype=float16`, which trains otherwise"
-    )
+    have = ", ".join(board.name for board in GPUS if board.has_bf16)
+    other = "" if recipe.is_quantised else "; or `bf16=false fp16=true dtype=float16`, which trains otherwise"
     return NoFit(
         f"recipe {recipe.name} computes in bfloat16, which {shape} has not in hardware",
         hint=f"these have it: {have}{other}",
@@ -228,7 +226,7 @@ def _without(recipe: Recipe) -> list[str]:
 
 def _smaller(recipe: Recipe) -> list[str]:
     """What would be another recipe."""
-    return ["take a shorter `max_length`"] if is_lora(recipe) else ["train LoRA (`use_peft: true`)"]
+    return ["take a shorter `max_length`"] if recipe.is_lora else ["train LoRA (`use_peft: true`)"]
 
 
 def _larger(
@@ -238,7 +236,7 @@ def _larger(
     if not needs:
         return []
     for board in sorted(GPUS, key=lambda board: (board.usable_gib, board.fp16_tflops)):
-        if board.bf16_tflops is None and needs_bf16(recipe, architecture):
+        if not board.has_bf16 and needs_bf16(recipe, architecture):
             continue
         if board.usable_gib >= min(needs) and board.usable_gib > room.gpu:
             return [f"{board.name}:{shape.count}"]

@@ -1,19 +1,30 @@
-"""The GPUs that clouds rent and people own: one row a board, with the documents its figures are from.
+"""The GPUs that clouds rent and people own: one row per board, with the documents that its figures come from.
 
-Peaks are dense: where NVIDIA prints them with sparsity, half of that; of GeForce boards the peak with fp32
-accumulation, which is what training uses. Rates are of one way, where NVIDIA prints NVLink for both.
+Peaks are dense. Where NVIDIA prints a peak with sparsity, the row has half of it. For GeForce boards the row has the
+peak with fp32 accumulation, which is what training uses. Rates are one-way; NVIDIA prints both ways for NVLink.
 
-What CUDA has of the memory is what torch calls the total capacity. It changes by some 0.2 GiB with the driver;
-each row has the least that was found: in the thread it names, or else in logs that lie about in public.
+`usable_gib` is what torch calls the total capacity. It varies by about 0.2 GiB with the driver. Each row has the
+smallest value found: in the thread that the row names, or else in public logs.
 """
 
 from __future__ import annotations
 
-from trainer.hardware.board import Gpu
+import difflib
+from functools import cache
 
+from pydantic import BaseModel, ConfigDict
+
+from trainer.errors import UserError
+from trainer.hardware.shape import Shape
+
+FLASH_ATTENTION_CAPABILITY = (8, 0)
+"""Compute capability of Ampere, the oldest that FlashAttention 2 supports: https://github.com/Dao-AILab/flash-attention"""
+USABLE_SHARE_OF_UNKNOWN = 0.95
+"""Share of its memory that a GPU outside the table gives to processes. Derived: below the smallest in the table, the
+T4's 0.97."""
 MIB_PER_GIB = 1024
 PCIE3, PCIE4, PCIE5 = 15.75, 31.51, 63.02
-"""GB/s of 16 lanes, one way; derived: 8, 16 and 32 GT/s in 128b/130b, https://pcisig.com/specifications"""
+"""GB/s of 16 lanes, one way. Derived: 8, 16 and 32 GT/s in 128b/130b, https://pcisig.com/specifications"""
 
 _SHEETS = "https://www.nvidia.com/content/dam/en-zz/Solutions"
 _PAGES = "https://www.nvidia.com/en-us/data-center"
@@ -50,6 +61,42 @@ BLACKWELL = (
 BLACKWELL_PRO = f"{_SHEETS}/design-visualization/quadro-product-literature/NVIDIA-RTX-Blackwell-PRO-GPU-Architecture-v1.0.pdf"
 
 
+class Gpu(BaseModel):
+    """The figures of one board. Peaks are dense and theoretical: programs reach only a part of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """SkyPilot's name: `A100`, `A100-80GB`, `L4`. Our own name where SkyPilot uses one for different boards: `H100-PCIE`."""
+    memory_gib: float
+    """The total that `nvidia-smi` shows."""
+    usable_gib: float
+    """What CUDA has for all processes together, their contexts included: `torch.cuda.mem_get_info()[1]`."""
+    bf16_tflops: float | None
+    """Dense peak of the tensor cores, accumulating in fp32. None if the hardware has no bf16."""
+    fp16_tflops: float
+    """The same for fp16. For boards without tensor cores: the faster of their fp16 and fp32 units."""
+    memory_gbps: float
+    """GPU memory, GB/s."""
+    pcie_gbps: float
+    """Host to GPU, one way, theoretical, GB/s: PCIe, or NVLink where the CPU has it."""
+    link_gbps: float
+    """GPU to GPU within a node, one way, theoretical, GB/s per GPU: NVLink with a switch, else PCIe."""
+    compute_capability: tuple[int, int]
+    sources: tuple[str, ...]
+    """Public documents that the figures are from."""
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether the hardware computes in bfloat16."""
+        return self.bf16_tflops is not None
+
+    @property
+    def has_flash_attention(self) -> bool:
+        """Whether FlashAttention 2 supports the board."""
+        return self.compute_capability >= FLASH_ATTENTION_CAPABILITY
+
+
 def _row(
     name: str,
     memory: tuple[int, float],
@@ -58,7 +105,11 @@ def _row(
     capability: tuple[int, int],
     *sources: str,
 ) -> Gpu:
-    """Memory: MiB that `nvidia-smi` shows, GiB that CUDA has; peaks: bf16, fp16; rates: memory, host, GPUs."""
+    """Return a board.
+
+    `memory` is the MiB that `nvidia-smi` shows and the GiB that CUDA has; `tflops` the peaks of bf16 and fp16; `gbps`
+    the rates of the memory, to the host, and to other GPUs.
+    """
     return Gpu(
         name=name,
         memory_gib=memory[0] / MIB_PER_GIB,
@@ -74,12 +125,12 @@ def _row(
 
 
 def _thread(place: str) -> str:
-    """Where torch says what CUDA has of a board's memory."""
+    """Return the URL of a discussion with a log in which torch prints the board's total capacity."""
     return f"https://github.com/{place}"
 
 
 GPUS = (
-    # Pascal has no tensor cores, and the P4 hardly any fp16: its peak is of fp32.
+    # Pascal has no tensor cores. The P4 has almost no fp16, so its peak is that of fp32.
     _row("P4", (7680, 7.43), (None, 5.5), (192, PCIE3, PCIE3), (6, 1), P4),
     _row(
         "P100",
@@ -200,7 +251,7 @@ GPUS = (
         _thread("ali-vilab/VACE/issues/56"),
     ),
     _row("H200", (143771, 139.72), (989.4, 989.4), (4800, PCIE5, 450), (9, 0), f"{_PAGES}/h200/"),
-    # The host is on NVLink-C2C; nodes have one of it.
+    # The host is connected by NVLink-C2C. A node has one GPU.
     _row("GH200", (97871, 94.50), (989.4, 989.4), (4000, 450, PCIE5), (9, 0), GH200),
     _row("B200", (183359, 178.35), (2250.0, 2250.0), (7672, PCIE5, 900), (10, 0), B200, B200_DENSE, B200_BUS),
     _row(
@@ -212,7 +263,7 @@ GPUS = (
         BLACKWELL,
         _thread("Wan-Video/Wan2.1/issues/465"),
     ),
-    # Peak of the workstation's board; the server's, which clouds have, is printed as 1000 with sparsity.
+    # The peak of the workstation board. For the server board, which clouds have, NVIDIA prints 1000 with sparsity.
     _row(
         "RTXPRO6000",
         (97887, 94.96),
@@ -234,4 +285,67 @@ ALIASES = {
     "RTXA6000": "A6000",
     "RTXPRO6000S": "RTXPRO6000",
 }
-"""Other names that SkyPilot's catalogs have for the same boards."""
+"""Other names for the same boards in SkyPilot's catalogs."""
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """Return a GPU of the table by any of its names, in upper or lower case, or None."""
+    names, aliases = _by_name()
+    folded = name.casefold()
+    return names.get(folded) or names.get(aliases.get(folded, "").casefold())
+
+
+def gpu(name: str) -> Gpu:
+    """Return a GPU of the table by any of its names.
+
+    Raises:
+        UserError: the table has no such GPU. The hint has the nearest names.
+    """
+    found = known_gpu(name)
+    if found is None:
+        raise _unknown(name)
+    return found
+
+
+def gpu_of(shape: Shape) -> Gpu | None:
+    """Return the board that a shape has. None without a GPU, or if the table does not have the board."""
+    name = shape.board or shape.accelerator
+    return known_gpu(name) if name else None
+
+
+def has_bf16(board: Gpu | None) -> bool:
+    """Return whether a board computes in bfloat16. A board outside the table counts as yes; the worker checks again."""
+    return board is None or board.has_bf16
+
+
+def usable_gib(shape: Shape) -> float | None:
+    """Return what CUDA has for processes on one GPU of a shape, in GiB. None without a GPU.
+
+    For a GPU outside the table this is a fixed share of its memory. For a part of a GPU (MIG, vGPU) it is the board's
+    share of the part's memory.
+    """
+    if shape.memory_gib is None:
+        return None
+    board = gpu_of(shape)
+    if board is None:
+        return shape.memory_gib * USABLE_SHARE_OF_UNKNOWN
+    return shape.memory_gib * board.usable_gib / board.memory_gib
+
+
+@cache
+def _by_name() -> tuple[dict[str, Gpu], dict[str, str]]:
+    """Return the boards by name, and the names by alias. Keys are casefolded."""
+    names = {board.name.casefold(): board for board in GPUS}
+    return names, {alias.casefold(): name for alias, name in ALIASES.items()}
+
+
+def _unknown(name: str) -> UserError:
+    names, aliases = _by_name()
+    known = {**{folded: board.name for folded, board in names.items()}, **{a: a.upper() for a in aliases}}
+    near = difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.5)
+    suggestions = ", ".join(f"`{known[folded]}`" for folded in near)
+    all_names = ", ".join(board.name for board in names.values())
+    return UserError(
+        f"no GPU `{name}` in the table",
+        hint=f"did you mean {suggestions}?" if near else f"known: {all_names}",
+    )

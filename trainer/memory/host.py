@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.memory.layout import GIB, Term, Usage, term
-from trainer.memory.precision import BYTES, is_quantised, loaded_dtype
+from trainer.memory.precision import BYTES, loaded_dtype
 from trainer.memory.resident import Case, reference_bytes
 from trainer.memory.transients import SUB_GROUP
 
@@ -46,7 +46,7 @@ def load(case: Case) -> Term:
     count = case.layout.processes_per_node
     models = 2 if case.layout.reference == "model" else 1
     size = case.architecture.parameters * float(_read_bytes(case))
-    if is_quantised(case.recipe):
+    if case.recipe.is_quantised:
         size = min(size, SHARD_BYTES)
     why = f"{count} processes x {models} x {size / GIB:,.1f} GiB before they are on the GPUs; here what is beyond the rest"
     return term("loading", count * models * size, why)

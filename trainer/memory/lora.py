@@ -35,7 +35,7 @@ class Lora(NamedTuple):
 def lora_of(recipe: Recipe, architecture: Architecture) -> Lora | None:
     """The recipe's adapter; None if it trains all weights."""
     settings = recipe.model_args
-    if not settings.get("use_peft"):
+    if not recipe.is_lora:
         return None
     return Lora(
         rank=int(settings.get("lora_r") or DEFAULT_RANK),
@@ -64,14 +64,6 @@ def _whole(names: Any, architecture: Architecture) -> int:
     return sum(architecture.embedding_parameters for name in names if name in ("embed_tokens", "lm_head"))
 
 
-def lora(recipe: Recipe) -> bool:
-    return bool(recipe.model_args.get("use_peft"))
-
-
-def four_bit(recipe: Recipe) -> bool:
-    return bool(recipe.model_args.get("load_in_4bit"))
-
-
 def targets(recipe: Recipe, architecture: Architecture) -> tuple[str, ...]:
     """Projections of a layer that LoRA adapts; none without it."""
     adapter = lora_of(recipe, architecture)
@@ -86,4 +78,4 @@ def adapter_parameters(recipe: Recipe, architecture: Architecture) -> int:
 
 def trainable(recipe: Recipe, architecture: Architecture) -> int:
     """Parameters that have gradients."""
-    return adapter_parameters(recipe, architecture) if lora(recipe) else architecture.parameters
+    return adapter_parameters(recipe, architecture) if recipe.is_lora else architecture.parameters

@@ -61,14 +61,6 @@ class Precision(NamedTuple):
         return self.autocast and self.weights > self.computed
 
 
-def is_lora(recipe: Recipe) -> bool:
-    return bool(recipe.model_args.get("use_peft"))
-
-
-def is_quantised(recipe: Recipe) -> bool:
-    return bool(recipe.model_args.get("load_in_4bit") or recipe.model_args.get("load_in_8bit"))
-
-
 def loaded_dtype(recipe: Recipe, architecture: Architecture) -> Dtype:
     """Of the weights as they are read; float32 is TRL's default, and what `auto` falls back to."""
     wanted = recipe.model_args.get("dtype")
@@ -87,7 +79,7 @@ def half_precision(recipe: Recipe, *, has_bf16: bool) -> Dtype | None:
 def needs_bf16(recipe: Recipe, architecture: Architecture) -> bool:
     """Whether the recipe cannot do without bf16 in hardware: it says so, or TRL does, of adapters over 4 or 8 bits."""
     said = bool(recipe.trainer_args.get("bf16")) or loaded_dtype(recipe, architecture) == "bfloat16"
-    return said or is_quantised(recipe)
+    return said or recipe.is_quantised
 
 
 def trains_in_float32(recipe: Recipe, engine: Engine, *, has_half: bool) -> bool:
@@ -96,7 +88,7 @@ def trains_in_float32(recipe: Recipe, engine: Engine, *, has_half: bool) -> bool
     Mixed precision keeps the weights that are trained in float32 (arXiv:1710.03740, section 3.1): a step of 5e-7
     is lost in bf16's 8 bits. DeepSpeed makes those copies itself; one process, DDP and FSDP 2 have only the weights.
     """
-    return has_half and not is_lora(recipe) and engine not in ("zero2", "zero3")
+    return has_half and not recipe.is_lora and engine not in ("zero2", "zero3")
 
 
 def precision(
@@ -109,7 +101,7 @@ def precision(
         return _sharded(half or loaded)
     if engine == "fsdp2":
         return _gathered(recipe, half, loaded)
-    if is_lora(recipe):
+    if recipe.is_lora:
         return _adapter(recipe, half, loaded)
     weights: Dtype = "float32" if half else loaded
     size = BYTES[weights]
@@ -131,8 +123,8 @@ def _gathered(recipe: Recipe, half: Dtype | None, loaded: Dtype) -> Precision:
     """FSDP 2: what is trained stays in float32 and is its own master; whatever is gathered is cast first
     (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html, `MixedPrecisionPolicy`).
     """
-    kept = BYTES["float32" if half and not is_lora(recipe) else loaded]
-    trained = 4 if is_lora(recipe) else kept
+    kept = BYTES["float32" if half and not recipe.is_lora else loaded]
+    trained = 4 if recipe.is_lora else kept
     compute = half or loaded
     return Precision(
         compute=compute,
@@ -153,7 +145,7 @@ def _adapter(recipe: Recipe, half: Dtype | None, loaded: Dtype) -> Precision:
     base TRL makes them bf16, after QLoRA (arXiv:2305.14314, section 3).
     """
     base = BYTES[loaded]
-    trained = 2 if is_quantised(recipe) else 4
+    trained = 2 if recipe.is_quantised else 4
     compute = half or loaded
     return Precision(
         compute=compute,
@@ -169,8 +161,8 @@ def _adapter(recipe: Recipe, half: Dtype | None, loaded: Dtype) -> Precision:
 
 
 def _projection_bits(recipe: Recipe, base: int) -> float:
-    if recipe.model_args.get("load_in_8bit"):
+    if recipe.quantised_bits == 8:
         return INT8_BITS
-    if recipe.model_args.get("load_in_4bit"):
+    if recipe.quantised_bits == 4:
         return NF4_DOUBLE_BITS if recipe.model_args.get("use_bnb_nested_quant") else NF4_BITS
     return 8.0 * base

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from trainer.architecture.architecture import Architecture
 from trainer.memory.layout import Layout, Term, term
 from trainer.memory.lora import Lora, lora_of
-from trainer.memory.precision import BYTES, Precision, is_quantised, loaded_dtype, precision
+from trainer.memory.precision import BYTES, Precision, loaded_dtype, precision
 from trainer.recipe import Recipe
 
 DEFAULT_OPTIMIZER = "adamw_torch_fused"
@@ -79,7 +79,7 @@ def parameters(case: Case) -> Term:
     )
     if case.layout.offload_parameters:
         return term("parameters", whole, "on the host, but for norms and biases, which every GPU keeps")
-    each = f"{8 * size / count:.2f} bits" if is_quantised(case.recipe) else f"{precision.weights} bytes"
+    each = f"{8 * size / count:.2f} bits" if case.recipe.is_quantised else f"{precision.weights} bytes"
     why = f"{count / 1e9:,.2f} billion x {each}{_over(case.layout.parameter_shards)}"
     return term("parameters", size / case.layout.parameter_shards + whole, why)
 

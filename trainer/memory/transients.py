@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from trainer.memory.activations import SCORE_BYTES, TokenBatch, cast_weights, layer_bytes
 from trainer.memory.layout import GIB, Term, term
-from trainer.memory.precision import is_quantised
 from trainer.memory.resident import Case, reference_bytes
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
@@ -131,7 +130,7 @@ def _layer_weights(case: Case) -> float:
     """Weights in the dtype that they are multiplied in: cast, or out of their 4 bits, for the products at hand."""
     linears = case.architecture.linears.values()
     e = float(case.precision.computed)
-    if is_quantised(case.recipe):
+    if case.recipe.is_quantised:
         return 2 * max(each.weights for each in linears) * e
     if not case.precision.casts:
         return 0.0

@@ -273,6 +273,11 @@ class Recipe(_Frozen):
         """How many committed checkpoints the bucket keeps."""
         return max(LEAST_CHECKPOINTS, int(self.trainer_args.get("save_total_limit") or LEAST_CHECKPOINTS))
 
+    def as_flat(self) -> dict[str, Any]:
+        """Return the recipe as a recipe file has it: one level of keys, without those at their defaults."""
+        keys = self.model_dump(mode="json", exclude_defaults=True, exclude={"trainer_args", "model_args"})
+        return {**keys, **self.model_args, **self.trainer_args}
+
     def digest(self) -> str:
         """XXH3 (128 bits, hex) of all that decides what is trained; bookkeeping is left out."""
         return xxhash.xxh3_128_hexdigest(

@@ -107,7 +107,7 @@ class AttemptRunner:
                 kept=int((RESERVE * self._team.shape.host_memory_gib + planned.offloaded_gib) * 2**30)
             ),
             self._request.staging,
-            adapter=bool(recipe.model_args.get("use_peft")),
+            adapter=recipe.is_lora,
         )
         self._narrator.staging(placement.staging, placement.reason)
         restored = self._team.restore(self._bucket, self._folders.make(placement), self._reject, bringing)

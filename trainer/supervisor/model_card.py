@@ -57,7 +57,7 @@ def front_matter(recipe: Recipe, *, merged: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["trl", recipe.method, "aeolus", *(["lora"] if recipe.model_args.get("use_peft") else [])],
+        "tags": ["trl", recipe.method, "aeolus", *(["lora"] if recipe.is_lora else [])],
     }
     model = recipe.model_name_or_path
     if model and _is_hub_id(model):
@@ -77,14 +77,14 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _is_adapter(recipe: Recipe, *, merged: bool) -> bool:
-    return bool(recipe.model_args.get("use_peft")) and not merged
+    return recipe.is_lora and not merged
 
 
 def _base(recipe: Recipe) -> str:
     model = recipe.model_name_or_path
     if model is None:
         return "random weights"
-    bits = next((f", in {bits} bits" for bits in (4, 8) if recipe.model_args.get(f"load_in_{bits}bit")), "")
+    bits = f", in {recipe.quantised_bits} bits" if recipe.is_quantised else ""
     return (f"[{model}](https://huggingface.co/{model})" if _is_hub_id(model) else f"`{model}`") + bits
 
 
@@ -172,12 +172,8 @@ def _number(value: Any) -> str:
 
 
 def _recipe(recipe: Recipe) -> str:
-    said = recipe.model_dump(
-        mode="json", exclude_defaults=True, exclude={"trainer_args", "model_args", "name"}
-    )
-    return yaml.safe_dump(
-        {**said, **recipe.model_args, **recipe.trainer_args}, sort_keys=False, allow_unicode=True
-    )
+    keys = {key: value for key, value in recipe.as_flat().items() if key != "name"}
+    return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
 
 
 def _count(number: int, thing: str, things: str = "") -> str:
@@ -186,6 +182,4 @@ def _count(number: int, thing: str, things: str = "") -> str:
 
 def merged_of(recipe: Recipe, manifest: Manifest) -> bool:
     """Whether a committed model is whole, though an adapter was trained."""
-    return bool(recipe.model_args.get("use_peft")) and not any(
-        file.path == "adapter_config.json" for file in manifest.files
-    )
+    return recipe.is_lora and not any(file.path == "adapter_config.json" for file in manifest.files)

@@ -13,7 +13,6 @@ from typing import Any
 
 from trainer.errors import ModelError
 from trainer.fit import Fit
-from trainer.memory.precision import is_quantised
 from trainer.recipe import Recipe
 from trainer.worker import failures
 from trainer.worker import model as models
@@ -45,7 +44,7 @@ def merge(
 
     there = fit.model_copy(update={"use_cpu": True, "engine": "single"})
     loaded = models.load(base, recipe, there, trained=False)
-    quantised = is_quantised(recipe)
+    quantised = recipe.is_quantised
     if trained_on:
         _check(loaded, recipe, base, trained_on)
     dtype = torch.bfloat16 if quantised else loaded.dtype
@@ -65,7 +64,7 @@ def _check(loaded: Any, recipe: Recipe, base: Base, trained_on: str) -> None:
     if digest == trained_on:
         return
     message = f"{base.name or base.path} has other weights ({digest}) than the adapter was trained on ({trained_on})"
-    if is_quantised(recipe):  # a GPU's code for quantisation may round a number otherwise than a CPU's
+    if recipe.is_quantised:  # a GPU's code for quantisation may round a number otherwise than a CPU's
         log.warning("%s", message)
         return
     raise ModelError(message, hint="name the `model_revision` that the run began with")

@@ -10,6 +10,7 @@ import xxhash
 
 from trainer.errors import RecipeError
 from trainer.fit import Fit
+from trainer.hardware import FLASH_ATTENTION_CAPABILITY
 from trainer.memory.precision import half_precision, trains_in_float32
 from trainer.recipe import Recipe
 from trainer.worker.failures import explained
@@ -17,8 +18,6 @@ from trainer.worker.model_source import Base, dtype_name, hub_arguments
 
 log = logging.getLogger(__name__)
 FLASH_ATTENTION = "flash_attention_2"
-FLASH_ATTENTION_CAPABILITY = (8, 0)
-"""Ampere, the oldest CUDA architecture that FlashAttention 2 supports."""
 
 
 def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
@@ -121,13 +120,13 @@ def _gathered(weight: Any) -> Any:
 
 def config(recipe: Recipe, dtype: str) -> Any:
     """4-bit NormalFloat as in QLoRA (arXiv:2305.14314), its constants quantised too if asked for; or 8 bit, or None."""
-    if not (recipe.model_args.get("load_in_4bit") or recipe.model_args.get("load_in_8bit")):
+    if not recipe.is_quantised:
         return None
-    if not recipe.model_args.get("use_peft"):
+    if not recipe.is_lora:
         raise RecipeError("a quantised model cannot be trained in full", hint="add `use_peft: true`")
     from transformers import BitsAndBytesConfig
 
-    if recipe.model_args.get("load_in_8bit"):
+    if recipe.quantised_bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
