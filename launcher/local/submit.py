@@ -73,7 +73,7 @@ def submit(
         return Ending("done", f"run {job.run_id} is done since {run.finished}: {run.final_uri}"), run
     if process.attach(home) is None:
         limits.refuse_used_up(run, job.limits, now=datetime.now(UTC))
-    elif told := limits.unchanged(run, job.limits):
+    elif told := limits.changed_limits_note(run, job.limits):
         console.print(told, markup=False, soft_wrap=True)
     with Signals() as signals, view_on(console) as view:
         follower = Follower(job, home, reader, view, signals, wishes)

@@ -12,15 +12,13 @@ import click
 
 from launcher import completion, terminal
 from trainer.durations import DurationParam
-from trainer.errors import ExitCode, UserError
+from trainer.errors import ExitCode
 
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud
     from launcher.local.follow import Ending, Submission
     from launcher.runs.run import RunHistory
-    from launcher.settings import Settings
     from launcher.submit.prepare import Order, SubmitOptions
-    from trainer.accounting import Limits
 
 LOCAL = "local"
 LOCAL_ONLY = ("preempt",)
@@ -231,6 +229,7 @@ def _submission(recipe: str, overrides: Sequence[str], options: dict[str, Any]) 
     from launcher import settings
     from launcher.local import submit as machine
     from launcher.local.follow import Submission
+    from launcher.runs.limits import limits_for
     from launcher.submit import cost_variables
     from trainer.bucket.address import canonical
     from trainer.recipe import default_run_id, load
@@ -239,7 +238,9 @@ def _submission(recipe: str, overrides: Sequence[str], options: dict[str, Any]) 
     loaded = load(recipe, overrides)
     address = canonical(options["checkpoints"] or site.checkpoints, Path.cwd())
     run_id = machine.checked_run_id(options["name"]) if options["name"] else default_run_id(loaded.recipe)
-    limits = _limits_here(site, options)
+    limits = limits_for(
+        site, budget_usd=options["budget"], deadline_h=options["deadline"], owned="this machine"
+    )
     told = cost_variables.own_price(site.usd_per_h) | cost_variables.limits(limits)
     return Submission(
         run_id=run_id,
@@ -249,17 +250,6 @@ def _submission(recipe: str, overrides: Sequence[str], options: dict[str, Any]) 
         environment=machine.supervisor_environment(os.environ, trainer_python=site.trainer_python, told=told),
         limits=limits,
     )
-
-
-def _limits_here(site: Settings, options: dict[str, Any]) -> Limits:
-    """On this machine, whose price is what its owner says."""
-    from launcher.submit import cost_variables
-    from trainer.accounting import Limits
-
-    if options["budget"] and site.usd_per_h is None:
-        raise UserError("this machine has no price", hint=cost_variables.SAY_PRICE)
-    budget_usd = options["budget"] or (site.budget_usd if site.usd_per_h is not None else None)
-    return Limits(budget_usd=budget_usd, deadline_h=options["deadline"])
 
 
 def _tell(

@@ -12,10 +12,6 @@ from launcher.submit.task import Candidate
 from trainer.accounting import Limits
 from trainer.task_variables import BUDGET_USD, DEADLINE_H, PLAN, PRICES, USD_PER_H
 
-SAY_PRICE = (
-    "leave `--budget` out, or say what an hour costs: `usd_per_h` in the settings, or $AEOLUS_USD_PER_H"
-)
-
 
 def variables(
     row: PlanRow, candidates: Sequence[Candidate], offers: Iterable[Offer], *, nodes: int

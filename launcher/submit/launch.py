@@ -67,7 +67,7 @@ def submit(order: Order, desk: SubmitContext, *, detach: bool) -> tuple[Ending, 
     if standing is None:
         limits.refuse_used_up(run, order.limits, now=datetime.fromtimestamp(desk.now(), UTC))
         standing = _launch(order, desk)
-    elif told := limits.unchanged(run, order.limits):
+    elif told := limits.changed_limits_note(run, order.limits):
         desk.say(told)
     if detach:
         return Ending("detached", detached_text(standing, request.run_id)), run

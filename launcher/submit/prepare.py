@@ -16,6 +16,7 @@ from launcher.plan import plan
 from launcher.plan.plan import LoadPrices
 from launcher.plan.rank import PlanRequest, PlanRow, parse_gpus
 from launcher.prices.load import load_prices
+from launcher.runs.limits import limits_for
 from launcher.settings import Settings
 from launcher.submit import cost_variables, job_files, node_inputs, task
 from launcher.submit.image import container, login
@@ -124,6 +125,12 @@ def prepare(
     loaded = load(job.recipe, overrides)
     infra = wanted.infra or site.infra
     own = _own(infra)
+    limits = limits_for(
+        site,
+        budget_usd=wanted.budget_usd,
+        deadline_h=wanted.deadline_h,
+        owned=", ".join(infra) if own else None,
+    )
     checkpoints = node_inputs.reachable(
         canonical(wanted.checkpoints or site.checkpoints, cwd or Path.cwd()), environ, infra, own=own
     )
@@ -134,14 +141,13 @@ def prepare(
     place = (
         _at_home(loaded.recipe, wanted, site, infra, nodes)
         if own
-        else _rented(loaded.recipe, wanted, site, job, infra=infra, nodes=nodes, now=now, prices=prices)
+        else _rented(loaded.recipe, wanted, limits, job, infra=infra, nodes=nodes, now=now, prices=prices)
     )
     save = _save_steps(place, wanted.overrides)
     recipe, mounts = node_inputs.recipe_there(job.recipe)
     secrets = node_inputs.secrets(job.base, checkpoints, with_login(environ))
     made = container(wanted.image, site, own=own)
     secrets |= login(made.image, environ)
-    limits = _limits(wanted, site, own=own)
     request = TaskSpec(
         run_id=checked_run_id(wanted.name) if wanted.name else default_run_id(loaded.recipe),
         recipe=recipe,
@@ -172,12 +178,6 @@ def prepare(
     )
 
 
-def _limits(wanted: SubmitOptions, site: Settings, *, own: bool) -> Limits:
-    """What the run's supervisor keeps to; a site's budget means nothing where nothing has a price."""
-    budget_usd = wanted.budget_usd or (None if own and site.usd_per_h is None else site.budget_usd)
-    return Limits(budget_usd=budget_usd, deadline_h=wanted.deadline_h)
-
-
 def _shared(infra: Sequence[str]) -> bool:
     """Whether the nodes may see this machine's files; pods and rented machines never do."""
     return all(name.partition("/")[0].lower() in SHARED for name in infra)
@@ -196,7 +196,7 @@ def _own(infra: Sequence[str]) -> bool:
 def _rented(  # noqa: PLR0913 (what a plan depends on)
     recipe: Recipe,
     wanted: SubmitOptions,
-    site: Settings,
+    limits: Limits,
     job: JobFile,
     *,
     infra: Sequence[str],
@@ -211,8 +211,8 @@ def _rented(  # noqa: PLR0913 (what a plan depends on)
         count=count,
         nodes=nodes,
         spot=wanted.spot,
-        budget_usd=wanted.budget_usd or site.budget_usd,
-        deadline_h=wanted.deadline_h,
+        budget_usd=limits.budget_usd,
+        deadline_h=limits.deadline_h,
     )
     asked = prices(now=now, infra=infra, refresh=False)
     found = plan.planned(recipe, wishes, infra=infra, now=now, rows=wanted.rows, prices=lambda **_: asked)
@@ -244,8 +244,6 @@ def _at_home(
     """Machines that are not rented: nothing to rank, but what cannot fit on such GPUs is refused all the same."""
     if wanted.spot:
         raise UserError(f"{', '.join(infra)} has no spot", hint="`--managed` recovers a lost job there, too")
-    if wanted.budget_usd and site.usd_per_h is None:
-        raise UserError(f"{', '.join(infra)} has no prices", hint=cost_variables.SAY_PRICE)
     accelerator, count = parse_gpus(wanted.gpus) if wanted.gpus else (None, None)
     if accelerator is None or count is None:
         raise UserError(f"which GPUs of {', '.join(infra)}?", hint="`--gpus A100:8`")

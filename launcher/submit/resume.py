@@ -13,7 +13,7 @@ import yaml
 from launcher import settings
 from launcher.registry import known
 from launcher.registry.known import Known, Local
-from launcher.runs.limits import kept
+from launcher.runs.limits import current_limits
 from launcher.runs.run import Reader
 from trainer.bucket import open_run
 from trainer.bucket.address import canonical
@@ -58,7 +58,7 @@ def resume(run_id: str, options: Mapping[str, Any], *, state: Path, environ: Map
             f"no run {run_id} in {address}",
             hint="name its bucket with `--checkpoints`; a run that never began is submitted by its recipe",
         )
-    limits = kept(Reader(bucket, run_id).read())
+    limits = current_limits(Reader(bucket, run_id).read())
     before = {option: getattr(limits, key) for option, key in LIMITS.items()}
     there = {**before, **_place(known, options), "checkpoints": address, "name": run_id}
     mounts = {} if known is None or isinstance(known, Local) else known.record.mounts

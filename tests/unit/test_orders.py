@@ -137,7 +137,7 @@ def test_slurm_takes_gpus_and_has_neither_prices_nor_spot() -> None:
     [
         ({"infra": ("slurm",)}, "which GPUs of slurm"),
         ({"infra": ("slurm",), "gpus": "A100:8", "spot": True}, "has no spot"),
-        ({"infra": ("slurm",), "gpus": "A100:8", "budget_usd": 5.0}, "has no prices"),
+        ({"infra": ("slurm",), "gpus": "A100:8", "budget_usd": 5.0}, "no price is known for slurm"),
         ({"infra": ("slurm", "gcp"), "gpus": "A100:8"}, "name one kind"),
         ({"infra": ("slurm",), "gpus": "A100:8", "name": "a/b"}, "cannot name a run"),
         ({"gpus": "A100:9"}, "9 x A100"),

@@ -15,7 +15,7 @@ from launcher.local.follow import EXIT_CODES
 from launcher.local.follow import judge as judge_here
 from launcher.registry import submitted
 from launcher.registry.submitted import Sent
-from launcher.runs.limits import kept, refuse_used_up, unchanged
+from launcher.runs.limits import changed_limits_note, current_limits, refuse_used_up
 from launcher.runs.run import AttemptHistory, RunHistory
 from launcher.submit.launch import SubmitContext, judge, submit
 from launcher.submit.prepare import SubmitOptions, prepare
@@ -185,11 +185,11 @@ def run_of(*attempts: list[Event]) -> RunHistory:
 def test_a_run_at_work_keeps_its_limits_and_says_so() -> None:
     """They are its supervisor's, which nobody can tell."""
     run = run_of(stopped_events())
-    assert kept(run) == Limits(budget_usd=30.0, deadline_h=48.0)
-    assert unchanged(run, Limits(budget_usd=30.0, deadline_h=48.0)) is None
-    assert "launcher cancel r" in str(unchanged(run, Limits(budget_usd=300.0)))
-    assert kept(run_of(attempt_events(1, start=0, last=1, total_steps=2))) == Limits()
-    assert unchanged(run_of(), Limits(budget_usd=1.0)) is None
+    assert current_limits(run) == Limits(budget_usd=30.0, deadline_h=48.0)
+    assert changed_limits_note(run, Limits(budget_usd=30.0, deadline_h=48.0)) is None
+    assert "launcher cancel r" in str(changed_limits_note(run, Limits(budget_usd=300.0)))
+    assert current_limits(run_of(attempt_events(1, start=0, last=1, total_steps=2))) == Limits()
+    assert changed_limits_note(run_of(), Limits(budget_usd=1.0)) is None
 
 
 def test_a_passed_deadline_is_refused_by_the_clock() -> None:
