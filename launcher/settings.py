@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from platformdirs import user_config_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainer.errors import UserError
+from trainer.files import write_atomically
 
 VARIABLES = {
     "AEOLUS_CHECKPOINTS": "checkpoints",
@@ -115,7 +114,7 @@ def remember(environ: Mapping[str, str], key: str, value: str) -> Path:
     try:
         before = path.read_text() if path.exists() else ""
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, with_key(before, key, value))
+        write_atomically(path, with_key(before, key, value))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot write {key} to the settings in {path}: {error}") from None
     return path
@@ -129,10 +128,3 @@ def with_key(text: str, key: str, value: str) -> str:
     if not count:
         changed = f"{top.rstrip()}\n{line}\n".lstrip()
     return f"{changed}{table}{rest}"
-
-
-def _replace(path: Path, text: str) -> None:
-    """All of it or nothing: a full disk leaves the old file."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".config", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)  # noqa: PTH105 (one call, atomic)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from trainer.files import write_atomically
+
 STAGED_SUFFIX = ".staged"
 IDENTITY_FILE = "aeolus.json"
 """The file of a checkpoint that tells which model, data and packages it belongs to."""
@@ -27,13 +29,6 @@ class Staged(BaseModel):
     """Seconds that training stood still while the folder was written."""
     details: dict[str, Any] = {}
     """What the manifest keeps beside the files: world size, engine, data digest."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the whole new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def mark_staged(staging: Path, staged: Staged) -> None:

@@ -28,6 +28,7 @@ from trainer.bucket.manifest import File, Manifest
 from trainer.bucket.restore import FILES_AT_ONCE, mismatch
 from trainer.bucket.store import in_parallel, sum_file
 from trainer.errors import UserError
+from trainer.files import write_atomically
 
 OWN_FOLDER = ".aeolus-pull"
 """In the destination while a pull is under way: which one, and the files in the making."""
@@ -138,9 +139,7 @@ def _make_room(dest: Path, missing: list[File]) -> None:
 def _write_ticket(dest: Path, ticket: Ticket) -> None:
     path = dest / OWN_FOLDER / "ticket.json"
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(ticket.model_dump_json())
-    partial.replace(path)
+    write_atomically(path, ticket.model_dump_json())
 
 
 def _bring(bucket: Bucket, about: Manifest, file: File, dest: Path, tell: Tell) -> str | None:

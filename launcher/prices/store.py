@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from platformdirs import user_cache_path
 
 from launcher.cloud.protocol import CatalogRow
+from trainer.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +122,9 @@ def read(path: Path) -> Table:
 
 
 def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_atomically(path, text)
     except OSError as error:
         log.info("the prices are not cached: %s cannot be written: %s", path, error)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer.files import write_atomically
+
 CLOCK_TOLERANCE_S = 5.0
 """By how much two readings of one process's start time may differ: the clock behind it is adjusted."""
 
@@ -63,9 +65,7 @@ class Home:
             return None
 
     def remember(self, record: LocalRecord) -> None:
-        partial = self._pid_file.with_suffix(".partial")
-        partial.write_text(record.model_dump_json())
-        partial.replace(self._pid_file)
+        write_atomically(self._pid_file, record.model_dump_json())
 
     @property
     def cancelled(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.cloud.protocol import Kind
+from trainer.files import write_atomically
 
 FOLDER = "submitted"
 
@@ -45,9 +46,7 @@ def remember(state: Path, sent: Sent) -> None:
     """Write it down, in place of an earlier submission of the same run; before the launch, so that none is lost."""
     path = _path(state, sent.run_id, sent.checkpoints)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = path.with_suffix(".partial")
-    partial.write_text(sent.model_dump_json())
-    partial.replace(path)
+    write_atomically(path, sent.model_dump_json())
 
 
 def recall(state: Path, run_id: str, checkpoints: str) -> Sent | None:

@@ -19,8 +19,9 @@ import threading
 from pathlib import Path
 
 from tests.fakes.lockstep import Lockstep
+from trainer.files import write_atomically
 from trainer.job import Job, Outcome
-from trainer.staged import Staged, mark_staged, pending, write_atomically
+from trainer.staged import Staged, mark_staged, pending
 
 WEIGHT_BYTES = 4_000_000
 

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trainer.events import EventLog
-from trainer.staged import write_atomically
+from trainer.files import write_atomically
 
 
 class Trainer:

@@ -25,8 +25,9 @@ import time
 from pathlib import Path
 
 from trainer.disk_full import no_room
+from trainer.files import write_atomically
 from trainer.job import Job, Outcome
-from trainer.staged import Staged, mark_staged, pending, write_atomically
+from trainer.staged import Staged, mark_staged, pending
 
 TOTAL_STEPS = 6
 SAVE_STEPS = 2

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "bitsandbytes"}
 CONTRACT = {
     "errors",
+    "files",
     "recipe",
     "hardware",
     "memory",

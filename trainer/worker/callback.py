@@ -16,8 +16,9 @@ import xxhash
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
+from trainer.files import write_atomically
 from trainer.job import Job
-from trainer.staged import STAGED_SUFFIX, Staged, mark_staged, write_atomically
+from trainer.staged import STAGED_SUFFIX, Staged, mark_staged
 from trainer.worker import checkpoint_identity, engine
 from trainer.worker.arguments import has_bf16
 from trainer.worker.checkpoint_identity import Identity

@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from trainer.errors import DataError, ModelError, UserError
+from trainer.files import write_atomically
 from trainer.job import Job
-from trainer.staged import IDENTITY_FILE, write_atomically
+from trainer.staged import IDENTITY_FILE
 from trainer.worker.data import TokenizedDataset
 from trainer.worker.reshard.dcp_folder import INDEX, MODEL, OPTIMIZER, Folder
 

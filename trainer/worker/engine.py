@@ -15,13 +15,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from trainer.files import write_atomically
 from trainer.fit import Fit
 from trainer.job import Job
 from trainer.memory.precision import half_precision
 from trainer.memory.resident import DEFAULT_OPTIMIZER
 from trainer.memory.transients import MAX_LIVE, PREFETCH, REDUCE_BUCKET, SUB_GROUP
 from trainer.recipe import Recipe
-from trainer.staged import write_atomically
 from trainer.worker import fsdp
 from trainer.worker.deepspeed_ops import compile_host_adam, compile_host_communication
 

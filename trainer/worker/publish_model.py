@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from trainer.errors import ModelError, UserError
+from trainer.files import write_atomically
 from trainer.job import Job, Outcome, Publish
-from trainer.staged import IDENTITY_FILE, write_atomically
+from trainer.staged import IDENTITY_FILE
 from trainer.worker import model_source
 from trainer.worker.consolidate import ADAPTER_CONFIG, consolidate
 from trainer.worker.model_source import Base

@@ -11,8 +11,8 @@ from types import FrameType
 from typing import Any
 
 from trainer.events import Kind
+from trainer.files import write_atomically
 from trainer.job import Job, Outcome
-from trainer.staged import write_atomically
 
 
 class Channel:
