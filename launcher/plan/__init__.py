@@ -1,1 +1,1 @@
-"""What a recipe takes on everything that is rented, ranked: before anything is paid."""
+"""Plan a run before anything is rented: the offers that fit a recipe, ranked by expected cost."""

@@ -1,4 +1,4 @@
-"""`python -m launcher plan`: what fits where, for how long and for how much, before anything is paid."""
+"""`python -m launcher plan`: which machines fit a recipe, with expected hours and dollars; it rents nothing."""
 
 from __future__ import annotations
 
@@ -18,44 +18,51 @@ if TYPE_CHECKING:
     from launcher.plan.rank import Plan, PlanRequest, PlanRow, Rejected
 
 TOP = 12
-"""Rows that are shown without `--all`."""
+"""Options that are shown without `--all`."""
 TOP_REJECTED = 6
+"""Rejections that are shown without `--all`."""
 
 
-@click.command(short_help="What fits where, hours, dollars.")
+@click.command(short_help="Show where a recipe fits, with hours and cost.")
 @click.argument("recipe", default="dpo_full", shell_complete=completion.recipes)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--gpus",
     metavar="NAME[:N]",
     shell_complete=completion.gpus,
-    help="GPUs of a node, such as A100:8.  [default: all]",
+    help="GPUs per node, such as A100:8.  [default: all types]",
 )
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
-@click.option("--spot/--on-demand", default=None, help="Only one of the markets.  [default: both]")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of nodes.")
+@click.option(
+    "--spot/--on-demand", default=None, help="Only spot or only on-demand machines.  [default: both]"
+)
 @click.option(
     "--infra",
     multiple=True,
     metavar="CLOUD[/REGION]",
     shell_complete=completion.infra,
-    help="Where; may be repeated.  [default: settings, else gcp, lambda]",
+    help="Cloud or region; can be repeated.  [default: from settings, else gcp and lambda]",
 )
-@click.option("--budget", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="At most.")
-@click.option("--deadline", type=DurationParam(), metavar="TIME", help="At most: 90m, 24h, 2d.")
-@click.option("--by", type=click.Choice(["dollars", "hours"]), default="dollars", show_default=True)
-@click.option("--rows", type=click.IntRange(min=1), help="Of a data set that is not known here.")
-@click.option("--all", "everything", is_flag=True, help="Every row and every rejection.")
-@click.option("--refresh", is_flag=True, help="Ask for prices even if those of today are here.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="Maximum expected cost."
+)
+@click.option("--deadline", type=DurationParam(), metavar="TIME", help="Maximum expected time: 90m, 24h, 2d.")
+@click.option(
+    "--by", type=click.Choice(["dollars", "hours"]), default="dollars", show_default=True, help="Sort order."
+)
+@click.option("--rows", type=click.IntRange(min=1), help="Rows of the data set, if its size is unknown.")
+@click.option("--all", "everything", is_flag=True, help="Show all options and all rejections.")
+@click.option("--refresh", is_flag=True, help="Request new prices even if the cached ones are fresh.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def plan(recipe: str, overrides: tuple[str, ...], **options: Any) -> int:
-    """Rank everything that could train RECIPE (a file, or a name such as zephyr-7b/dpo_full).
+    """Rank all machines that could train RECIPE (a file, or a name such as zephyr-7b/dpo_full).
 
-    Exit codes: 0 something fits; 2 nothing does, or the recipe or an option is wrong.
+    Exit codes: 0 an option fits; 2 none fits, or the recipe or an option is invalid.
     """
     from launcher import render, terminal
 
     terminal.refuse_empty(options)
-    planned = _plan(recipe, overrides, options)
+    planned = _make_plan(recipe, overrides, options)
     if options["as_json"]:
         click.echo(render.to_json(as_dict(planned)))
     else:
@@ -63,14 +70,14 @@ def plan(recipe: str, overrides: tuple[str, ...], **options: Any) -> int:
     return ExitCode.DONE if planned.chosen else ExitCode.USAGE
 
 
-def _plan(recipe: str, overrides: tuple[str, ...], options: dict[str, Any]) -> Plan:
+def _make_plan(recipe: str, overrides: tuple[str, ...], options: dict[str, Any]) -> Plan:
     from launcher import settings
-    from launcher.plan import plan as planning
+    from launcher.plan.plan import make_plan
     from trainer.recipe import load
 
-    return planning.planned(
+    return make_plan(
         load(recipe, overrides).recipe,
-        _wishes(options),
+        _request(options),
         infra=options["infra"] or settings.load(os.environ).infra,
         now=datetime.now(UTC),
         rows=options["rows"],
@@ -78,7 +85,7 @@ def _plan(recipe: str, overrides: tuple[str, ...], options: dict[str, Any]) -> P
     )
 
 
-def _wishes(options: dict[str, Any]) -> PlanRequest:
+def _request(options: dict[str, Any]) -> PlanRequest:
     from launcher.plan.rank import PlanRequest, parse_gpus
 
     accelerator, count = parse_gpus(options["gpus"]) if options["gpus"] else (None, None)
@@ -94,24 +101,24 @@ def _wishes(options: dict[str, Any]) -> PlanRequest:
 
 
 def as_dict(planned: Plan) -> dict[str, Any]:
-    """For programs: every row, with the terms of its memory and of its time."""
+    """Return the plan for `--json`: every row, with the terms of its memory and of its time."""
     rows = [{**row.model_dump(mode="json"), "fit_words": row.fit.words()} for row in planned.rows]
     return {**planned.model_dump(mode="json"), "rows": rows, "chosen": rows[0] if rows else None}
 
 
 def _print(planned: Plan, *, everything: bool) -> None:
     from launcher import terminal
-    from launcher.plan import plan as planning
+    from launcher.plan.plan import suggest
 
     console = terminal.stdout()
     rows = planned.rows if everything else planned.rows[:TOP]
     if rows:
         console.print(_table(rows))
-        if left := len(planned.rows) - len(rows):
-            console.print(f"and {left} dearer or slower: --all", style="dim")
+        if hidden := len(planned.rows) - len(rows):
+            console.print(f"and {hidden} more options: --all", style="dim")
     _print_rejected(planned.rejected, console, everything=everything)
     if planned.chosen is None:
-        raise UserError(f"{planned.recipe}: {planned.why}", hint=planning.way_out(planned.rejected))
+        raise UserError(f"{planned.recipe}: {planned.why}", hint=suggest(planned.rejected))
     console.print(f"\n[bold]chosen[/] {planned.why}", soft_wrap=True)
     for reason in planned.chosen.fit.reasons:
         console.print(f"  {reason}", style="dim", soft_wrap=True, markup=False)
@@ -155,7 +162,7 @@ def _print_rejected(rejected: tuple[Rejected, ...], console: Console, *, everyth
     if not rejected:
         return
     console.print("\n[bold]rejected[/]")
-    for each in rejected if everything else rejected[:TOP_REJECTED]:
-        console.print(f"  {each.what}: {each.why}", style="dim", soft_wrap=True, markup=False)
-    if not everything and (left := len(rejected) - TOP_REJECTED) > 0:
-        console.print(f"  and {left} more: --all", style="dim")
+    for rejection in rejected if everything else rejected[:TOP_REJECTED]:
+        console.print(f"  {rejection.what}: {rejection.why}", style="dim", soft_wrap=True, markup=False)
+    if not everything and (hidden := len(rejected) - TOP_REJECTED) > 0:
+        console.print(f"  and {hidden} more: --all", style="dim")

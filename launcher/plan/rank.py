@@ -1,4 +1,4 @@
-"""What a recipe takes on everything that can be rented: ranked, with every rejection's reason; no I/O."""
+"""Rank every offer that could run a recipe, by expected cost or hours, with a reason for every rejection; no I/O."""
 
 from __future__ import annotations
 
@@ -19,77 +19,78 @@ from trainer.hardware import Shape, gpu
 from trainer.recipe import Recipe
 
 NOTICE_S: Mapping[str, float] = {"gcp": 30, "aws": 120, "azure": 30}
-"""Seconds between the notice and the loss of a spot machine; none elsewhere.
+"""Seconds from a cloud's preemption notice to the loss of the spot machine; other clouds give no notice.
 https://cloud.google.com/compute/docs/instances/spot,
 https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html,
 https://learn.microsoft.com/azure/virtual-machines/spot-vms"""
 ARM = ("GH200", "GB200")
-"""GPUs on boards with Arm cores (Grace): our image and its wheels are for x86-64. Rejected unless they are named.
+"""GPUs on boards with Arm cores (Grace). Our image and its wheels are for x86-64, so they are rejected unless named.
 https://www.nvidia.com/en-us/data-center/grace-hopper-superchip"""
-ON_ARM = "its cores are Arm, and the image is for x86-64; `--gpus` names it all the same"
+ARM_REASON = "its CPU is Arm, and the trainer's image is for x86-64; name it with `--gpus` to use it anyway"
 By = Literal["dollars", "hours"]
 
 
 class PlanRequest(BaseModel):
-    """What the user said of where, and of how much it may be."""
+    """The user's choices for a plan: GPUs, market, limits and order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     accelerator: str | None = None
-    """SkyPilot's name; None takes any."""
+    """SkyPilot's name of the GPU; None means any."""
     count: int | None = Field(default=None, ge=1)
-    """GPUs of a node."""
+    """GPUs per node; None means any number."""
     nodes: int = Field(default=1, ge=1)
     spot: bool | None = None
-    """Only spot, only on demand, or both."""
+    """True means only spot, False only on demand, None both."""
     budget_usd: float | None = Field(default=None, gt=0)
     deadline_h: float | None = Field(default=None, gt=0)
     by: By = "dollars"
 
 
 class PlanRow(BaseModel):
-    """One way to run: what, where, and what it is expected to take."""
+    """One option: a shape at an offer, with its expected hours and dollars."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     offer: Offer
-    """In the cheapest region."""
+    """The offer in the cheapest region."""
     shape: Shape
-    """The offer's, times the nodes."""
+    """The offer's shape, with the number of nodes."""
     spot: bool
     fit: Fit
     estimate: Estimate
     expectation: SpotOutlook | None
-    """What preemptions make of it; None on demand."""
+    """The effect of preemptions; None on demand."""
     usd_per_h: float
-    """Of all nodes."""
+    """The price of all nodes together."""
     hours: float
-    """Expected, from the first request to the end."""
+    """Expected hours from the first request for a machine to the end of the run."""
     usd: float
-    """Expected; waiting for a machine is not paid."""
+    """Expected cost; the wait for a machine costs nothing."""
     save_steps: int | None
-    """The interval between checkpoints that loses least; None on demand, where the recipe's stands."""
+    """Steps between checkpoints that minimise the expected hours; None on demand, where the recipe's value is used."""
 
-    def names(self) -> str:
-        """`A100-80GB:8 spot on gcp (a2-ultragpu-8g, us-central1)`."""
+    def describe(self) -> str:
+        """Return the option in words: `A100-80GB:8 spot on gcp (a2-ultragpu-8g, us-central1)`."""
         kind = "spot" if self.spot else "on demand"
         return f"{self.shape} {kind} on {self.offer.infra} ({self.offer.instance_type}, {self.offer.region})"
 
 
 class Rejected(BaseModel):
-    """What was looked at and is not in the table, and why."""
+    """An option that is not in the table, and the reason."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     what: str
     why: str
     way_out: str | None = None
+    """A change that would make it acceptable."""
     fits: bool = False
-    """Whether it would do, had it not been for the budget or the deadline."""
+    """Whether it fits the recipe, and only the budget or the deadline rejects it."""
 
 
 class Plan(BaseModel):
-    """Ranked rows, the best first; that one is chosen."""
+    """The ranked options, best first. The first one is chosen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -98,9 +99,9 @@ class Plan(BaseModel):
     rows: tuple[PlanRow, ...]
     rejected: tuple[Rejected, ...]
     why: str
-    """Of the choice."""
+    """The reason for the choice, or why there is none."""
     prices: str
-    """Where the prices are from, and of when."""
+    """The source and the date of the prices."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -109,23 +110,23 @@ class Plan(BaseModel):
 
 
 class _Sized(NamedTuple):
-    """What a shape makes of a recipe; the same in every region."""
+    """A recipe's fit and estimate on a shape; they are the same in every region."""
 
     fit: Fit
     estimate: Estimate
 
 
 def parse_gpus(text: str) -> tuple[str, int | None]:
-    """Name and count of `A100:8`, or of `A100`, which leaves the count open.
+    """Return name and count of `A100:8`; for `A100` the count is None, which means any.
 
     Raises:
-        UserError: no such GPU, or no count.
+        UserError: unknown GPU, or the count is no positive number.
     """
     name, colon, count = text.partition(":")
     if colon and not (count.isdecimal() and int(count)):
         raise UserError(
-            f"`--gpus {text}`: {count!r} is no number of GPUs",
-            hint="as in `A100:8`, or `A100` for any number",
+            f"`--gpus {text}`: {count!r} is not a number of GPUs",
+            hint="write for example `A100:8`, or `A100` for any number",
         )
     return gpu(name.strip()).name, int(count) if colon else None
 
@@ -135,89 +136,88 @@ def plan(
     architecture: Architecture | None,
     prices: Prices,
     workload: Workload,
-    wishes: PlanRequest | None = None,
+    request: PlanRequest | None = None,
 ) -> Plan:
-    """Everything that could run the recipe, ranked by expected dollars or hours.
+    """Rank every offer that could run the recipe, by expected cost or hours.
 
     Raises:
-        UserError: nobody rents what was asked for.
+        UserError: no offer matches the request.
     """
-    asked = wishes or PlanRequest()
+    request = request or PlanRequest()
     if not prices.offers:
         raise UserError(
-            "nothing is rented where you asked" + "".join(f"; {note}" for note in prices.notes),
-            hint="name a cloud with `--infra`, or leave it out",
+            "no machines are for rent on the requested infrastructure"
+            + "".join(f"; {note}" for note in prices.notes),
+            hint="name a cloud with `--infra`, or omit the option",
         )
-    offers = _asked_for(prices.offers, asked)
+    offers = _matching(prices.offers, request)
+    # One fit and one estimate per shape serve all clouds and regions that offer it.
     rejected: list[Rejected] = []
     rows: list[PlanRow] = []
-    for shape, same in _by_shape(offers, asked.nodes).items():
-        if shape.accelerator in ARM and asked.accelerator is None:
-            rejected.append(
-                Rejected(what=_whose(shape, same), why=ON_ARM, way_out=f"--gpus {shape.accelerator}")
-            )
+    for shape, same_shape in _by_shape(offers, request.nodes).items():
+        if shape.accelerator in ARM and request.accelerator is None:
+            what, way_out = _describe(shape, same_shape), f"--gpus {shape.accelerator}"
+            rejected.append(Rejected(what=what, why=ARM_REASON, way_out=way_out))
             continue
         sized = _size(recipe, architecture, shape, workload)
         if isinstance(sized, NoFit):
-            rejected.append(Rejected(what=_whose(shape, same), why=sized.message, way_out=sized.hint))
+            what = _describe(shape, same_shape)
+            rejected.append(Rejected(what=what, why=sized.message, way_out=sized.hint))
         else:
-            rows += _rows(shape, same, sized, asked)
-    rows.sort(key=lambda row: _key(row, asked.by))
-    judged = [(row, _over(row, asked)) for row in rows]
-    fitting = [row for row, why in judged if not why]
-    over = [row for row, why in judged if why]
-    refused = [
-        Rejected(what=row.names(), why=why, way_out=_more(over, asked), fits=True)
-        for row, why in judged
-        if why
-    ]
+            rows += _rows(shape, same_shape, sized, request)
+    rows.sort(key=lambda row: _key(row, request.by))
+    fitting, over_limit = _apply_limits(rows, request)
     return Plan(
         recipe=recipe.name,
         workload=workload,
         rows=tuple(fitting),
-        rejected=(*rejected, *refused) if fitting else (*refused, *rejected),
-        why=_why(fitting, asked, refused),
+        # With no row left, the options that only a limit rejects come first: they are the nearest.
+        rejected=(*rejected, *over_limit) if fitting else (*over_limit, *rejected),
+        why=_why(fitting, request, over_limit),
         prices=f"{prices.source}, {prices.as_of.isoformat()}",
         notes=prices.notes,
     )
 
 
-def _asked_for(offers: Sequence[Offer], wishes: PlanRequest) -> list[Offer]:
-    """Offers of the GPUs that were named; at least one."""
-    named = [offer for offer in offers if wishes.accelerator in (None, offer.shape.accelerator)]
-    if not named:
-        rented = sorted({offer.shape.accelerator or "" for offer in offers})
-        near = difflib.get_close_matches(wishes.accelerator or "", rented, n=3, cutoff=0.4) or rented
+def _matching(offers: Sequence[Offer], request: PlanRequest) -> list[Offer]:
+    """Return the offers of the requested GPUs and market; raises UserError if there are none."""
+    of_name = [offer for offer in offers if request.accelerator in (None, offer.shape.accelerator)]
+    if not of_name:
+        available = sorted({offer.shape.accelerator or "" for offer in offers})
+        near = difflib.get_close_matches(request.accelerator or "", available, n=3, cutoff=0.4) or available
         raise UserError(
-            f"nobody here rents {wishes.accelerator}",
-            hint=f"to be had: {', '.join(near)}",
+            f"no cloud of this plan rents {request.accelerator}",
+            hint=f"available: {', '.join(near)}",
         )
-    counted = [offer for offer in named if wishes.count in (None, offer.shape.count)]
-    if not counted:
-        counts = ", ".join(str(count) for count in sorted({offer.shape.count for offer in named}))
+    of_count = [offer for offer in of_name if request.count in (None, offer.shape.count)]
+    if not of_count:
+        counts = ", ".join(str(count) for count in sorted({offer.shape.count for offer in of_name}))
         raise UserError(
-            f"nobody here rents {wishes.count} x {wishes.accelerator} in one machine",
-            hint=f"to be had are {counts}: `--gpus {wishes.accelerator}:N`",
+            f"no cloud of this plan rents a machine with {request.count} x {request.accelerator}",
+            hint=f"available counts: {counts}; `--gpus {request.accelerator}:N`",
         )
-    return _on_market(counted, wishes)
+    return _on_market(of_count, request)
 
 
-def _on_market(offers: list[Offer], wishes: PlanRequest) -> list[Offer]:
-    """Those of the market that was named; at least one."""
-    if wishes.spot is None:
+def _on_market(offers: list[Offer], request: PlanRequest) -> list[Offer]:
+    """Return the offers of the requested market; raises UserError if there are none."""
+    if request.spot is None:
         return offers
-    found = [each for each in offers if (each.spot_usd_per_h if wishes.spot else each.usd_per_h) is not None]
+    found = [
+        offer for offer in offers if (offer.spot_usd_per_h if request.spot else offer.usd_per_h) is not None
+    ]
     if not found:
-        wanted = "spot" if wishes.spot else "on demand"
+        market_name = "spot" if request.spot else "on demand"
+        clouds = ", ".join(sorted({offer.infra for offer in offers}))
         raise UserError(
-            f"{', '.join(sorted({each.infra for each in offers}))} rents no {wishes.accelerator or 'GPUs'} {wanted}",
-            hint=f"leave `--{wanted.replace(' ', '-')}` out, or name other clouds with `--infra`",
+            f"{clouds} rents no {request.accelerator or 'GPUs'} {market_name}",
+            hint=f"omit `--{market_name.replace(' ', '-')}`, or name other clouds with `--infra`",
         )
     return found
 
 
 def _by_shape(offers: Iterable[Offer], nodes: int) -> dict[Shape, list[Offer]]:
-    """Offers that make the same of a recipe: one instance type, wherever it stands."""
+    """Return the offers grouped by shape: an instance type is one group, in all of its regions."""
     shapes: dict[Shape, list[Offer]] = {}
     for offer in offers:
         shapes.setdefault(offer.shape.model_copy(update={"nodes": nodes}), []).append(offer)
@@ -231,25 +231,26 @@ def _size(
         chosen = fit(recipe, shape, architecture)
     except NoFit as error:
         return error
-    assert architecture is not None  # noqa: S101 - without it nothing fits a GPU
+    assert architecture is not None  # noqa: S101 - `fit` raises NoFit for a GPU if it is None
     return _Sized(chosen, estimate(recipe, architecture, chosen, shape, workload))
 
 
-def _rows(shape: Shape, offers: Sequence[Offer], sized: _Sized, wishes: PlanRequest) -> Iterator[PlanRow]:
-    """At most two for each cloud: on demand and spot, each in its cheapest region."""
+def _rows(shape: Shape, offers: Sequence[Offer], sized: _Sized, request: PlanRequest) -> Iterator[PlanRow]:
+    """Yield at most two options per cloud: on demand and spot, each in its cheapest region."""
     for infra in dict.fromkeys(offer.infra for offer in offers):
-        here = [offer for offer in offers if offer.infra == infra]
-        on_demand = [offer for offer in here if offer.usd_per_h is not None]
-        spot = [offer for offer in here if offer.spot_usd_per_h is not None]
-        if on_demand and wishes.spot is not True:
-            yield _on_demand(shape, min(on_demand, key=lambda offer: _dear(offer, offer.usd_per_h)), sized)
-        if spot and wishes.spot is not False:
-            cheapest = min(spot, key=lambda offer: _dear(offer, offer.spot_usd_per_h))
+        of_cloud = [offer for offer in offers if offer.infra == infra]
+        on_demand = [offer for offer in of_cloud if offer.usd_per_h is not None]
+        spot = [offer for offer in of_cloud if offer.spot_usd_per_h is not None]
+        if on_demand and request.spot is not True:
+            cheapest = min(on_demand, key=lambda offer: _region_order(offer, offer.usd_per_h))
+            yield _on_demand(shape, cheapest, sized)
+        if spot and request.spot is not False:
+            cheapest = min(spot, key=lambda offer: _region_order(offer, offer.spot_usd_per_h))
             yield _on_spot(shape, cheapest, sized, regions=len({offer.region for offer in spot}))
 
 
-def _dear(offer: Offer, usd_per_h: float | None) -> tuple[float, bool, str]:
-    """Of regions at one price the American come first: most of the clouds' GPUs are there."""
+def _region_order(offer: Offer, usd_per_h: float | None) -> tuple[float, bool, str]:
+    """Return the sort key of regions: by price, and at equal prices US regions first, which have the most GPUs."""
     return usd_per_h or 0.0, not offer.region.startswith("us-"), offer.region
 
 
@@ -270,20 +271,19 @@ def _on_demand(shape: Shape, offer: Offer, sized: _Sized) -> PlanRow:
 
 
 def _on_spot(shape: Shape, offer: Offer, sized: _Sized, *, regions: int) -> PlanRow:
-    """A recovery looks for a machine in all regions, so one waits less where there are more."""
-    known = market(offer.infra, shape.accelerator, count=shape.count, zones=regions)
+    """Return the spot option; more regions shorten the wait, because a recovery looks in all of them."""
+    statistics = market(offer.infra, shape.accelerator, count=shape.count, zones=regions)
     time = sized.estimate
     expected = spot_expectation(
         work_h=time.work_s / 3600,
         save_s=time.save_s,
         restore_s=time.restore_s,
-        provision_h=known.provision_h,
-        preemptions_per_h=known.preemptions_per_h,
+        provision_h=statistics.provision_h,
+        preemptions_per_h=statistics.preemptions_per_h,
         upload_s=time.upload_s,
         load_s=time.load_s,
-        notice_s=max(
-            0.0, NOTICE_S.get(offer.infra, 0.0) - time.step_s
-        ),  # the step that it comes in ends first
+        # The step that runs when the notice arrives is finished first.
+        notice_s=max(0.0, NOTICE_S.get(offer.infra, 0.0) - time.step_s),
     )
     usd_per_h = (offer.spot_usd_per_h or 0.0) * shape.nodes
     return PlanRow(
@@ -292,7 +292,7 @@ def _on_spot(shape: Shape, offer: Offer, sized: _Sized, *, regions: int) -> Plan
         spot=True,
         fit=sized.fit,
         estimate=time,
-        expectation=expected.model_copy(update={"why": f"{expected.why} ({known.source})"}),
+        expectation=expected.model_copy(update={"why": f"{expected.why} ({statistics.source})"}),
         usd_per_h=usd_per_h,
         hours=expected.hours,
         usd=usd_per_h * expected.paid_hours,
@@ -300,60 +300,69 @@ def _on_spot(shape: Shape, offer: Offer, sized: _Sized, *, regions: int) -> Plan
     )
 
 
-def _over(row: PlanRow, wishes: PlanRequest) -> str:
-    """Why the budget or the deadline forbids it; empty: they do not."""
-    over: list[str] = []
-    if wishes.budget_usd is not None and row.usd > wishes.budget_usd:
-        over.append(f"${row.usd:,.0f} expected, over the budget of ${wishes.budget_usd:,.0f}")
-    if wishes.deadline_h is not None and row.hours > wishes.deadline_h:
-        over.append(f"{row.hours:.1f} h expected, past the deadline of {wishes.deadline_h:g} h")
-    return "; ".join(over)
+def _apply_limits(rows: Sequence[PlanRow], request: PlanRequest) -> tuple[list[PlanRow], list[Rejected]]:
+    """Return the rows within budget and deadline, and the others as rejections."""
+    reasons = [_limit_reason(row, request) for row in rows]
+    over = [row for row, why in zip(rows, reasons, strict=True) if why]
+    way_out = _suggest_limits(over, request) if over else None
+    rejected = [
+        Rejected(what=row.describe(), why=why, way_out=way_out, fits=True)
+        for row, why in zip(rows, reasons, strict=True)
+        if why
+    ]
+    return [row for row, why in zip(rows, reasons, strict=True) if not why], rejected
 
 
-def _more(over: Iterable[PlanRow], wishes: PlanRequest) -> str:
-    """The limits that would let the nearest one run: of two that are given, only one is raised if that is enough."""
+def _limit_reason(row: PlanRow, request: PlanRequest) -> str:
+    """Return which limits the row exceeds, and by how much; empty if it exceeds none."""
+    reasons: list[str] = []
+    if request.budget_usd is not None and row.usd > request.budget_usd:
+        reasons.append(f"${row.usd:,.0f} expected, over the budget of ${request.budget_usd:,.0f}")
+    if request.deadline_h is not None and row.hours > request.deadline_h:
+        reasons.append(f"{row.hours:.1f} h expected, past the deadline of {request.deadline_h:g} h")
+    return "; ".join(reasons)
 
-    def raised(row: PlanRow) -> tuple[int, float, float]:
-        dear = wishes.budget_usd is not None and row.usd > wishes.budget_usd
-        slow = wishes.deadline_h is not None and row.hours > wishes.deadline_h
-        return dear + slow, row.usd if dear else 0.0, row.hours
 
-    least = min(over, key=raised)
-    words = []
-    if wishes.budget_usd is not None and least.usd > wishes.budget_usd:
-        words.append(f"--budget {math.ceil(least.usd)}")
-    if wishes.deadline_h is not None and least.hours > wishes.deadline_h:
-        words.append(f"--deadline {math.ceil(10 * least.hours) / 10:g}h")
-    return f"`{' '.join(words)}` would do for {least.names()}"
+def _suggest_limits(over: Iterable[PlanRow], request: PlanRequest) -> str:
+    """Return the limits that would allow the nearest option; it raises one of two limits if that is enough."""
+
+    def distance(row: PlanRow) -> tuple[int, float, float]:
+        over_budget = request.budget_usd is not None and row.usd > request.budget_usd
+        too_slow = request.deadline_h is not None and row.hours > request.deadline_h
+        return over_budget + too_slow, row.usd if over_budget else 0.0, row.hours
+
+    nearest = min(over, key=distance)
+    options = []
+    if request.budget_usd is not None and nearest.usd > request.budget_usd:
+        options.append(f"--budget {math.ceil(nearest.usd)}")
+    if request.deadline_h is not None and nearest.hours > request.deadline_h:
+        options.append(f"--deadline {math.ceil(10 * nearest.hours) / 10:g}h")
+    return f"`{' '.join(options)}` would allow {nearest.describe()}"
 
 
 def _key(row: PlanRow, by: By) -> tuple[float, float, str]:
     first, second = (row.usd, row.hours) if by == "dollars" else (row.hours, row.usd)
-    return first, second, row.names()
+    return first, second, row.describe()
 
 
-def _why(rows: Sequence[PlanRow], wishes: PlanRequest, refused: Sequence[Rejected]) -> str:
-    if not rows and refused:
-        return f"all {len(refused)} that fit are too dear or too slow"
+def _why(rows: Sequence[PlanRow], request: PlanRequest, over_limit: Sequence[Rejected]) -> str:
+    if not rows and over_limit:
+        return f"all {len(over_limit)} options that fit are over the budget or the deadline"
     if not rows:
-        return "nothing that can be rented will do"
+        return "no machine that can be rented fits"
     best = rows[0]
-    least = "the fewest expected hours" if wishes.by == "hours" else "the fewest expected dollars"
-    said = [
-        f"{best.names()}: {least} of {len(rows)} that fit"
-        if len(rows) > 1
-        else f"{best.names()}: all that fits"
-    ]
+    criterion = "the shortest expected time" if request.by == "hours" else "the lowest expected cost"
+    reason = f"{criterion} of {len(rows)} options" if len(rows) > 1 else "the only option that fits"
+    parts = [f"{best.describe()}: {reason}"]
     if best.expectation:
-        said.append(best.expectation.why)
+        parts.append(best.expectation.why)
     other = next((row for row in rows[1:] if row.spot != best.spot), None)
     if other:
-        said.append(
-            f"next {'spot' if other.spot else 'on demand'}: {other.names()}, ${other.usd:,.0f} in {other.hours:.1f} h"
-        )
-    return "; ".join(said)
+        kind = "spot" if other.spot else "on demand"
+        parts.append(f"best {kind}: {other.describe()}, ${other.usd:,.0f} in {other.hours:.1f} h")
+    return "; ".join(parts)
 
 
-def _whose(shape: Shape, offers: Sequence[Offer]) -> str:
+def _describe(shape: Shape, offers: Sequence[Offer]) -> str:
     types = sorted({f"{offer.infra} {offer.instance_type}" for offer in offers})
     return f"{shape} ({', '.join(types)})"

@@ -1,14 +1,14 @@
-"""Spot or not: expected hours of a run that may lose its machine, and how often to save.
+"""Spot machines: the expected hours of a run that is preempted at times, and the best interval between saves.
 
-Preemptions are taken as memoryless: a machine that is held is lost at a constant rate. A run saves every interval;
-the save stops training for a moment and is uploaded beside it, so that it counts only when it is committed. A loss
-goes back to the newest committed checkpoint, and a machine must first be had, loaded and restored. For this the
-expectation is exact (Daly 2006, https://doi.org/10.1016/j.future.2004.11.016, its complete model, with the upload's
-lag added to the restart, which the same argument gives):
+The model is memoryless: a held machine is preempted at a constant rate. A run saves at every interval. A save pauses
+training briefly and is then uploaded in the background; it counts only when it is committed. After a preemption the run
+waits for a machine, loads, restores the newest committed checkpoint and repeats the work since then. For this model the
+expectation is exact (Daly 2006, https://doi.org/10.1016/j.future.2004.11.016, its complete model; the upload's delay is
+added to the restart, by the same argument):
 
     held = (e^(rate x (interval + save)) - 1) x e^(rate x (restart + upload)) / rate     for each interval of work
 
-Real preemptions come in bursts; `bench/spot.md` shows what that does to the numbers.
+Real preemptions come in bursts; `bench/spot.md` shows the effect on the numbers.
 """
 
 from __future__ import annotations
@@ -21,84 +21,66 @@ from pydantic import BaseModel, ConfigDict
 
 HOUR_S = 3600.0
 UPLOAD_SHARE = 0.5
-"""Of the time between saves, at most: a bucket twice as slow as thought still takes every save."""
+"""Largest share of the time between saves that an upload takes; a bucket half as fast as expected then still keeps up."""
 LEAST_INTERVAL_S = 60.0
 LONGEST_INTERVAL_S = 2 * HOUR_S
-"""Also on machines that are never lost: software fails too, and people look at checkpoints."""
+"""Also without preemptions, because software fails too, and users look at checkpoints."""
 LEAST_PER_H = 1e-9
-"""Below it a preemption is one in more than a hundred thousand years."""
+"""Lower preemption rates count as zero: this is one in more than a hundred thousand years."""
 LARGEST_EXPONENT = 200.0
-"""e^200 hours is never."""
-
-
-class Market(BaseModel):
-    """How long spot machines last and how long one waits for the next: measured, or taken from elsewhere."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    preemptions_per_h: float
-    """While a machine is held."""
-    provision_h: float
-    """Mean wait for a machine."""
-    source: str
-
-
+"""Larger exponents give infinity: e^200 hours is never."""
 TRACES = "https://github.com/skypilot-org/spot-traces"
 POOLED_PER_H, ONE_ZONE_WAIT_H = 0.30, 2.2
-"""One V100 on AWS, 5 traces of 2023 in 5 zones: 656 losses in 2161 hours held, from 0.16 to 1.4 an hour; 1472 hours of
-waiting (`bench/spot.md`). The data of "Can't Be Late" (Wu et al., NSDI 2024)."""
+"""Preemptions per hour and mean wait in hours of one V100 on AWS. From 5 traces of 2023 in 5 zones: 656 preemptions in
+2161 held hours, between 0.16 and 1.4 per hour; 1472 hours of waiting (`bench/spot.md`). The data is that of "Can't Be
+Late" (Wu et al., NSDI 2024)."""
 MARKETS: Mapping[tuple[str, str], tuple[float, float]] = {
     ("aws", "V100"): (POOLED_PER_H, ONE_ZONE_WAIT_H),
     ("aws", "V100:8"): (0.86, 1.26),
     ("gcp", "None"): (0.022, 0.01),
 }
-"""Losses an hour and wait in one zone: p3.2xlarge; p3.16xlarge in us-west-2a, 27 days of 2022; c3-highcpu-88, two
-days of 2023, never lost but at the seam."""
+"""Preemptions per hour and mean wait in hours in one zone, by cloud and GPU. They are of p3.2xlarge; of p3.16xlarge in
+us-west-2a, 27 days of 2022; and of c3-highcpu-88, two days of 2023, preempted only at the seam of two recordings."""
 
 
-def market(infra: str, accelerator: str | None, *, count: int = 1, zones: int = 1) -> Market:
-    """What is known of a cloud's spot machines; where nothing is, the pooled V100s, and it says so.
+class Market(BaseModel):
+    """How often spot machines are preempted, and how long the wait for the next one is."""
 
-    Several zones shorten the wait in proportion, as if each became free on its own. Several nodes are taken to be lost
-    together: four V100s of one zone were lost 0.12 times an hour, less often than single ones (same traces).
-    """
-    for name in (f"{accelerator}:{count}", str(accelerator)):
-        if found := MARKETS.get((infra, name)):
-            return Market(
-                preemptions_per_h=found[0], provision_h=found[1] / zones, source=f"measured: {TRACES}"
-            )
-    return Market(
-        preemptions_per_h=POOLED_PER_H,
-        provision_h=ONE_ZONE_WAIT_H / zones,
-        source=f"nobody has published {accelerator} on {infra}; V100s on AWS: {TRACES}",
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preemptions_per_h: float
+    """Rate while a machine is held."""
+    provision_h: float
+    """Mean wait for a machine."""
+    source: str
+    """The measurement behind the numbers."""
 
 
 class SpotOutlook(BaseModel):
-    """What a run on spot is expected to take; `inf` where it never ends."""
+    """The expected hours of a run on spot; `inf` if it never ends."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     hours: float
-    """From the first request to the end, waiting for machines included."""
+    """From the first request for a machine to the end, waits included."""
     paid_hours: float
-    """That a machine was held; waiting for one is not paid."""
+    """Hours in which a machine is held; a wait costs nothing."""
     preemptions: float
     interval_s: float
-    """Of work between saves."""
+    """Seconds of work between saves."""
     lost_h: float
-    """Work done twice, starts and saves that came to nothing."""
+    """Work that is repeated, and starts and saves that a preemption cut off."""
     saving_h: float
-    """Training stood still for saves, and the last upload."""
+    """Pauses of training for saves, and the last upload."""
     starting_h: float
-    """Machines held while they load and restore."""
+    """Held machines load and restore."""
     waiting_h: float
-    """No machine held."""
+    """No machine is held."""
     why: str
 
 
 class _Costs(NamedTuple):
-    """Hours."""
+    """A run's durations in hours, and its preemptions per hour."""
 
     work: float
     interval: float
@@ -110,7 +92,7 @@ class _Costs(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """Hours of a machine until the first commit, and after it."""
+    """Hours in which a machine is held: until the first commit, and after it."""
 
     first: float
     more: float
@@ -118,6 +100,25 @@ class _Held(NamedTuple):
     @property
     def hours(self) -> float:
         return self.first + self.more
+
+
+def market(infra: str, accelerator: str | None, *, count: int = 1, zones: int = 1) -> Market:
+    """Return the preemption rate and the wait of a cloud's spot machines.
+
+    Without a published measurement the numbers are those of the pooled V100s, and `source` has the reason. The wait is
+    divided by the number of zones, as if each zone became free independently. Several nodes count as preempted
+    together: four V100s of one zone were preempted 0.12 times per hour, less often than single ones (same traces).
+    """
+    for name in (f"{accelerator}:{count}", str(accelerator)):
+        if found := MARKETS.get((infra, name)):
+            return Market(
+                preemptions_per_h=found[0], provision_h=found[1] / zones, source=f"measured: {TRACES}"
+            )
+    return Market(
+        preemptions_per_h=POOLED_PER_H,
+        provision_h=ONE_ZONE_WAIT_H / zones,
+        source=f"no published data for {accelerator} on {infra}; from V100s on AWS: {TRACES}",
+    )
 
 
 def spot_expectation(  # noqa: PLR0913 - a run, its checkpoints and its market
@@ -132,18 +133,18 @@ def spot_expectation(  # noqa: PLR0913 - a run, its checkpoints and its market
     notice_s: float = 0.0,
     interval_s: float | None = None,
 ) -> SpotOutlook:
-    """Expected hours of a run.
+    """Return the expected hours of a run.
 
     Args:
-        work_h: of training, undisturbed, without saves and starts.
-        save_s: that training stands still for each save.
-        restore_s: to download and load a checkpoint, on top of `load_s`.
-        provision_h: mean wait for a machine, not paid.
-        preemptions_per_h: while a machine is held.
-        upload_s: from a save until it is committed.
-        load_s: on a held machine, before training: container, model, data.
-        notice_s: warning of a preemption; counts only if it holds a save and its upload.
-        interval_s: of work between saves; None takes the best.
+        work_h: hours of training without interruptions, saves and starts.
+        save_s: pause of training for each save.
+        restore_s: download and load of a checkpoint, in addition to `load_s`.
+        provision_h: mean wait for a machine, which costs nothing.
+        preemptions_per_h: rate while a machine is held.
+        upload_s: time from a save to its commit.
+        load_s: time of a held machine before training starts: container, model, data.
+        notice_s: warning before a preemption; it helps only if a save and its upload fit into it.
+        interval_s: work between saves; None means the best interval.
     """
     if interval_s is None:
         interval_s = best_interval(
@@ -166,23 +167,23 @@ def spot_expectation(  # noqa: PLR0913 - a run, its checkpoints and its market
 def best_interval(
     *, save_s: float, upload_s: float, preemptions_per_h: float, work_h: float = math.inf
 ) -> float:
-    """Seconds of work between saves that make the expected hours least.
+    """Return the seconds of work between saves that minimise the expected hours.
 
-    Daly's higher-order estimate of the optimum (2006; its first term is Young's, 1974,
-    https://doi.org/10.1145/361147.361115), which neither the restart nor the upload changes, and then as long as the
-    upload needs. Never longer than the work.
+    This is Daly's higher-order estimate of the optimum (2006; its first term is Young's, 1974,
+    https://doi.org/10.1145/361147.361115). Restart and upload do not change it. The interval is longer if the upload
+    needs it, and never longer than the work.
     """
     least = max(LEAST_INTERVAL_S, upload_s / UPLOAD_SHARE - save_s)
-    wanted = (
+    optimum = (
         daly(save_s=save_s, mean_s=HOUR_S / preemptions_per_h)
         if preemptions_per_h > LEAST_PER_H
         else math.inf
     )
-    return max(min(max(wanted, least), LONGEST_INTERVAL_S, work_h * HOUR_S), 1.0)
+    return max(min(max(optimum, least), LONGEST_INTERVAL_S, work_h * HOUR_S), 1.0)
 
 
 def daly(*, save_s: float, mean_s: float) -> float:
-    """The interval of work for a save and a mean time between losses (Daly 2006, the higher-order estimate)."""
+    """Return the best interval for a save's duration and a mean time between preemptions (Daly 2006, higher order)."""
     if save_s >= 2 * mean_s:
         return mean_s
     ratio = save_s / (2 * mean_s)
@@ -190,14 +191,15 @@ def daly(*, save_s: float, mean_s: float) -> float:
 
 
 def save_steps(interval_s: float, *, step_s: float, total_steps: int) -> int:
-    """The recipe's `save_steps` nearest an interval."""
+    """Return the number of steps nearest to an interval, for the recipe's `save_steps`."""
     return max(1, min(total_steps, round(interval_s / step_s)))
 
 
 def _held(costs: _Costs) -> _Held:
-    """With every preemption going back to the last commit."""
+    """Return the held hours if every preemption falls back to the last commit."""
     if not costs.rate:
         return _Held(costs.load + costs.work + _saves(costs) * costs.save + costs.upload, 0.0)
+    # Until the first commit a preemption starts the run anew; after it, only the current segment is repeated.
     whole, rest = _split(costs)
     first = costs.interval if whole else rest
     more = max(whole - 1, 0) * _segment(costs, costs.interval) + (
@@ -207,20 +209,20 @@ def _held(costs: _Costs) -> _Held:
 
 
 def _held_with_notice(costs: _Costs) -> _Held:
-    """With every preemption announced in time: only starts are paid twice."""
+    """Return the held hours if every notice is long enough for a save: only starts are repeated."""
     busy = costs.work + _saves(costs) * costs.save + costs.upload
     first = _uninterrupted(costs.load, costs.rate) if costs.rate else costs.load
     return _Held(first, busy * _power(costs.rate * costs.restart))
 
 
 def _segment(costs: _Costs, work: float) -> float:
-    """From one commit to the next."""
+    """Return the held hours from one commit to the next."""
     lag = _power(costs.rate * (costs.restart + costs.upload))
     return lag * _growth(costs.rate * (work + costs.save)) / costs.rate
 
 
 def _uninterrupted(hours: float, rate: float) -> float:
-    """Until so many hours pass without a preemption, starting over at each."""
+    """Return the held hours until `hours` pass without a preemption, if every preemption starts over."""
     return _growth(rate * hours) / rate
 
 
@@ -229,12 +231,12 @@ def _power(exponent: float) -> float:
 
 
 def _growth(exponent: float) -> float:
-    """e^x - 1, exact also near 0."""
+    """Return e^x - 1, which is exact near 0 too."""
     return math.expm1(exponent) if exponent < LARGEST_EXPONENT else math.inf
 
 
 def _split(costs: _Costs) -> tuple[int, float]:
-    """Whole intervals, and what is left of the work."""
+    """Return the number of whole intervals, and the rest of the work in hours."""
     whole = math.floor(costs.work / costs.interval + 1e-9) if costs.interval else 0
     rest = costs.work - whole * costs.interval
     return whole, rest if rest > 1e-9 * costs.work else 0.0
@@ -266,15 +268,15 @@ def _result(costs: _Costs, held: _Held, *, provision_h: float, saved_in_time: bo
 
 
 def _start(hours: float, rate: float) -> float:
-    """Of a start, which may itself be cut short."""
+    """Return the expected hours of one start, which a preemption may cut off."""
     return -math.expm1(-rate * hours) / rate if rate else hours
 
 
 def _why(costs: _Costs, preemptions: float, lost: float, *, saved_in_time: bool) -> str:
     if not costs.rate:
         return "no preemptions expected"
-    kept = "each announced in time to save" if saved_in_time else f"{lost:.1f} h of work lost"
+    loss = "each with enough notice to save" if saved_in_time else f"{lost:.1f} h of work lost"
     return (
-        f"{preemptions:.1f} preemptions expected, one in {1 / costs.rate:.1f} h; {kept}; "
+        f"{preemptions:.1f} preemptions expected, one per {1 / costs.rate:.1f} h; {loss}; "
         f"a save every {costs.interval * 60:.0f} min"
     )

@@ -12,8 +12,7 @@ from launcher import settings
 from launcher.cloud import skypilot
 from launcher.image.builders import BuildOptions
 from launcher.local.submit import checked_run_id
-from launcher.plan import plan
-from launcher.plan.plan import LoadPrices
+from launcher.plan.plan import LoadPrices, make_plan, no_fit_error
 from launcher.plan.rank import PlanRequest, PlanRow, parse_gpus
 from launcher.prices.load import load_prices
 from launcher.runs.limits import limits_for
@@ -116,7 +115,7 @@ def prepare(
     """Everything about a submission but its launch; asks for prices, and rents nothing.
 
     Raises:
-        NoFit: nothing that can be rented will do; says why, and what would.
+        NoFit: no machine that can be rented fits; the error has the reasons and a hint.
         UserError: the recipe, the task, the settings, or an option is wrong; the nodes could not reach the bucket.
     """
     site = settings.load(environ)
@@ -215,10 +214,10 @@ def _rented(  # noqa: PLR0913 (what a plan depends on)
         deadline_h=limits.deadline_h,
     )
     asked = prices(now=now, infra=infra, refresh=False)
-    found = plan.planned(recipe, wishes, infra=infra, now=now, rows=wanted.rows, prices=lambda **_: asked)
+    found = make_plan(recipe, wishes, infra=infra, now=now, rows=wanted.rows, prices=lambda **_: asked)
     chosen = found.chosen
     if chosen is None:
-        raise plan.refusal(found)
+        raise no_fit_error(found)
     managed = wanted.managed or chosen.spot
     named = bool(gpus or wishes.budget_usd)
     said = [

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher.doctor import hub
-from launcher.plan import workload
-from launcher.plan.workload import workload_of
+from launcher.plan import plan
+from launcher.plan.plan import find_workload
 from trainer.bucket import Bucket, open_file
 from trainer.errors import BucketError, DataError
 from trainer.recipe import Recipe, load
@@ -51,8 +51,8 @@ def test_a_file_that_is_not_there_is_named(data: str, tmp_path: Path) -> None:
     wanted = recipe(data.replace("pairs", "pears"))
     with pytest.raises(DataError, match=r"there is no .*/data/pears\.jsonl"):
         fetch_data(wanted, tmp_path)
-    with pytest.raises(DataError, match=r"there is no .*/data/pears\.jsonl"):
-        workload_of(wanted)
+    with pytest.raises(DataError, match=r"/data/pears\.jsonl does not exist"):
+        find_workload(wanted)
     said = hub.data(wanted.dataset_mixture.datasets[0], {})
     assert (said.status, said.said) == ("missing", f"there is no {data.replace('pairs', 'pears')}")
 
@@ -60,19 +60,19 @@ def test_a_file_that_is_not_there_is_named(data: str, tmp_path: Path) -> None:
 def test_a_bucket_that_is_not_there_is_the_user_s_to_mend(s3: str) -> None:
     """Before anything is rented."""
     with pytest.raises(BucketError, match="no-such-bucket-at-all"):
-        workload_of(recipe("s3://no-such-bucket-at-all/pairs.jsonl"))
+        find_workload(recipe("s3://no-such-bucket-at-all/pairs.jsonl"))
 
 
 def test_the_plan_counts_its_rows(data: str) -> None:
     """As it counts those of a file here."""
-    assert workload_of(recipe(data)).rows == 5
+    assert find_workload(recipe(data)).rows == 5
 
 
 def test_of_a_large_file_the_plan_reads_the_beginning(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows there, and the file's size, tell of all."""
-    monkeypatch.setattr(workload, "COUNTED_BYTES", len(ROW))
+    monkeypatch.setattr(plan, "COUNTED_BYTES", len(ROW))
     monkeypatch.setattr(Bucket, "read", lambda *_: iter([memoryview(ROW.encode()), None]))
-    assert workload_of(recipe(data)).rows == 5
+    assert find_workload(recipe(data)).rows == 5
 
 
 def test_the_doctor_sees_it(data: str) -> None:

@@ -62,7 +62,7 @@ def test_gpus_alone_are_enough() -> None:
     assert {each["accelerators"] for each in made.config["resources"]["ordered"]} == {"A100:8"}
     assert made.row
     assert "ZeRO-2: DDP needs" in "\n".join(made.said)
-    assert made.row.names() in made.said[0]
+    assert made.row.describe() in made.said[0]
 
 
 def test_spot_is_a_managed_job_that_saves_as_often_as_the_plan_says() -> None:

@@ -45,14 +45,14 @@ def test_rows_are_ranked_by_expected_dollars_and_the_first_is_chosen() -> None:
     found = planned()
     assert [row.usd for row in found.rows] == sorted(row.usd for row in found.rows)
     assert found.chosen == found.rows[0]
-    assert found.rows[0].names() in found.why
+    assert found.rows[0].describe() in found.why
 
 
 def test_or_by_hours() -> None:
     """Whoever is in a hurry asks for that."""
     found = planned(by="hours")
     assert [row.hours for row in found.rows] == sorted(row.hours for row in found.rows)
-    assert "fewest expected hours" in found.why
+    assert "shortest expected time" in found.why
 
 
 def test_every_row_fits_and_keeps_the_global_batch() -> None:
@@ -98,7 +98,7 @@ def test_a_market_that_a_cloud_does_not_have_is_named(accelerator: str | None) -
     here = found.model_copy(update={"offers": tuple(each for each in found.offers if each.infra == "lambda")})
     with pytest.raises(UserError, match=f"lambda rents no {accelerator or 'GPUs'} spot") as error:
         planned(prices=here, spot=True, accelerator=accelerator)
-    assert "leave `--spot` out" in str(error.value.hint)
+    assert "omit `--spot`" in str(error.value.hint)
 
 
 def test_spot_counts_preemptions_and_on_demand_does_not() -> None:
@@ -169,17 +169,19 @@ def test_two_nodes_cost_twice_an_hour() -> None:
 
 def test_gpus_that_nobody_rents_are_refused_with_what_is_rented() -> None:
     """The name, and then the number."""
-    with pytest.raises(UserError, match="nobody here rents 7 x A100 in one machine") as error:
+    with pytest.raises(UserError, match="no cloud of this plan rents a machine with 7 x A100") as error:
         planned(accelerator="A100", count=7)
     assert "1, 2, 4, 8" in str(error.value.hint)
-    with pytest.raises(UserError, match="nobody here rents RTX4090"):
+    with pytest.raises(UserError, match="no cloud of this plan rents RTX4090"):
         planned(accelerator="RTX4090")
 
 
 def test_a_place_where_nothing_is_rented_says_why() -> None:
     """A cluster of one's own has no prices, so no plan."""
     own = Prices(offers=(), as_of=date(2026, 11, 21), source="snapshot", notes=("slurm has no prices",))
-    with pytest.raises(UserError, match="nothing is rented where you asked; slurm has no prices"):
+    with pytest.raises(
+        UserError, match="no machines are for rent on the requested infrastructure; slurm has no prices"
+    ):
         planned(prices=own)
 
 

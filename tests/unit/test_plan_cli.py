@@ -74,7 +74,7 @@ def test_nothing_that_fits_is_exit_code_two_with_the_way_out(run: CliRunner) -> 
     """A script can stop before anything is rented."""
     result = plan(run, "dpo_full", "--gpus", "L4:1")
     assert isinstance(result.exception, UserError)
-    assert "nothing that can be rented will do" in result.exception.message
+    assert "no machine that can be rented fits" in result.exception.message
     assert plan(run, "dpo_full", "--gpus", "L4:1", "--json").return_value == 2
 
 
@@ -84,9 +84,9 @@ def test_limits_that_nothing_keeps_name_those_that_would(run: CliRunner) -> None
     for limits in (("--budget", "5"), ("--deadline", "30m"), ("--budget", "5", "--deadline", "90m")):
         result = plan(run, "dpo_full", *words, *limits)
         assert isinstance(result.exception, UserError)
-        assert "that fit are too dear or too slow" in result.exception.message
+        assert "options that fit are over the budget or the deadline" in result.exception.message
         assert "over the budget" in result.stdout or "past the deadline" in result.stdout
-        raised, named = re.fullmatch(r"`(.*)` would do for (.*)", result.exception.hint or "").groups()  # type: ignore[union-attr]
+        raised, named = re.fullmatch(r"`(.*)` would allow (.*)", result.exception.hint or "").groups()  # type: ignore[union-attr]
         given = dict(zip(limits[::2], limits[1::2], strict=True)) | dict([raised.split()])
         assert (
             f"chosen {named}: "
@@ -101,7 +101,7 @@ def test_a_data_set_that_nobody_knows_asks_for_its_rows(run: CliRunner) -> None:
     assert isinstance(result.exception, UserError), result.output
     assert "--rows" in str(result.exception.hint)
     counted = plan(run, "dpo_full", data, "--rows", "1000")
-    assert "1000 rows, as you said" in counted.stdout
+    assert "1000 rows, from --rows" in counted.stdout
 
 
 def test_files_on_this_machine_are_counted(run: CliRunner, tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.plan.recipe_headers import LINE, named, prediction
+from launcher.plan.recipe_headers import LINE, predict, predicted_recipes
 from trainer.recipe import load
 from trainer.recipe.yaml_file import RECIPES
 
 
-@pytest.mark.parametrize("name", named())
+@pytest.mark.parametrize("name", predicted_recipes())
 def test_a_header_says_what_the_plan_says(name: str) -> None:
     """Mended by `python -m launcher.plan.recipe_headers` when prices or estimates have changed."""
-    told = LINE.findall((RECIPES / f"{name}.yaml").read_text())
-    assert told == [prediction(load(name).recipe)]
+    found = LINE.findall((RECIPES / f"{name}.yaml").read_text())
+    assert found == [predict(load(name).recipe)]

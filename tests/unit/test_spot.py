@@ -190,7 +190,7 @@ def test_an_interval_becomes_save_steps() -> None:
 def test_what_nobody_measured_says_so() -> None:
     """A GPU with no trace borrows another's rates and names it; more zones shorten the wait."""
     unknown = market("gcp", "A100-80GB", count=8)
-    assert "nobody has published A100-80GB on gcp" in unknown.source
+    assert "no published data for A100-80GB on gcp" in unknown.source
     assert market("aws", "V100").source.startswith("measured")
     assert market("aws", "V100", count=8).preemptions_per_h == 0.86
     assert market("gcp", "A100", zones=4).provision_h == pytest.approx(market("gcp", "A100").provision_h / 4)
