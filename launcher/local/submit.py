@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,6 @@ from launcher.registry.local import Home
 from launcher.runs import limits
 from launcher.runs.run import Reader, RunHistory
 from trainer.bucket import open_run
-from trainer.errors import UserError
 
 
 def supervisor_command(
@@ -47,14 +45,6 @@ def supervisor_environment(
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def checked_run_id(name: str) -> str:
-    """The name, if it can be a folder's; raises UserError."""
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        return name
-    hint = "use letters, digits, dots, dashes and underscores, up to 100, a letter or digit first"
-    raise UserError(f"`{name}` cannot name a run", hint=hint)
 
 
 def submit(

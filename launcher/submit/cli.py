@@ -232,12 +232,13 @@ def _submission(recipe: str, overrides: Sequence[str], options: dict[str, Any]) 
     from launcher.runs.limits import limits_for
     from launcher.submit import cost_variables
     from trainer.bucket.address import canonical
+    from trainer.bucket.layout import checked_run_id
     from trainer.recipe import default_run_id, load
 
     site = settings.load(os.environ)
     loaded = load(recipe, overrides)
     address = canonical(options["checkpoints"] or site.checkpoints, Path.cwd())
-    run_id = machine.checked_run_id(options["name"]) if options["name"] else default_run_id(loaded.recipe)
+    run_id = checked_run_id(options["name"], new=True) if options["name"] else default_run_id(loaded.recipe)
     limits = limits_for(
         site, budget_usd=options["budget"], deadline_h=options["deadline"], owned="this machine"
     )

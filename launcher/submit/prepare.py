@@ -11,7 +11,6 @@ from typing import Any
 from launcher import settings
 from launcher.cloud import skypilot
 from launcher.image.builders import BuildOptions
-from launcher.local.submit import checked_run_id
 from launcher.plan.plan import LoadPrices, make_plan, no_fit_error
 from launcher.plan.rank import PlanRequest, PlanRow, parse_gpus
 from launcher.prices.load import load_prices
@@ -25,6 +24,7 @@ from trainer.accounting import Limits
 from trainer.architecture.hub_login import with_login
 from trainer.architecture.lookup import find_architecture
 from trainer.bucket.address import canonical
+from trainer.bucket.layout import checked_run_id
 from trainer.errors import UserError
 from trainer.fit import fit
 from trainer.hardware import Shape, gpu
@@ -148,7 +148,7 @@ def prepare(
     made = container(wanted.image, site, own=own)
     secrets |= login(made.image, environ)
     request = TaskSpec(
-        run_id=checked_run_id(wanted.name) if wanted.name else default_run_id(loaded.recipe),
+        run_id=checked_run_id(wanted.name, new=True) if wanted.name else default_run_id(loaded.recipe),
         recipe=recipe,
         checkpoints=checkpoints,
         overrides=(*overrides, *data, *save),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer.bucket import layout
+from trainer.errors import BucketError, ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = re.compile(
@@ -95,3 +96,24 @@ def test_other_keys_are_recognised_as_such(key: str) -> None:
     )
     assert [pattern(key) for pattern in patterns] == [None] * len(patterns)
     assert layout.run_of_final("s3://bucket/runs/mine") is None
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "-x", ".x", "a b", "x" * 101, "x\n", "reference"])
+def test_a_name_that_no_new_run_can_have_is_refused(name: str) -> None:
+    """A run's name is part of paths, of addresses and of jobs' names."""
+    with pytest.raises(BucketError, match="cannot name a run") as caught:
+        layout.checked_run_id(name, new=True)
+    assert caught.value.exit_code == ExitCode.CONFIG
+
+
+@pytest.mark.parametrize("run_id", ["-x", ".x", "x" * 200, "a.1_x-2"])
+def test_runs_that_exist_keep_their_ids(run_id: str) -> None:
+    """The rules for new names must not hide a run that is in a bucket already."""
+    assert layout.checked_run_id(run_id) == run_id
+
+
+@pytest.mark.parametrize("run_id", ["", ".", "..", "a/b", "x" * 201, "reference"])
+def test_an_id_that_no_run_can_have_is_refused(run_id: str) -> None:
+    """An id that cannot be part of a key is refused before anything is written."""
+    with pytest.raises(BucketError, match="cannot name a run"):
+        layout.checked_run_id(run_id)

@@ -12,10 +12,9 @@ from launcher.local import process
 from launcher.local.fault_injection import plan
 from launcher.local.follow import judge
 from launcher.local.process import LogTail
-from launcher.local.submit import checked_run_id, supervisor_command, supervisor_environment
+from launcher.local.submit import supervisor_command, supervisor_environment
 from launcher.registry.local import Home
 from launcher.runs.run import RunHistory
-from trainer.errors import UserError
 
 
 def test_the_same_run_in_two_buckets_is_two_runs(tmp_path: Path) -> None:
@@ -84,10 +83,3 @@ def test_a_log_is_followed_by_lines(tmp_path: Path) -> None:
     path.write_bytes(b"one\ntwo\n10%\r50%\r100%\n")
     assert log.new_lines() == ["two", "100%"]
     assert LogTail(path, last_lines=2).new_lines() == ["two", "100%"]
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", "-x", "a b", "x" * 101])
-def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
-    """A run's name is part of paths and of addresses."""
-    with pytest.raises(UserError, match="cannot name a run"):
-        checked_run_id(name)

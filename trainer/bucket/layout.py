@@ -23,6 +23,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from trainer.errors import BucketError
+
+RUN_ID = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,200}")
+"""The ids that runs in buckets may have."""
+NEW_RUN_ID_LENGTH = 100
+"""The most characters of a new id, because the names of jobs and local folders add to it. Older runs may have longer ids."""
 RUN_KEY = "run.json"
 ATTEMPTS_PREFIX = "attempts/"
 EVENTS_PREFIX = "events/"
@@ -69,6 +75,36 @@ class ReferenceKey(NamedTuple):
 
     fingerprint: str
     run_id: str
+
+
+def checked_run_id(run_id: str, *, new: bool = False) -> str:
+    """Return the id if it can name a run.
+
+    Args:
+        run_id: a name in the folder of runs.
+        new: also apply the rules for names that users give to new runs. They have at most 100 characters and begin
+            with a letter or digit, so that no command takes them for an option or a hidden file.
+
+    Raises:
+        BucketError: the id breaks a rule.
+    """
+    if run_id == REFERENCE_FOLDER:
+        raise BucketError(
+            f"`{run_id}` cannot name a run: it is the folder that runs share", hint="choose another name"
+        )
+    valid = RUN_ID.fullmatch(run_id) is not None
+    if new:
+        valid = valid and run_id[0].isalnum() and len(run_id) <= NEW_RUN_ID_LENGTH
+    if not valid:
+        most = (
+            f"at most {NEW_RUN_ID_LENGTH} of them, and begin with a letter or digit"
+            if new
+            else "at most 200 of them"
+        )
+        raise BucketError(
+            f"`{run_id}` cannot name a run", hint=f"use letters, digits, dots, dashes and underscores, {most}"
+        )
+    return run_id
 
 
 def attempt_key(attempt: int) -> str:

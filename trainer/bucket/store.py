@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -15,10 +14,9 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 
 from trainer.bucket.address import BucketAddress, Patience, connect, parse
 from trainer.bucket.folder_store import below, clear, folder_of, link
-from trainer.bucket.layout import REFERENCE_FOLDER
+from trainer.bucket.layout import REFERENCE_FOLDER, checked_run_id
 from trainer.bucket.ranged_reads import Pieces
 from trainer.bucket.store_errors import no_such_bucket, sort_fault
-from trainer.errors import BucketError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -303,15 +301,7 @@ def open_run(uri: str, run_id: str, *, patience: Patience = PATIENCE) -> Bucket:
             wrong or expired; no permission.
         Unavailable: nothing answers there.
     """
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", run_id) or not run_id.strip("."):
-        raise BucketError(
-            f"{run_id!r} cannot name a run", hint="use letters, digits, '.', '_' and '-', at most 200 of them"
-        )
-    if run_id == REFERENCE_FOLDER:
-        raise BucketError(
-            f"{run_id!r} is where runs share what they compute", hint="give the run another name"
-        )
-    place = parse(uri).child(run_id)
+    place = parse(uri).child(checked_run_id(run_id))
     _names(place, patience)
     return Bucket(connect(place, patience), str(place))
 
