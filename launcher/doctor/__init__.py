@@ -1,1 +1,1 @@
-"""What a run needs, looked at all at once: what is there, what is missing, and how to get it."""
+"""Check that everything a run requires is set up, and report how to fix what is missing."""

@@ -1,4 +1,4 @@
-"""Whether runs can be kept in a bucket: tried with an object of our own, which is taken away again."""
+"""Check the bucket of a run by writing, listing, reading and deleting a probe object."""
 
 from __future__ import annotations
 
@@ -7,59 +7,60 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.doctor.check import Finding
+from launcher.doctor.findings import Finding
 from trainer.bucket import Bucket, open_run
 from trainer.bucket.address import Patience, folder_of
 from trainer.errors import BucketError
 
 PROBE = "doctor"
 PATIENCE = Patience(open_s=8.0, transfer_s=8.0, request_s=8.0)
-CONDITIONS = (
-    "several controllers of one run would not see each other at once: start a run from one place at a time"
-)
+NO_CONDITIONS = "two machines that start the same run at once would not notice each other: start a run from one place only"
 
 
-def look(checkpoints: str, *, elsewhere: bool) -> list[Finding]:
-    """Reachable, writable, and whether it honours a conditional put; leaves nothing behind.
+def check_bucket(checkpoints: str, *, from_other_machines: bool) -> list[Finding]:
+    """Check that the bucket is reachable and writable, and that it supports conditional writes; leave nothing behind.
 
     Args:
         checkpoints: address of the folder of runs.
-        elsewhere: whether other machines are to reach it.
+        from_other_machines: whether the run is on another machine, which must reach the bucket too.
 
     Raises:
-        BucketError, Unavailable: it cannot be reached, or refuses us.
+        BucketError, Unavailable: it cannot be reached, or it denies access.
     """
-    if elsewhere and folder_of(checkpoints) is not None:
-        said = f"checkpoints would go to {checkpoints}, a folder of this machine, which others cannot reach"
-        hint = '`--checkpoints gs://BUCKET/runs`, or `checkpoints = "gs://BUCKET/runs"` in the settings'
-        return [Finding(name="bucket", status="missing", said=said, hint=hint)]
-    with _probe(checkpoints) as bucket:
-        return [_written(bucket, checkpoints), _conditions(bucket)]
+    if from_other_machines and folder_of(checkpoints) is not None:
+        detail = f"checkpoints would go to {checkpoints}, a folder of this machine that other machines cannot reach"
+        hint = 'use `--checkpoints gs://BUCKET/runs`, or `checkpoints = "gs://BUCKET/runs"` in the settings'
+        return [Finding(name="bucket", status="missing", detail=detail, hint=hint)]
+    with _probe_run(checkpoints) as bucket:
+        return [_check_access(bucket, checkpoints), _check_conditional_put(bucket)]
 
 
-def _written(bucket: Bucket, checkpoints: str) -> Finding:
-    sent = uuid.uuid4().hex.encode()
-    bucket.put(PROBE, sent)
-    if bucket.get(PROBE) != sent or [item.key for item in bucket.list()] != [PROBE]:
-        raise BucketError(f"{checkpoints} does not give back what was written to it")
-    return Finding(name="bucket", status="ok", said=f"{checkpoints} is written to, listed, read and cleared")
+def _check_access(bucket: Bucket, checkpoints: str) -> Finding:
+    content = uuid.uuid4().hex.encode()
+    bucket.put(PROBE, content)
+    if bucket.get(PROBE) != content or [item.key for item in bucket.list()] != [PROBE]:
+        raise BucketError(
+            f"{checkpoints} does not return what was written to it",
+            hint="the store does not read its own writes: use another bucket",
+        )
+    return Finding(name="bucket", status="ok", detail=f"{checkpoints}: write, list, read and delete work")
 
 
-def _conditions(bucket: Bucket) -> Finding:
+def _check_conditional_put(bucket: Bucket) -> Finding:
     name = "conditional put"
     if bucket.keeps_first(PROBE, bucket.get(PROBE)):
-        return Finding(name=name, status="ok", said="honoured: a run has one owner")
-    said = "the store ignores it"
-    return Finding(name=name, status="failed", said=said, hint=CONDITIONS, needed=False)
+        return Finding(name=name, status="ok", detail="supported: only one attempt can own a run")
+    detail = "the store ignores it"
+    return Finding(name=name, status="failed", detail=detail, hint=NO_CONDITIONS, needed=False)
 
 
 @contextlib.contextmanager
-def _probe(checkpoints: str) -> Iterator[Bucket]:
-    """A run of nobody's; of a folder, also the folders that had to be made for it go again."""
+def _probe_run(checkpoints: str) -> Iterator[Bucket]:
+    """Open a temporary run and delete it afterwards, with every local folder that was created for it."""
     run_id = f".{PROBE}-{uuid.uuid4().hex[:12]}"
     folder = folder_of(checkpoints)
     path = folder.expanduser().absolute() / run_id if folder is not None else None
-    made = [each for each in (path, *path.parents) if not each.exists()] if path else []
+    created = [parent for parent in (path, *path.parents) if not parent.exists()] if path else []
     try:
         bucket = open_run(checkpoints, run_id, patience=PATIENCE)
         try:
@@ -67,10 +68,10 @@ def _probe(checkpoints: str) -> Iterator[Bucket]:
         finally:
             bucket.delete([PROBE])
     finally:
-        _clear(made)
+        _remove_folders(created)
 
 
-def _clear(made: list[Path]) -> None:
-    for each in made:
+def _remove_folders(created: list[Path]) -> None:
+    for folder in created:
         with contextlib.suppress(OSError):
-            each.rmdir()
+            folder.rmdir()

@@ -1,4 +1,4 @@
-"""`python -m launcher doctor`: what a run needs, what of it is there, and how to get the rest."""
+"""`python -m launcher doctor`: check that everything a run requires is set up, and report how to fix the rest."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trainer.errors import ExitCode
 
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud
-    from launcher.doctor.check import Finding
+    from launcher.doctor.findings import Finding
 
 STYLES = {"ok": "green", "missing": "red", "failed": "red", "skipped": "dim"}
 
 
-@click.command(short_help="See whether all is there that a run needs.")
+@click.command(short_help="Check everything that a run requires.")
 @click.argument("recipe", required=False, shell_complete=completion.recipes)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
@@ -26,10 +26,10 @@ STYLES = {"ok": "green", "missing": "red", "failed": "red", "skipped": "dim"}
     multiple=True,
     metavar="CLOUD",
     shell_complete=completion.infra,
-    help="Where; `local`: this machine.  [default: settings]",
+    help="Where the run is to run; `local` is this machine.  [default: from settings]",
 )
-@click.option("--checkpoints", metavar="URI", help="Where runs live.  [default: settings]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--checkpoints", metavar="URI", help="Folder of runs.  [default: from settings]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 @click.pass_obj
 def doctor(
     cloud: Cloud | None,
@@ -39,29 +39,29 @@ def doctor(
     checkpoints: str | None,
     as_json: bool,
 ) -> int:
-    """See whether everything is there that a run needs; with RECIPE, also its model and its data.
+    """Check everything that a run requires; with RECIPE, also its model and its data.
 
-    Exit codes: 0 all that is needed is there; 2 something is missing, and what.
+    Exit codes: 0 everything required works; 2 something required is missing or fails.
     """
     from launcher import render
     from launcher.cloud.skypilot import SkyPilot
-    from launcher.doctor.checks import look
+    from launcher.doctor.checks import check_all
 
-    out = sys.stdout  # SkyPilot's adapter sends what is printed to stderr for as long as it is at work
+    out = sys.stdout  # while SkyPilot's adapter runs, it redirects sys.stdout to stderr
     with _Progress() as progress:
-        found = look(
+        found = check_all(
             recipe,
             overrides=overrides,
             infra=infra,
             checkpoints=checkpoints,
             environ=os.environ,
             cloud=cloud or SkyPilot(),
-            done=progress.done,
-            began=progress.began,
+            on_start=progress.start,
+            on_done=progress.advance,
         )
-    ready = not any(each.in_the_way for each in found)
+    ready = not any(finding.blocks_run for finding in found)
     if as_json:
-        checks = [each.model_dump(mode="json") for each in found]
+        checks = [finding.model_dump(mode="json", by_alias=True) for finding in found]
         click.echo(render.to_json({"ready": ready, "checks": checks}), file=out)
     else:
         _print(found, out, ready=ready)
@@ -79,21 +79,21 @@ def _print(found: list[Finding], out: IO[str], *, ready: bool) -> None:
     for _ in range(2):
         table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for each in found:
-        style = STYLES[each.status] if each.needed or each.status == "ok" else "yellow"
-        optional = "" if each.needed or each.status in ("ok", "skipped") else " (not needed)"
-        table.add_row(Text(each.status, style=style), each.name, Text(each.said + optional))
-        if each.hint and each.status != "ok":
-            table.add_row("", "", Text(each.hint, style="dim"))
+    for finding in found:
+        style = STYLES[finding.status] if finding.needed or finding.status == "ok" else "yellow"
+        optional = "" if finding.needed or finding.status in ("ok", "skipped") else " (optional)"
+        table.add_row(Text(finding.status, style=style), finding.name, Text(finding.detail + optional))
+        if finding.hint and finding.status != "ok":
+            table.add_row("", "", Text(finding.hint, style="dim"))
     console.print(table, soft_wrap=console.is_terminal)
-    missing = [each.name for each in found if each.in_the_way]
+    blocking = [finding.name for finding in found if finding.blocks_run]
     console.print(
-        "all that is needed is there" if ready else f"not ready: {', '.join(dict.fromkeys(missing))}"
+        "ready: everything required works" if ready else f"not ready: {', '.join(dict.fromkeys(blocking))}"
     )
 
 
 class _Progress:
-    """How many of the checks have ended, on a terminal; nothing elsewhere."""
+    """A progress bar of the ended checks; it shows nothing if stderr is not a terminal."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -118,8 +118,8 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def began(self, count: int) -> None:
+    def start(self, count: int) -> None:
         self._progress.update(self._task, total=count)
 
-    def done(self, name: str) -> None:
+    def advance(self, name: str) -> None:
         self._progress.update(self._task, advance=1, last=name)

@@ -1,4 +1,4 @@
-"""What a recipe starts from and trains on, and whether it can be had: here, in a bucket, or on the Hub."""
+"""Check that a recipe's model and data are available on this machine, in a bucket or on the Hub, and the Hub token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.doctor.check import Finding
+from launcher.doctor.findings import Finding
 from trainer.architecture.hub_login import TOKEN
 from trainer.architecture.lookup import HUB
 from trainer.bucket import open_file
@@ -19,51 +19,52 @@ from trainer.recipe import DataSource, Recipe
 
 TIMEOUT_S = 10.0
 GET_TOKEN = (
-    "make one at https://huggingface.co/settings/tokens, and `export HF_TOKEN=hf_…`, or `hf auth login`"  # noqa: S105
+    "create one at https://huggingface.co/settings/tokens, and `export HF_TOKEN=hf_…`, or `hf auth login`"  # noqa: S105
 )
-GATED = "accept its terms on the Hub, and pass your token as $HF_TOKEN; or check its name"
+GATED = "accept its terms on the Hub, and set $HF_TOKEN to your token; or check its name"
 
 
 class HubAnswer(NamedTuple):
-    """A server's status; 0 where there was none, with the reason."""
+    """The HTTP status of an answer; 0 if there was no answer."""
 
     code: int
     why: str = ""
+    """The reason for code 0."""
 
 
 def endpoint(environ: Mapping[str, str]) -> str:
     return (environ.get("HF_ENDPOINT") or HUB).rstrip("/")
 
 
-def token(environ: Mapping[str, str]) -> Finding:
-    """Whether the Hub knows the token; a wrong one is in the way even of what is public."""
+def check_token(environ: Mapping[str, str]) -> Finding:
+    """Check that the Hub accepts the token; with a wrong one it refuses public downloads too."""
     if not environ.get(TOKEN):
         return Finding(
             name="Hub token",
             status="missing",
-            said=f"${TOKEN} is not set: what is public can be had, more slowly",
+            detail=f"${TOKEN} is not set: only public models and data are available, at a lower rate limit",
             hint=GET_TOKEN,
             needed=False,
         )
     answer = _ask("GET", "/api/whoami-v2", environ)
     if answer.code == 200:
-        return Finding(name="Hub token", status="ok", said=f"{endpoint(environ)} knows it")
+        return Finding(name="Hub token", status="ok", detail=f"{endpoint(environ)} accepts it")
     if answer.code in (401, 403):
-        said = f"{endpoint(environ)} refuses ${TOKEN} ({answer.code})"
-        return Finding(name="Hub token", status="failed", said=said, hint=GET_TOKEN)
-    said = f"${TOKEN} is set; {endpoint(environ)} does not say whether it is right: {_why(answer)}"
-    return Finding(name="Hub token", status="skipped", said=said, needed=False)
+        detail = f"{endpoint(environ)} refuses ${TOKEN} ({answer.code})"
+        return Finding(name="Hub token", status="failed", detail=detail, hint=GET_TOKEN)
+    detail = f"${TOKEN} is set, but {endpoint(environ)} could not verify it: {_why(answer)}"
+    return Finding(name="Hub token", status="skipped", detail=detail, needed=False)
 
 
-def model(recipe: Recipe, environ: Mapping[str, str]) -> Finding:
-    """What the recipe starts from."""
+def check_model(recipe: Recipe, environ: Mapping[str, str]) -> Finding:
+    """Check that the model which the recipe starts from is available."""
     name = recipe.model_name_or_path
     if name is None:
-        return _ok("model", "init: tiny, made of the recipe's own data")
+        return _ok("model", "init: tiny, created from the recipe's data")
     if "://" in name:
-        return _in_bucket(name)
+        return _model_in_bucket(name)
     if Path(name).is_absolute() or name.endswith(".gguf"):
-        return _here("model", name)
+        return _local_path("model", name)
     revision = str(recipe.model_args.get("model_revision") or "main")
     answer = HubAnswer(0)
     for file in ("config.json", "adapter_config.json"):
@@ -73,18 +74,18 @@ def model(recipe: Recipe, environ: Mapping[str, str]) -> Finding:
     return _on_hub("model", name, answer, environ)
 
 
-def data(source: DataSource, environ: Mapping[str, str]) -> Finding:
-    """One of the recipe's data sets."""
+def check_data(source: DataSource, environ: Mapping[str, str]) -> Finding:
+    """Check that one of the recipe's data sets is available."""
     if source.id.startswith("generated:"):
-        return _ok("data", f"{source.id}, made on the node")
+        return _ok("data", f"{source.id}, generated on the node")
     if Path(source.id).is_absolute():
-        return _here("data", source.id)
+        return _local_path("data", source.id)
     if "://" in source.id:
         bucket, key = open_file(source.id)
         if bucket.size(key) is not None:
             return _ok("data", source.id)
-        hint = "is it spelled like this in its bucket?"
-        return Finding(name="data", status="missing", said=f"there is no {source.id}", hint=hint)
+        detail, hint = f"{source.id} does not exist", "check its spelling"
+        return Finding(name="data", status="missing", detail=detail, hint=hint)
     revision = f"/revision/{urllib.parse.quote(source.revision, safe='')}" if source.revision else ""
     answer = _ask("GET", f"/api/datasets/{source.id}{revision}", environ)
     return _on_hub("data", source.id, answer, environ)
@@ -94,49 +95,49 @@ def _on_hub(what: str, name: str, answer: HubAnswer, environ: Mapping[str, str])
     if 200 <= answer.code < 400:
         return _ok(what, f"{name}, on {endpoint(environ)}")
     if answer.code in (401, 403):
-        said = f"{endpoint(environ)} does not let us see {name} ({answer.code})"
-        return Finding(name=what, status="failed", said=said, hint=GATED)
+        detail = f"{endpoint(environ)} denies access to {name} ({answer.code})"
+        return Finding(name=what, status="failed", detail=detail, hint=GATED)
     if answer.code == 404:
-        said = f"{endpoint(environ)} has no {what} {name}"
-        return Finding(name=what, status="missing", said=said, hint="check its name in the recipe")
-    said = f"{name} cannot be asked for: {endpoint(environ)}: {_why(answer)}"
-    return Finding(
-        name=what, status="failed", said=said, hint="is the network up? $HF_ENDPOINT names a mirror"
-    )
+        detail = f"{endpoint(environ)} has no {what} {name}"
+        return Finding(name=what, status="missing", detail=detail, hint="check its name in the recipe")
+    detail = f"{name} could not be checked: {endpoint(environ)}: {_why(answer)}"
+    hint = "check the network connection, or set $HF_ENDPOINT to a mirror"
+    return Finding(name=what, status="failed", detail=detail, hint=hint)
 
 
-def _in_bucket(name: str) -> Finding:
+def _model_in_bucket(name: str) -> Finding:
     from trainer.bucket.restore import find_exported
 
     try:
         _bucket, manifest = find_exported(name)
     except UserError as error:
-        return Finding(name="model", status="missing", said=error.message, hint=error.hint)
+        return Finding(name="model", status="missing", detail=error.message, hint=error.hint)
     return _ok("model", f"{name}, {manifest.size / 1e6:,.1f} MB")
 
 
-def _here(what: str, name: str) -> Finding:
+def _local_path(what: str, name: str) -> Finding:
     if Path(name).expanduser().exists():
         return _ok(what, name)
-    return Finding(name=what, status="missing", said=f"{name} is not there", hint="check the recipe's path")
+    detail, hint = f"{name} does not exist", "check the path in the recipe"
+    return Finding(name=what, status="missing", detail=detail, hint=hint)
 
 
-def _ok(what: str, said: str) -> Finding:
-    return Finding(name=what, status="ok", said=said)
+def _ok(what: str, detail: str) -> Finding:
+    return Finding(name=what, status="ok", detail=detail)
 
 
 def _why(answer: HubAnswer) -> str:
-    return answer.why or f"it answers {answer.code}"
+    return answer.why or f"HTTP status {answer.code}"
 
 
 def _ask(method: str, path: str, environ: Mapping[str, str]) -> HubAnswer:
-    """The status alone; a redirect to where a file lies is not followed: it is there."""
+    """Return the status of an answer. A redirect to a file's location is not followed: it proves that the file exists."""
     url = endpoint(environ) + path
     if not url.startswith(("https://", "http://")):
-        return HubAnswer(0, f"{url} is no address of a server")
+        return HubAnswer(0, f"{url} is not an http(s) address")
     headers = {"Authorization": f"Bearer {environ[TOKEN]}"} if environ.get(TOKEN) else {}
-    request = urllib.request.Request(url, headers=headers, method=method)  # noqa: S310 (looked at above)
-    opener = urllib.request.build_opener(_Stays())
+    request = urllib.request.Request(url, headers=headers, method=method)  # noqa: S310 (checked above)
+    opener = urllib.request.build_opener(_NoRedirect())
     try:
         with opener.open(request, timeout=TIMEOUT_S) as answer:
             return HubAnswer(int(answer.status))
@@ -147,6 +148,6 @@ def _ask(method: str, path: str, environ: Mapping[str, str]) -> HubAnswer:
         return HubAnswer(0, str(getattr(error, "reason", error)))
 
 
-class _Stays(urllib.request.HTTPRedirectHandler):
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_arguments: object) -> None:
-        """Stay here: the token must not go to another server."""
+        """Follow no redirect: the token must not go to another server."""

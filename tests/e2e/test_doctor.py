@@ -38,11 +38,11 @@ def test_what_is_there_is_told_as_json(lab: Lab, launcher: Launcher) -> None:
     assert told["ready"] is True
     found = {each["name"]: each for each in told["checks"]}
     assert found["SkyPilot's server"]["said"] == "answers"
-    assert (found["slurm"]["status"], found["slurm"]["said"]) == ("ok", "machines can be had")
+    assert (found["slurm"]["status"], found["slurm"]["said"]) == ("ok", "enabled")
     assert (found["gcp"]["status"], found["gcp"]["needed"]) == ("missing", False)
     assert "gcloud auth application-default login" in found["gcp"]["said"]
     assert "sky check gcp" in found["gcp"]["hint"]
-    assert found["bucket"]["said"] == f"{lab.checkpoints} is written to, listed, read and cleared"
+    assert found["bucket"]["said"] == f"{lab.checkpoints}: write, list, read and delete work"
     put = found["conditional put"]
     assert (put["status"], put["said"], put["needed"]) == (
         "failed",

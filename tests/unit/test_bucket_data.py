@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.doctor import hub
+from launcher.doctor.hub import check_data
 from launcher.plan import plan
 from launcher.plan.plan import find_workload
 from trainer.bucket import Bucket, open_file
@@ -53,8 +53,8 @@ def test_a_file_that_is_not_there_is_named(data: str, tmp_path: Path) -> None:
         fetch_data(wanted, tmp_path)
     with pytest.raises(DataError, match=r"/data/pears\.jsonl does not exist"):
         find_workload(wanted)
-    said = hub.data(wanted.dataset_mixture.datasets[0], {})
-    assert (said.status, said.said) == ("missing", f"there is no {data.replace('pairs', 'pears')}")
+    found = check_data(wanted.dataset_mixture.datasets[0], {})
+    assert (found.status, found.detail) == ("missing", f"{data.replace('pairs', 'pears')} does not exist")
 
 
 def test_a_bucket_that_is_not_there_is_the_user_s_to_mend(s3: str) -> None:
@@ -77,7 +77,7 @@ def test_of_a_large_file_the_plan_reads_the_beginning(data: str, monkeypatch: py
 
 def test_the_doctor_sees_it(data: str) -> None:
     """Without reading it."""
-    assert hub.data(recipe(data).dataset_mixture.datasets[0], {}).status == "ok"
+    assert check_data(recipe(data).dataset_mixture.datasets[0], {}).status == "ok"
 
 
 @pytest.mark.parametrize("name", ["s3://bucket/folder", "https://x.org/pairs.jsonl", "hf://datasets/a/b"])

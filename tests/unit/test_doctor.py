@@ -12,9 +12,10 @@ import pytest
 from launcher.cli import main
 from launcher.cloud.fake import FakeCloud
 from launcher.cloud.skypilot_records import enabled_of
-from launcher.doctor import bucket, hub, machine
-from launcher.doctor.check import HIDDEN, Check, Finding, run_all
-from launcher.doctor.checks import look
+from launcher.doctor.bucket import check_bucket
+from launcher.doctor.checks import check_all, check_clouds, check_disk, check_trainer_python
+from launcher.doctor.findings import HIDDEN, Check, Finding, run_all
+from launcher.doctor.hub import check_data, check_model, check_token
 from launcher.settings import VARIABLES, Settings
 from tests.servers.hub import Hub
 from trainer.bucket import open_run
@@ -40,7 +41,7 @@ def _bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def fine(name: str = "a") -> Finding:
-    return Finding(name=name, status="ok", said="there")
+    return Finding(name=name, status="ok", detail="there")
 
 
 def test_checks_run_side_by_side_and_keep_their_order() -> None:
@@ -52,18 +53,18 @@ def test_checks_run_side_by_side_and_keep_their_order() -> None:
         return fine(name)
 
     ended: list[str] = []
-    checks = [Check(name, lambda name=name: wait(name), limit_s=60) for name in "ab"]  # type: ignore[misc]
-    assert [each.name for each in run_all(checks, environ={}, done=ended.append)] == ["a", "b"]
+    checks = [Check(name, lambda name=name: wait(name), timeout_s=60) for name in "ab"]  # type: ignore[misc]
+    assert [each.name for each in run_all(checks, environ={}, on_done=ended.append)] == ["a", "b"]
     assert ended == ["a", "b"]
 
 
 def test_a_check_that_hangs_is_left_behind() -> None:
     """The others are told all the same."""
     never = threading.Event()
-    hanging = Check("network", lambda: [fine()] if never.wait() else [], limit_s=0.05)
+    hanging = Check("network", lambda: [fine()] if never.wait() else [], timeout_s=0.05)
     hung, other = run_all([hanging, Check("b", lambda: fine("b"))], environ={})
     assert (hung.status, other.status) == ("failed", "ok")
-    assert "no answer within 0.05 s" in hung.said
+    assert "no answer within 0.05 s" in hung.detail
     never.set()
 
 
@@ -78,15 +79,18 @@ def test_errors_are_findings_and_secrets_are_not_shown() -> None:
         raise RuntimeError(f"oh {TOKEN}")
 
     refused, broken = run_all([Check("a", refuses), Check("b", breaks, needed=False)], environ=environ)
-    assert (refused.said, refused.hint) == (f"Bearer {HIDDEN} is refused at /home/somebody", f"not {HIDDEN}")
-    assert refused.in_the_way
-    assert broken.said == f"RuntimeError: oh {HIDDEN}"
-    assert not broken.in_the_way
+    assert (refused.detail, refused.hint) == (
+        f"Bearer {HIDDEN} is refused at /home/somebody",
+        f"not {HIDDEN}",
+    )
+    assert refused.blocks_run
+    assert broken.detail == f"RuntimeError: oh {HIDDEN}"
+    assert not broken.blocks_run
 
 
 def test_a_bucket_is_tried_and_left_as_it_was(uri: str) -> None:
     """Folder, S3 and GCS: written, listed, read, the condition honoured, and nothing stays."""
-    found = bucket.look(uri, elsewhere=False)
+    found = check_bucket(uri, from_other_machines=False)
     assert [(each.name, each.status) for each in found] == [("bucket", "ok"), ("conditional put", "ok")]
     if "://" in uri:
         assert open_run(uri, "any").list() == []
@@ -98,15 +102,15 @@ def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
     """With what is in it."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").touch()
-    bucket.look(str(tmp_path / "runs"), elsewhere=False)
+    check_bucket(str(tmp_path / "runs"), from_other_machines=False)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
 
 
 def test_a_store_without_conditions_is_told_and_will_do(rclone: str) -> None:
     """Runs work on it, with less protection."""
-    written, conditions = bucket.look(rclone, elsewhere=False)
+    written, conditions = check_bucket(rclone, from_other_machines=False)
     assert written.status == "ok"
-    assert (conditions.status, conditions.in_the_way) == ("failed", False)
+    assert (conditions.status, conditions.blocks_run) == ("failed", False)
     assert open_run(rclone, "any").list() == []
 
 
@@ -114,7 +118,7 @@ def test_the_words_of_submit_are_looked_at_too(tmp_path: Path) -> None:
     """Another model or other data is what somebody wants to know of."""
     data = tmp_path / "pairs.jsonl"
     data.write_text("{}\n")
-    found = look(
+    found = check_all(
         TINY,
         overrides=(f"dataset_mixture={data}",),
         infra=("local",),
@@ -122,12 +126,12 @@ def test_the_words_of_submit_are_looked_at_too(tmp_path: Path) -> None:
         environ={"AEOLUS_TRAINER_PYTHON": "/x"},
         cloud=FakeCloud(),
     )
-    assert [each.said for each in found if each.name == "data"] == [str(data)]
+    assert [each.detail for each in found if each.name == "data"] == [str(data)]
 
 
 def test_an_address_that_cannot_be_is_a_finding() -> None:
     """One of many: the other checks are told all the same, as JSON too."""
-    found = look(
+    found = check_all(
         None,
         infra=("local",),
         checkpoints="gcs://b/runs",
@@ -136,40 +140,40 @@ def test_an_address_that_cannot_be_is_a_finding() -> None:
     )
     [bucket_] = [each for each in found if each.name == "bucket"]
     assert bucket_.status == "failed"
-    assert "gcs://b/runs" in bucket_.said
+    assert "gcs://b/runs" in bucket_.detail
 
 
 def test_a_bucket_that_is_not_there_is_the_store_s_own_message(s3: str) -> None:
     """Or one that nobody may write to."""
     with pytest.raises(BucketError, match="nobody-s-bucket"):
-        bucket.look("s3://nobody-s-bucket/runs", elsewhere=True)
+        check_bucket("s3://nobody-s-bucket/runs", from_other_machines=True)
 
 
 def test_a_folder_will_not_do_for_other_machines() -> None:
     """The way out is in the hint."""
-    (found,) = bucket.look("/shared/runs", elsewhere=True)
-    assert found.in_the_way
+    (found,) = check_bucket("/shared/runs", from_other_machines=True)
+    assert found.blocks_run
     assert "--checkpoints gs://" in str(found.hint)
 
 
 @pytest.mark.parametrize(
-    ("token", "status", "in_the_way"),
+    ("token", "status", "blocks_run"),
     [(None, "missing", False), (TOKEN, "ok", False), ("hf_another_one", "failed", True)],
 )
 def test_the_hub_is_asked_whether_it_knows_the_token(
-    token: str | None, status: str, in_the_way: bool, server: Hub
+    token: str | None, status: str, blocks_run: bool, server: Hub
 ) -> None:
     """A wrong one is refused even what is public."""
     environ = {"HF_ENDPOINT": server.url, **({"HF_TOKEN": token} if token else {})}
-    found = hub.token(environ)
-    assert (found.status, found.in_the_way) == (status, in_the_way)
+    found = check_token(environ)
+    assert (found.status, found.blocks_run) == (status, blocks_run)
     assert TOKEN not in found.model_dump_json()
 
 
 def test_a_hub_that_is_away_says_nothing_of_the_token() -> None:
     """The nodes may well reach it."""
-    found = hub.token({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN})
-    assert (found.status, found.in_the_way) == ("skipped", False)
+    found = check_token({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN})
+    assert (found.status, found.blocks_run) == ("skipped", False)
 
 
 def recipe(model: str | None) -> Recipe:
@@ -195,7 +199,7 @@ def recipe(model: str | None) -> Recipe:
 def test_a_model_is_looked_for_on_the_hub(answers: dict[str, int], status: str, server: Hub) -> None:
     """By its head alone; a redirect to where the file lies is not followed with the token."""
     server.paths = {f"/org/model/resolve/main/{file}": code for file, code in answers.items()}
-    found = hub.model(recipe("org/model"), {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN})
+    found = check_model(recipe("org/model"), {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN})
     assert found.status == status
     assert {method for method, _, _ in server.asked} == {"HEAD"}
     assert bool(found.hint) is (status != "ok")
@@ -204,12 +208,12 @@ def test_a_model_is_looked_for_on_the_hub(answers: dict[str, int], status: str, 
 def test_models_and_data_that_need_no_hub(tmp_path: Path, server: Hub) -> None:
     """Made from nothing, or on this machine."""
     environ = {"HF_ENDPOINT": server.url}
-    assert hub.model(recipe(None), environ).status == "ok"
-    assert hub.model(recipe(str(tmp_path)), environ).status == "ok"
-    assert hub.model(recipe(f"{tmp_path}/nothing"), environ).status == "missing"
-    assert hub.model(recipe(f"file://{tmp_path}/run/final"), environ).status == "missing"
-    assert hub.data(DataSource(id="generated:chats"), environ).status == "ok"
-    assert hub.data(DataSource(id=str(tmp_path / "no.jsonl")), environ).status == "missing"
+    assert check_model(recipe(None), environ).status == "ok"
+    assert check_model(recipe(str(tmp_path)), environ).status == "ok"
+    assert check_model(recipe(f"{tmp_path}/nothing"), environ).status == "missing"
+    assert check_model(recipe(f"file://{tmp_path}/run/final"), environ).status == "missing"
+    assert check_data(DataSource(id="generated:chats"), environ).status == "ok"
+    assert check_data(DataSource(id=str(tmp_path / "no.jsonl")), environ).status == "missing"
     assert not server.asked
 
 
@@ -218,22 +222,22 @@ def test_data_is_looked_for_on_the_hub(code: int, status: str, server: Hub) -> N
     """With its revision, if it has one."""
     server.paths = {"/api/datasets/org/data": code, "/api/datasets/org/data/revision/v1": code}
     environ = {"HF_ENDPOINT": server.url}
-    assert hub.data(DataSource(id="org/data"), environ).status == status
-    assert hub.data(DataSource(id="org/data", revision="v1"), environ).status == status
+    assert check_data(DataSource(id="org/data"), environ).status == status
+    assert check_data(DataSource(id="org/data", revision="v1"), environ).status == status
 
 
 def test_one_cloud_will_do() -> None:
     """And with none, each says why."""
     cloud = FakeCloud()
     cloud.disabled = {"lambda": "Reason [compute]: no key"}
-    found = machine.clouds(cloud, ("gcp", "lambda"))
-    assert [(each.status, each.in_the_way) for each in found] == [
+    found = check_clouds(cloud, ("gcp", "lambda"))
+    assert [(each.status, each.blocks_run) for each in found] == [
         ("ok", False),
         ("ok", False),
         ("missing", False),
     ]
     cloud.disabled["gcp"] = "no credentials"
-    assert [each.in_the_way for each in machine.clouds(cloud, ("gcp", "lambda"))] == [False, True, True]
+    assert [each.blocks_run for each in check_clouds(cloud, ("gcp", "lambda"))] == [False, True, True]
 
 
 SKY_CHECK = [
@@ -266,18 +270,18 @@ def test_sky_check_s_answer_is_read() -> None:
 
 def test_a_trainer_s_python_that_is_not_there_is_named(tmp_path: Path) -> None:
     """As a run on this machine would find it."""
-    found = machine.trainer_python(Settings(trainer_python=tmp_path / "python"), {}, needed=True)
-    assert found.in_the_way
-    assert f"{tmp_path}/python, which is not there" in found.said
+    found = check_trainer_python(Settings(trainer_python=tmp_path / "python"), {}, needed=True)
+    assert found.blocks_run
+    assert f"{tmp_path}/python, which is not there" in found.detail
 
 
-def test_a_full_disk_is_in_the_way_of_a_run_on_this_machine(tmp_path: Path) -> None:
+def test_a_full_disk_is_blocks_run_of_a_run_on_this_machine(tmp_path: Path) -> None:
     """And not of one elsewhere."""
-    assert machine.disk({"scratch": tmp_path / "not" / "yet"}, needed=True).said.endswith(
+    assert check_disk({"scratch": tmp_path / "not" / "yet"}, needed=True).detail.endswith(
         "GB free for scratch"
     )
-    assert machine.disk({"scratch": tmp_path}, needed=True, least_gb=1e9).in_the_way
-    assert not machine.disk({"scratch": tmp_path}, needed=False, least_gb=1e9).in_the_way
+    assert check_disk({"scratch": tmp_path}, needed=True, min_gb=1e9).blocks_run
+    assert not check_disk({"scratch": tmp_path}, needed=False, min_gb=1e9).blocks_run
 
 
 def doctor(
@@ -319,7 +323,7 @@ def test_a_run_in_the_cloud_that_has_all_it_needs(
     assert found["W&B token"] == "missing"
     code, text = doctor(capsys, *words)
     assert code == 0
-    assert "all that is needed is there" in text
+    assert "ready: everything required works" in text
     assert TOKEN not in out + text
 
 
@@ -335,7 +339,7 @@ def test_a_run_in_the_cloud_that_has_all_it_needs(
         ),
     ],
 )
-def test_what_is_in_the_way_is_exit_code_2(
+def test_what_is_blocks_run_is_exit_code_2(
     words: Sequence[str], fault: UserError | None, name: str, s3: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And all the rest is told too."""
