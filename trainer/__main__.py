@@ -76,7 +76,7 @@ def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )
     notice = Notice()
-    notice.listen()
+    notice.handle_signals()
     try:
         code = _run(recipe, overrides, Options(**options), notice)
     except UserError as error:
@@ -99,10 +99,10 @@ def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
 def export(uri: str, **wishes: Any) -> None:
     """Make a model for others of the run at URI: safetensors, tokenizer, configs, model card; no GPU is needed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    from trainer.supervisor.export import Wish, export
+    from trainer.supervisor.export import ExportRequest, export
 
     try:
-        click.echo(export(uri, Wish(**wishes)))
+        click.echo(export(uri, ExportRequest(**wishes)))
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -113,12 +113,12 @@ def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Noti
     from trainer.accounting import Limits
     from trainer.recipe import default_run_id, load
     from trainer.supervisor.attempt import RunRequest
-    from trainer.supervisor.preemption import Metadata
+    from trainer.supervisor.preemption import MetadataWatcher
     from trainer.supervisor.run import run
-    from trainer.supervisor.team import position
+    from trainer.supervisor.team import read_position
 
-    where = position(os.environ)
-    Metadata(notice).start()
+    position = read_position(os.environ)
+    MetadataWatcher(notice).start()
     loaded = load(recipe, overrides)
     for note in loaded.notes:
         logging.getLogger("trainer").info("%s", note)
@@ -133,7 +133,7 @@ def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Noti
         staging=options.staging,
         limits=Limits(budget_usd=options.budget, deadline_h=options.deadline),
     )
-    return run(request, notice, where)
+    return run(request, notice, position)
 
 
 def work_folder(run_id: str, checkpoints: str) -> str:

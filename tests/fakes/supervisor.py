@@ -29,7 +29,7 @@ if __name__ == "__main__":
     checkpoints, run_id, work = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     notice = Notice()
-    notice.listen()
+    notice.handle_signals()
     request = RunRequest(
         recipe=Recipe.model_validate(RECIPE),
         checkpoints=checkpoints,

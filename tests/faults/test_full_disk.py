@@ -15,7 +15,7 @@ from trainer.errors import ExitCode, NoRoom, UserError
 from trainer.supervisor.attempt import RunRequest
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.run import run
-from trainer.supervisor.staging import Wanted
+from trainer.supervisor.staging import StagingChoice
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def fate(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def request_(tmp_path: Path, *, work: Path, tmpfs: Path, staging: Wanted) -> RunRequest:
+def request_(tmp_path: Path, *, work: Path, tmpfs: Path, staging: StagingChoice) -> RunRequest:
     return RunRequest(
         recipe=RECIPE,
         checkpoints=str(tmp_path / "runs"),
@@ -51,7 +51,7 @@ def request_(tmp_path: Path, *, work: Path, tmpfs: Path, staging: Wanted) -> Run
 
 @pytest.mark.parametrize("staging", ["disk", "tmpfs"])
 def test_a_save_that_does_not_fit_is_said_and_recovered_from(
-    tmp_path: Path, small: Path, view: RunView, fate: pytest.MonkeyPatch, staging: Wanted
+    tmp_path: Path, small: Path, view: RunView, fate: pytest.MonkeyPatch, staging: StagingChoice
 ) -> None:
     """The run goes on from the commit before, here or on a machine with more room."""
     work = small / "work" if staging == "disk" else tmp_path / "work"

@@ -15,9 +15,9 @@ from trainer.bucket.reference_cache import ReferenceManifest
 from trainer.bucket.restore import fetch
 from trainer.errors import ExitCode
 from trainer.supervisor.attempt import RunRequest
-from trainer.supervisor.inputs import TransferCancelled, TransferProgress
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.run import run
+from trainer.supervisor.transfers import TransferCancelled, TransferProgress
 
 __all__ = ["fate", "request_", "view"]
 
@@ -40,7 +40,7 @@ def test_a_notice_ends_a_restore(request_: RunRequest, view: RunView, fate: pyte
     """Its bytes would be of no use here: the attempt asks for a recovery at once, and the next one has all it needs."""
     assert attempt(request_, fate, "killed@5") == ExitCode.RECOVER
     assert run(request_, WhileRestoring(request_.work)) == ExitCode.RECOVER
-    assert view.events("preempted")[0]["message"] == "before its checkpoint was here"
+    assert view.events("preempted")[0]["message"] == "before its checkpoint was restored"
     assert [event["step"] for event in view.events("restored")] == [0]
     assert not list(request_.work.glob("*"))
     assert attempt(request_, fate) == ExitCode.DONE
@@ -68,4 +68,4 @@ def test_a_long_restore_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO, logger="trainer"):
         for _ in range(4):
             bringing(2 * 10**9)
-    assert caplog.messages == ["brought 4.0 GB so far, 200 MB/s", "brought 8.0 GB so far, 200 MB/s"]
+    assert caplog.messages == ["fetched 4.0 GB so far, 200 MB/s", "fetched 8.0 GB so far, 200 MB/s"]

@@ -14,7 +14,7 @@ from trainer.recipe import load
 from trainer.supervisor.attempt import RunRequest
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.run import run
-from trainer.supervisor.team import position
+from trainer.supervisor.team import read_position
 from trainer.task_variables import BUDGET_USD, DEADLINE_H
 
 PROGRAM = "tests.fakes.counting"
@@ -30,7 +30,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     os.environ["AEOLUS_TRAINER_PYTHON"] = sys.executable
     notice = Notice()
-    notice.listen()
+    notice.handle_signals()
     loaded = load(given.recipe, ())
     work = Path(given.work) / given.run_id
     request = RunRequest(
@@ -45,7 +45,7 @@ def main() -> int:
         ),
     )
     try:
-        return run(request, notice, position(os.environ))
+        return run(request, notice, read_position(os.environ))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 (as `python -m trainer` says it)
         return error.exit_code

@@ -17,7 +17,7 @@ from tests.training.ranks import finish, ranks_job
 from tests.training.test_engines import needs_compiler
 from trainer.errors import ExitCode
 from trainer.job import Job, Outcome
-from trainer.supervisor.workers import Meeting, Workers, meeting
+from trainer.supervisor.workers import Rendezvous, Workers, choose_rendezvous
 
 RECIPE = """
 method: dpo
@@ -46,7 +46,7 @@ def recipe(tmp_path: Path) -> Path:
 @contextmanager
 def nodes(recipe: Path, checkpoints: str, run: str) -> Iterator[list[TrainerRun]]:
     with ExitStack() as both:
-        port = str(meeting().port)
+        port = str(choose_rendezvous().port)
         yield [
             both.enter_context(
                 TrainerRun(
@@ -104,7 +104,7 @@ def on_two_nodes(work: Path, engine: str, *, resume_from: Path | None = None) ->
     jobs = [
         ranks_job(work / str(node), "zephyr-tiny/dpo", resume_from=resume_from, **layout) for node in range(2)
     ]
-    at = Meeting("127.0.0.1", meeting().port)
+    at = Rendezvous("127.0.0.1", choose_rendezvous().port)
     with ExitStack() as ending:
         both = []
         for node, job in enumerate(jobs):

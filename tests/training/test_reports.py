@@ -11,7 +11,7 @@ import pytest
 from tests.harness import wait_until
 from tests.servers.stores import MemoryBucket
 from tests.training.jobs import SMALL, make_job, train
-from trainer.supervisor.tracker_sync import Mirror
+from trainer.supervisor.transfers import TrackerSync
 from trainer.worker import trackers
 
 SFT = "zephyr-tiny/sft"
@@ -102,7 +102,7 @@ def test_reports_are_copied_as_they_grow(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "file").write_text("some")
     (tmp_path / "wandb" / "latest-run").symlink_to(online)
-    mirror = Mirror(bucket, tmp_path)
+    mirror = TrackerSync(bucket, tmp_path)
     mirror.copy()
     (board / "file").write_text("more")
     mirror.copy()

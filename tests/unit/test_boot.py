@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.test_price import environ
 from trainer.events import Event
-from trainer.supervisor.price import booted_here
+from trainer.supervisor.price import paid_boot_time
 from trainer.task_variables import USD_PER_H
 
 BOOT_S = 1_790_000_000.0
@@ -36,14 +36,14 @@ def claim(node: str, booted: str | None) -> list[Event]:
 )
 def test_a_boot_of_the_last_hour_counts(after_s: float, counts: bool) -> None:
     """One that is longer ago was for something else, and one to come is a clock's mistake."""
-    found = booted_here("n", tuple, environ=GCP, now=lambda: BOOT_S + after_s)
+    found = paid_boot_time("n", tuple, environ=GCP, now=lambda: BOOT_S + after_s)
     assert found == (iso(BOOT_S) if counts else None)
 
 
 @pytest.mark.parametrize("here", [environ("Slurm", "cluster"), {**GCP, USD_PER_H: "3"}, {}])
 def test_a_machine_of_one_s_own_pays_for_no_boot(here: dict[str, str]) -> None:
     """And nobody reads the earlier events to learn that."""
-    assert booted_here("n", lambda: pytest.fail("asked"), environ=here, now=lambda: BOOT_S + 600) is None
+    assert paid_boot_time("n", lambda: pytest.fail("asked"), environ=here, now=lambda: BOOT_S + 600) is None
 
 
 @pytest.mark.parametrize(
@@ -71,5 +71,5 @@ def test_a_machine_of_one_s_own_pays_for_no_boot(here: dict[str, str]) -> None:
 )
 def test_a_boot_is_paid_for_once(earlier: list[list[Event]], counts: bool) -> None:
     """By the first attempt of the run on that machine since it booted."""
-    found = booted_here("n", lambda: earlier, environ=GCP, now=lambda: BOOT_S + 1200)
+    found = paid_boot_time("n", lambda: earlier, environ=GCP, now=lambda: BOOT_S + 1200)
     assert (found is not None) is counts

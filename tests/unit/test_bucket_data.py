@@ -12,7 +12,7 @@ from launcher.plan.plan import find_workload
 from trainer.bucket import Bucket, open_file
 from trainer.errors import BucketError, DataError
 from trainer.recipe import Recipe, load
-from trainer.supervisor.inputs import fetch_data
+from trainer.supervisor.transfers import fetch_data
 
 ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 

@@ -14,7 +14,7 @@ from trainer.bucket.attempts import claim
 from trainer.errors import ExitCode, ModelError
 from trainer.hardware import Shape
 from trainer.supervisor.preemption import Notice
-from trainer.supervisor.run import look_up
+from trainer.supervisor.run import look_up_architecture
 
 GPU = Shape(accelerator="A100", count=1, memory_gib=40.0, cores=8, host_memory_gib=80.0, node="test")
 CONFIG = "/org/new/resolve/main/config.json"
@@ -36,7 +36,7 @@ def test_a_recovery_asks_again_and_is_recovered_again(
         hub.paths[CONFIG] = 503
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         with pytest.raises(HubAway, match="answers 503") as caught:
-            look_up(recipe("org/new"), GPU, bucket, Notice(), pauses_s=(0.0, 0.0))
+            look_up_architecture(recipe("org/new"), GPU, bucket, Notice(), pauses_s=(0.0, 0.0))
     assert caught.value.exit_code == ExitCode.RECOVER
     assert len(hub.asked) == 3
 
@@ -47,7 +47,7 @@ def test_a_run_that_begins_is_refused(bucket: Bucket, monkeypatch: pytest.Monkey
         hub.paths[CONFIG] = 503
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         with pytest.raises(ModelError, match="answers 503") as caught:
-            look_up(recipe("org/new"), GPU, bucket, Notice(), pauses_s=(0.0,))
+            look_up_architecture(recipe("org/new"), GPU, bucket, Notice(), pauses_s=(0.0,))
     assert caught.value.exit_code == ExitCode.CONFIG
 
 
@@ -56,4 +56,4 @@ def test_what_is_not_there_is_not_waited_for(bucket: Bucket, monkeypatch: pytest
     with Hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         with pytest.raises(ModelError, match="neither"):
-            look_up(recipe("org/new"), GPU, bucket, Notice(), pauses_s=(600.0,))
+            look_up_architecture(recipe("org/new"), GPU, bucket, Notice(), pauses_s=(600.0,))

@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness import wait_until
 from tests.servers.metadata import MetadataServer
-from trainer.supervisor.preemption import HOST_VARIABLE, SOURCE, Metadata, Notice, pause_s
+from trainer.supervisor.preemption import HOST_VARIABLE, SOURCE, MetadataWatcher, Notice, backoff_s
 from trainer.supervisor.save_window import GCP_SPOT
 
 SHORT_S = 0.2
@@ -23,9 +23,15 @@ def notice() -> Iterator[Notice]:
     given.give("the end of the test")  # which ends a watch that still runs
 
 
-def watch(notice: Notice, host: str, *, look_s: float = 30.0, wait_s: int = 30) -> Metadata:
-    metadata = Metadata(
-        notice, environ={HOST_VARIABLE: host}, look_s=look_s, wait_s=wait_s, pause=lambda _: 0.01
+def watch(
+    notice: Notice, host: str, *, timeout_s: float = 30.0, wait_for_change_s: int = 30
+) -> MetadataWatcher:
+    metadata = MetadataWatcher(
+        notice,
+        environ={HOST_VARIABLE: host},
+        timeout_s=timeout_s,
+        wait_for_change_s=wait_for_change_s,
+        pause=lambda _: 0.01,
     )
     metadata.start()
     return metadata
@@ -76,7 +82,7 @@ def test_a_server_that_is_busy_for_a_while_is_asked_again(notice: Notice) -> Non
     """503 is what it answers while it is updated, at the first look as well as later."""
     with MetadataServer() as server:
         server.busy = 3
-        watch(notice, server.host, wait_s=0)
+        watch(notice, server.host, wait_for_change_s=0)
         wait_until(server.waiting, "a second look", timeout_s=30)
         server.busy = 3
         wait_until(lambda: server.busy == 0, "three refusals", timeout_s=30)
@@ -88,7 +94,7 @@ def test_a_server_that_hangs_is_asked_again(notice: Notice) -> None:
     """A request without an answer ends by its time-out, also when a preempted machine waits for it."""
     with MetadataServer() as server:
         server.hangs = 1
-        watch(notice, server.host, look_s=SHORT_S, wait_s=0)
+        watch(notice, server.host, timeout_s=SHORT_S, wait_for_change_s=0)
         wait_until(server.waiting, "a second look", timeout_s=30)
         server.hangs = 2
         wait_until(lambda: server.hangs == 0, "two requests without an answer", timeout_s=30)
@@ -105,7 +111,9 @@ def test_a_server_that_was_seen_and_is_away_is_waited_for(notice: Notice) -> Non
         return 0.01
 
     with MetadataServer() as server:
-        metadata = Metadata(notice, environ={HOST_VARIABLE: server.host}, wait_s=0, pause=pause)
+        metadata = MetadataWatcher(
+            notice, environ={HOST_VARIABLE: server.host}, wait_for_change_s=0, pause=pause
+        )
         metadata.start()
         wait_until(server.waiting, "a second look", timeout_s=30)
     wait_until(lambda: 3 in failures, "three tries of a server that is away", timeout_s=30)
@@ -141,7 +149,7 @@ def test_a_server_without_the_header_is_not_googles(notice: Notice) -> None:
 def test_a_notice_from_elsewhere_ends_the_watch(notice: Notice) -> None:
     """A machine gives notice once."""
     with MetadataServer() as server:
-        metadata = watch(notice, server.host, wait_s=1)
+        metadata = watch(notice, server.host, wait_for_change_s=1)
         wait_until(server.waiting, "a request that waits", timeout_s=30)
         notice.give("SIGTERM")
         metadata.join(30)
@@ -151,4 +159,4 @@ def test_a_notice_from_elsewhere_ends_the_watch(notice: Notice) -> None:
 
 def test_pauses_grow_to_a_minute() -> None:
     """A server that is away is not hammered."""
-    assert [pause_s(failures) for failures in (0, 1, 3, 100)] == [0.5, 1.0, 4.0, 60.0]
+    assert [backoff_s(failures) for failures in (0, 1, 3, 100)] == [0.5, 1.0, 4.0, 60.0]

@@ -12,7 +12,7 @@ from tests.servers.metadata import MetadataServer
 from tests.unit.test_orders import _no_settings, order  # noqa: F401 (a fixture, used by being there)
 from trainer.hardware import Shape
 from trainer.supervisor.preemption import HOST_VARIABLE
-from trainer.supervisor.price import CLUSTER, OWN, Price, plan_here, price_here, rented
+from trainer.supervisor.price import CLUSTER, OWN, Price, detect_price, is_rented, read_plan
 from trainer.task_variables import PLAN, PRICES, USD_PER_H
 
 A100 = Shape(accelerator="A100", count=8, memory_gib=39.6, cores=96, host_memory_gib=680, node="n")
@@ -58,18 +58,20 @@ def test_a_machine_of_google_s_has_the_price_of_its_region_and_market(
 ) -> None:
     """SkyPilot says where it is, Google's metadata server what it is; another region's price is not taken for it."""
     answers = {"instance/scheduling/preemptible": preemptible}
-    assert price_here(A100, environ=environ("GCP", region), look=looks(answers)) == found
+    assert detect_price(A100, environ=environ("GCP", region), query=looks(answers)) == found
 
 
 def test_a_cloud_with_one_market_needs_nobody_to_tell_it() -> None:
     """Lambda has no spot, and no metadata server that would have to be waited for."""
-    found = price_here(A100, environ=environ("Lambda", "us-east-1"), look=lambda _key: pytest.fail("asked"))
+    found = detect_price(
+        A100, environ=environ("Lambda", "us-east-1"), query=lambda _key: pytest.fail("asked")
+    )
     assert found == Price(usd_per_h=15.0, market="on demand", cloud="lambda", region="us-east-1")
 
 
 def test_an_open_market_counts_as_the_dearest() -> None:
     """A budget is then kept too soon, never too late; the market stays unknown."""
-    found = price_here(A100, environ=environ("GCP", "us-central1"), look=looks({}))
+    found = detect_price(A100, environ=environ("GCP", "us-central1"), query=looks({}))
     assert found == Price(usd_per_h=29.0, market=None, cloud="gcp", region="us-central1")
 
 
@@ -84,9 +86,9 @@ def test_hosts_of_one_gpu_are_told_apart_by_their_type() -> None:
         "instance/machine-type": "projects/1/machineTypes/small",
     }
     there = environ("GCP", "us-central1", both)
-    assert price_here(A100, environ=there, look=looks(answers)).usd_per_h == 1.0
+    assert detect_price(A100, environ=there, query=looks(answers)).usd_per_h == 1.0
     del answers["instance/machine-type"]
-    assert price_here(A100, environ=there, look=looks(answers)).usd_per_h == 2.0
+    assert detect_price(A100, environ=there, query=looks(answers)).usd_per_h == 2.0
 
 
 @pytest.mark.parametrize(
@@ -107,11 +109,11 @@ def test_a_machine_of_one_s_own_costs_what_its_owner_says(
     given: dict[str, str], usd_per_h: float | None
 ) -> None:
     """Nothing said is no price, and what cannot be read neither: no run fails of it."""
-    assert price_here(CPU, environ=given) == Price(usd_per_h=usd_per_h)
+    assert detect_price(CPU, environ=given) == Price(usd_per_h=usd_per_h)
 
 
 @pytest.mark.parametrize(
-    ("here", "is_rented"),
+    ("here", "expected"),
     [
         (environ("GCP", "us-central1"), True),
         (environ("Lambda", "us-east-1"), True),
@@ -124,9 +126,9 @@ def test_a_machine_of_one_s_own_costs_what_its_owner_says(
         ({CLUSTER: "nonsense"}, False),
     ],
 )
-def test_a_rented_machine_is_a_whole_one_of_a_cloud(here: dict[str, str], is_rented: bool) -> None:
+def test_a_rented_machine_is_a_whole_one_of_a_cloud(here: dict[str, str], expected: bool) -> None:
     """None of one's own, by its place or by its owner's price; nor a container, whose host booted for others too."""
-    assert rented(here) is is_rented
+    assert is_rented(here) is expected
 
 
 def test_launcher_and_node_agree_on_whose_machines_are_rented() -> None:
@@ -138,22 +140,22 @@ def test_google_s_own_server_is_asked() -> None:
     """Over a socket, as on a machine of Google's."""
     with MetadataServer(spot=True) as server:
         here = {**environ("GCP", "us-central1"), HOST_VARIABLE: server.host}
-        assert price_here(A100, environ=here).market == "spot"
+        assert detect_price(A100, environ=here).market == "spot"
         server.values["instance/scheduling/preemptible"] = "FALSE"
-        assert price_here(A100, environ=here).usd_per_h == 29.0
+        assert detect_price(A100, environ=here).usd_per_h == 29.0
 
 
 def test_other_gpus_than_the_plan_s_have_no_price() -> None:
     """A number for another machine would be wrong."""
     other = A100.model_copy(update={"count": 4})
-    assert price_here(other, environ=environ("Lambda", "us-east-1")).usd_per_h is None
+    assert detect_price(other, environ=environ("Lambda", "us-east-1")).usd_per_h is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])
 def test_a_plan_that_cannot_be_read_is_none(text: str) -> None:
     """Plain `sky launch` has none, and that is fine."""
-    assert plan_here({PLAN: text}) is None
-    assert plan_here({}) is None
+    assert read_plan({PLAN: text}) is None
+    assert read_plan({}) is None
 
 
 def test_what_an_order_sends_is_what_a_node_finds() -> None:
@@ -165,10 +167,10 @@ def test_what_an_order_sends_is_what_a_node_finds() -> None:
     shape = row.shape.model_copy(update={"node": "another-name"})
     there = {**envs, **environ("GCP", row.offer.region), PRICES: envs[PRICES]}
     answers = {"instance/scheduling/preemptible": "TRUE" if row.spot else "FALSE"}
-    found = price_here(shape, environ=there, look=looks(answers))
+    found = detect_price(shape, environ=there, query=looks(answers))
     assert found.usd_per_h == pytest.approx(row.usd_per_h)
     assert found.market == ("spot" if row.spot else "on demand")
-    told = plan_here(envs)
+    told = read_plan(envs)
     assert told
     assert (told["usd"], told["hours"]) == (
         pytest.approx(row.usd, abs=1e-3),

@@ -21,7 +21,7 @@ from trainer.hardware import Shape
 from trainer.recipe import Recipe, load
 from trainer.recipe.model import reference_key
 from trainer.staged import Staged, mark_staged, pending
-from trainer.supervisor.attempt import shelf_for
+from trainer.supervisor.attempt import open_reference_cache
 
 LAPTOP = Shape(accelerator=None, count=0, memory_gib=None, cores=1, host_memory_gib=8.0, node="test")
 
@@ -143,7 +143,9 @@ def test_only_runs_that_compute_beforehand_have_a_shelf(uri: str) -> None:
     """Not SFT, LoRA, or a second model in memory."""
 
     def has_one(recipe: Recipe) -> bool:
-        return shelf_for(recipe, fit(recipe, LAPTOP, None), uri, run_id="run", attempt=1) is not None
+        return (
+            open_reference_cache(recipe, fit(recipe, LAPTOP, None), uri, run_id="run", attempt=1) is not None
+        )
 
     assert has_one(dpo())
     assert not has_one(dpo("precompute_ref_log_probs=false"))

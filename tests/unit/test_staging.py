@@ -18,13 +18,13 @@ from trainer.errors import ExitCode, NoRoom
 from trainer.hardware import available_bytes
 from trainer.staged import Staged
 from trainer.supervisor.staging import (
+    AttemptFolders,
     Capacity,
-    Folders,
     Size,
-    Wanted,
+    StagingChoice,
+    attempt_folders,
+    choose_placement,
     expected_size,
-    folders,
-    place,
 )
 
 GB = 10**9
@@ -34,7 +34,7 @@ PLENTY = Capacity(disk=1000 * GB, tmpfs=500 * GB, memory=400 * GB)
 
 
 @pytest.mark.parametrize(
-    ("size", "room", "wanted", "staging", "restored"),
+    ("size", "capacity", "wanted", "staging", "restored"),
     [
         (COMMITTED, PLENTY, "auto", "tmpfs", "disk"),
         (BOUND, PLENTY, "auto", "tmpfs", "disk"),
@@ -52,15 +52,15 @@ PLENTY = Capacity(disk=1000 * GB, tmpfs=500 * GB, memory=400 * GB)
     ],
 )
 def test_memory_is_taken_if_three_checkpoints_fit(
-    size: Size | None, room: Capacity, wanted: Wanted, staging: str, restored: str
+    size: Size | None, capacity: Capacity, wanted: StagingChoice, staging: str, restored: str
 ) -> None:
     """Else disk; what was asked for by name is kept to, and a bound that is too large refuses nothing."""
-    placed = place(size, room, wanted)
+    placed = choose_placement(size, capacity, wanted)
     assert (placed.staging, placed.restored) == (staging, restored)
 
 
 @pytest.mark.parametrize(
-    ("room", "wanted"),
+    ("capacity", "wanted"),
     [
         (Capacity(disk=40 * GB - 1, tmpfs=29 * GB, memory=100 * GB), "auto"),
         (Capacity(disk=9 * GB, tmpfs=100 * GB, memory=100 * GB), "auto"),
@@ -68,19 +68,21 @@ def test_memory_is_taken_if_three_checkpoints_fit(
         (Capacity(disk=400 * GB, tmpfs=100 * GB, memory=40 * GB - 1), "tmpfs"),
     ],
 )
-def test_a_checkpoint_that_fits_nowhere_is_refused_with_the_numbers(room: Capacity, wanted: Wanted) -> None:
+def test_a_checkpoint_that_fits_nowhere_is_refused_with_the_numbers(
+    capacity: Capacity, wanted: StagingChoice
+) -> None:
     """Before training, for another machine to do better: what is needed, what there is, what to do."""
     with pytest.raises(NoRoom, match=r"3 checkpoints of 10\.00 GB \(as committed at step 100\)") as caught:
-        place(COMMITTED, room, wanted)
-    assert f"{room.disk / 1e9:,.2f} GB of disk" in caught.value.message
+        choose_placement(COMMITTED, capacity, wanted)
+    assert f"{capacity.disk / 1e9:,.2f} GB of disk" in caught.value.message
     assert "--work" in str(caught.value.hint)
     assert caught.value.exit_code == ExitCode.RECOVER
 
 
 def test_an_adapter_is_staged_on_disk() -> None:
     """Its checkpoints are small and do not tell the size of the model that may be merged from it."""
-    assert place(COMMITTED, PLENTY, "auto", adapter=True).staging == "disk"
-    assert place(COMMITTED, PLENTY, "tmpfs", adapter=True).staging == "tmpfs"
+    assert choose_placement(COMMITTED, PLENTY, "auto", adapter=True).staging == "disk"
+    assert choose_placement(COMMITTED, PLENTY, "tmpfs", adapter=True).staging == "tmpfs"
 
 
 def test_the_size_is_that_of_the_newest_commit(tmp_path: Path) -> None:
@@ -92,10 +94,10 @@ def test_the_size_is_that_of_the_newest_commit(tmp_path: Path) -> None:
     assert expected_size(bucket, None) is None
     assert expected_size(bucket, "some/model-of-the-hub") is None
     assert expected_size(bucket, str(model)) == Size(
-        7000, "at most, 7 times the model's files", measured=False
+        7000, "at most 7 times the model's files", measured=False
     )
     assert expected_size(bucket, str(model), 300) == Size(
-        300, "as predicted from the model's numbers", measured=False
+        300, "as predicted from the model's architecture", measured=False
     )
     attempt = claim(bucket, {})
     for step in (1, 2):
@@ -105,8 +107,8 @@ def test_the_size_is_that_of_the_newest_commit(tmp_path: Path) -> None:
     assert expected_size(bucket, str(model), 300) == Size(200, "as committed at step 2", measured=True)
 
 
-def staged_in(found: Folders, room: Capacity, wanted: Wanted = "auto") -> Path:
-    found.make(place(COMMITTED, room, wanted))
+def staged_in(found: AttemptFolders, capacity: Capacity, wanted: StagingChoice = "auto") -> Path:
+    found.create(choose_placement(COMMITTED, capacity, wanted))
     staging = found.work / "staging"
     (staging / "checkpoint-1").mkdir()
     return staging
@@ -116,7 +118,7 @@ def test_both_places_are_emptied_when_the_attempt_ends(tmp_path: Path) -> None:
     """Training finds `staging/` in its work folder, wherever that lies; memory is given back."""
     shm = tmp_path / "shm"
     shm.mkdir()
-    with folders(tmp_path / "work", 1, shm) as found:
+    with attempt_folders(tmp_path / "work", 1, shm) as found:
         staging = staged_in(found, PLENTY)
         assert staging.resolve().is_relative_to(shm)
         assert next(shm.iterdir()).stat().st_mode & 0o077 == 0
@@ -127,8 +129,8 @@ def test_both_places_are_emptied_when_the_attempt_ends(tmp_path: Path) -> None:
 def killed(work: Path, shm: Path) -> Path:
     """What an attempt that was killed has left of its staging."""
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom tests.unit.test_staging import PLENTY, folders, staged_in\n"
-        "with folders(Path(sys.argv[1]), 1, Path(sys.argv[2])) as mine:\n"
+        "import os, sys\nfrom pathlib import Path\nfrom tests.unit.test_staging import PLENTY, attempt_folders, staged_in\n"
+        "with attempt_folders(Path(sys.argv[1]), 1, Path(sys.argv[2])) as mine:\n"
         "    print(staged_in(mine, PLENTY).resolve(), flush=True)\n    os._exit(9)\n"
     )
     process = subprocess.run(
@@ -148,7 +150,7 @@ def test_what_a_killed_attempt_left_is_removed_from_both_places(tmp_path: Path) 
     shm, work = tmp_path / "shm", tmp_path / "work"
     shm.mkdir()
     left = killed(work, shm)
-    with folders(work, 2, shm) as found:
+    with attempt_folders(work, 2, shm) as found:
         assert not left.exists()
         assert [path.name for path in work.iterdir() if path.is_dir()] == ["attempt-0002"]
         assert not (staged_in(found, PLENTY, "disk")).is_symlink()
@@ -159,9 +161,9 @@ def test_what_another_supervisor_of_the_run_works_with_stays(tmp_path: Path, new
     """Superseded or not, on this machine or on a disk that nodes share: whoever ends takes nothing but its own."""
     shm, work = tmp_path / "shm", tmp_path / "work"
     shm.mkdir()
-    with folders(work, 1, shm) as earlier:
+    with attempt_folders(work, 1, shm) as earlier:
         kept = staged_in(earlier, PLENTY)
-        with folders(work, tmpfs=shm, **newer) as later:
+        with attempt_folders(work, tmpfs=shm, **newer) as later:
             theirs = staged_in(later, PLENTY)
             assert kept.is_dir()
             assert theirs.is_dir()
@@ -171,20 +173,20 @@ def test_what_another_supervisor_of_the_run_works_with_stays(tmp_path: Path, new
 
 def test_a_machine_without_tmpfs_stages_on_disk(tmp_path: Path) -> None:
     """A Mac has no /dev/shm; who asks for it by name is told."""
-    with folders(tmp_path / "work", 1, tmp_path / "missing") as found:
-        room = found.look(kept=0)
+    with attempt_folders(tmp_path / "work", 1, tmp_path / "missing") as found:
+        room = found.measure_capacity(reserved=0)
         assert room.tmpfs == 0
         assert room.disk > 0
-        assert place(Size(1, "", measured=True), room, "auto").staging == "disk"
+        assert choose_placement(Size(1, "", measured=True), room, "auto").staging == "disk"
         with pytest.raises(NoRoom, match="missing"):
-            found.make(place(None, room, "tmpfs"))
+            found.create(choose_placement(None, room, "tmpfs"))
 
 
 def test_what_is_kept_is_taken_off_the_memory(tmp_path: Path) -> None:
     """Data loaders and an offloaded optimizer need theirs."""
-    with folders(tmp_path / "work", 1, tmp_path) as found:
-        assert found.look(kept=2**60).memory < 0
-        assert found.look(kept=2**60).in_memory == 0
+    with attempt_folders(tmp_path / "work", 1, tmp_path) as found:
+        assert found.measure_capacity(reserved=2**60).memory < 0
+        assert found.measure_capacity(reserved=2**60).in_memory == 0
 
 
 @pytest.mark.parametrize(
@@ -247,10 +249,10 @@ def test_memory_that_killed_supervisors_left_is_given_back(tmp_path: Path) -> No
     """A run that never comes back must not hold memory until the machine is shut down."""
     shm = tmp_path / "shm"
     shm.mkdir()
-    with folders(tmp_path / "alive", 1, shm) as alive:
+    with attempt_folders(tmp_path / "alive", 1, shm) as alive:
         kept = staged_in(alive, PLENTY)
         left = killed(tmp_path / "killed", shm)
-        with folders(tmp_path / "other", 1, shm):
+        with attempt_folders(tmp_path / "other", 1, shm):
             assert not left.exists()
             assert kept.is_dir()
     assert not list(shm.glob("*/*"))
@@ -263,6 +265,6 @@ def test_a_place_that_others_can_write_to_is_left_alone(tmp_path: Path) -> None:
     (victim / "run").mkdir(parents=True)
     (victim / "run.lock").touch()
     (shm / f"aeolus-{os.getuid()}").symlink_to(victim)
-    with folders(tmp_path / "work", 1, shm) as found:
+    with attempt_folders(tmp_path / "work", 1, shm) as found:
         assert (victim / "run").is_dir()
-        assert found.look(kept=0).tmpfs == 0
+        assert found.measure_capacity(reserved=0).tmpfs == 0

@@ -1,4 +1,4 @@
-"""Nodes that train one run find each other, agree, and notice when one is gone; nothing here trains."""
+"""The nodes of one run connect, agree on the attempt, and detect a lost node. No training program runs here."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from trainer.hardware import Shape
 from trainer.job import Outcome
 from trainer.recipe import load
 from trainer.staged import Staged
-from trainer.supervisor.team.connection import End, Link, Noticed, Ready, Rhythm
+from trainer.supervisor.team.base import Position, read_position
+from trainer.supervisor.team.connection import AttemptEnded, HeartbeatTiming, Link, Noticed, Ready
 from trainer.supervisor.team.leader import Leader
-from trainer.supervisor.team.member import Dismissed, Member
-from trainer.supervisor.team.position import Position, position
+from trainer.supervisor.team.member import EndedByLeader, Member
 
 SHAPE = Shape(accelerator="A100", count=8, memory_gib=40.0, cores=96, host_memory_gib=900.0, node="zero")
 TWO = {"GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", "MASTER_ADDR": "10.0.0.2", "MASTER_PORT": "29400"}
@@ -55,123 +55,129 @@ Pair = tuple[Leader, Member]
 
 
 def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """Run beside the test; what it returned or raised comes as the list's only item."""
-    came: list[Any] = []
+    """Run `work` in a thread. The list receives one item: its result, or the error that it raised."""
+    results: list[Any] = []
 
     def run() -> None:
         try:
-            came.append(work())
+            results.append(work())
         except UserError as error:
-            came.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    return thread, came
+    return thread, results
 
 
-def meet(leader: Leader, member: Member, *, run: str = "run") -> list[Any]:
-    """Both meet; what came of the member's side."""
-    thread, came = in_thread(lambda: member.meet(run, never, patience_s=10))
-    leader.meet("run", never, patience_s=10)
+def connect(leader: Leader, member: Member, *, run: str = "run") -> list[Any]:
+    """Connect both nodes and announce an attempt. Return the result of the member's side."""
+    thread, results = in_thread(lambda: member.connect(run, never, timeout_s=10))
+    leader.connect("run", never, timeout_s=10)
     attempt = Attempt(MemoryBucket(), 3, token="t")
     recipe = load("zephyr-tiny/sft").recipe
-    leader.begin(attempt, fit(recipe, SHAPE.model_copy(update={"accelerator": None, "count": 0}), None), 100)
+    leader.announce(
+        attempt, fit(recipe, SHAPE.model_copy(update={"accelerator": None, "count": 0}), None), 100
+    )
     thread.join(10)
-    return came
+    return results
 
 
 @pytest.fixture
 def pair(port: int) -> Iterator[Pair]:
-    """Two nodes that have met; node 1 has less memory."""
+    """Two connected nodes. Node 1 has less memory and fewer cores than node 0."""
     leader = Leader(Position(0, 2, "127.0.0.1", port), SHAPE, grace_s=0.2)
     small = SHAPE.model_copy(update={"host_memory_gib": 800.0, "cores": 90, "node": "one"})
     member = Member(Position(1, 2, "127.0.0.1", port), small)
-    meet(leader, member)
+    connect(leader, member)
     yield leader, member
     in_thread(lambda: member.end(ExitCode.DONE))
     leader.end(ExitCode.DONE)
 
 
-def test_one_node_is_alone() -> None:
-    """SkyPilot's number says 1, and torchrun's need not be there."""
-    assert position({}) == position({"SKYPILOT_NUM_NODES": "1", "GROUP_WORLD_SIZE": "1"}) == Position()
+def test_one_node_needs_no_variables() -> None:
+    """A run on one node works without torchrun's variables."""
+    assert (
+        read_position({}) == read_position({"SKYPILOT_NUM_NODES": "1", "GROUP_WORLD_SIZE": "1"}) == Position()
+    )
 
 
-def test_torchruns_variables_say_who_is_who() -> None:
-    assert position({**TWO, "SKYPILOT_NUM_NODES": "2"}) == Position(1, 2, "10.0.0.2", 29400)
+def test_the_position_comes_from_torchruns_variables() -> None:
+    """The rank, the number of nodes and node 0's address are read from the environment."""
+    assert read_position({**TWO, "SKYPILOT_NUM_NODES": "2"}) == Position(1, 2, "10.0.0.2", 29400)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"GROUP_RANK": "2"}, "GROUP_RANK=2, but GROUP_WORLD_SIZE=2"),
+        ({"GROUP_RANK": "2"}, "GROUP_RANK=2 is not below GROUP_WORLD_SIZE=2"),
         ({"GROUP_RANK": ""}, "GROUP_RANK is ''"),
-        ({"GROUP_WORLD_SIZE": "two"}, "'two', which is no number from 1 on"),
-        ({"MASTER_ADDR": ""}, "no MASTER_ADDR"),
+        ({"GROUP_WORLD_SIZE": "two"}, "'two'; it must be a whole number of at least 1"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR (node 0's address) is not set"),
         ({"MASTER_PORT": "0"}, "MASTER_PORT is '0'"),
         ({"GROUP_WORLD_SIZE": "1", "SKYPILOT_NUM_NODES": "4"}, "4 nodes were started for one run"),
     ],
 )
-def test_variables_that_contradict_each_other_are_refused(change: dict[str, str], said: str) -> None:
-    """Two nodes that each believe to be alone would claim the run from each other for ever."""
-    with pytest.raises(UserError, match=re.escape(said)) as refused:
-        position({**TWO, **change})
+def test_variables_that_contradict_each_other_are_refused(change: dict[str, str], message: str) -> None:
+    """Otherwise two nodes that each assume to be alone would take the claim from each other forever."""
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        read_position({**TWO, **change})
     assert "jobs/*.yaml" in str(refused.value.hint)
 
 
-def test_nodes_agree_on_what_all_have(pair: Pair) -> None:
-    """The least of each node, and node 0's decisions."""
+def test_nodes_agree_on_the_combined_shape_and_the_terms(pair: Pair) -> None:
+    """The shape has the minimum of each resource, and the terms are node 0's decisions."""
     leader, member = pair
     assert leader.shape == member.shape
     assert (leader.shape.nodes, leader.shape.cores, leader.shape.host_memory_gib) == (2, 90, 800.0)
     assert member.terms is not None
     assert (member.terms.attempt, member.terms.token, member.terms.predicted) == (3, "t", 100)
-    assert leader.meeting is not None
-    assert member.meeting == leader.meeting._replace(node=1)
-    assert leader.broken is member.broken is None
+    assert leader.rendezvous is not None
+    assert member.rendezvous == leader.rendezvous._replace(node=1)
+    assert leader.failure is member.failure is None
 
 
 def test_unlike_nodes_are_refused(port: int) -> None:
-    """One fit cannot serve two kinds of GPU; both nodes say so."""
+    """One fit cannot serve two kinds of GPU, so both nodes fail with a message that names both."""
     leader = Leader(Position(0, 2, "127.0.0.1", port), SHAPE)
     other = SHAPE.model_copy(update={"accelerator": "H100", "memory_gib": 80.0})
     member = Member(Position(1, 2, "127.0.0.1", port), other)
-    thread, came = in_thread(lambda: member.meet("run", never, patience_s=10))
-    with pytest.raises(NoFit, match="not alike: A100:8 is node 0, H100:8 is node 1") as refused:
-        leader.meet("run", never, patience_s=10)
+    thread, results = in_thread(lambda: member.connect("run", never, timeout_s=10))
+    with pytest.raises(NoFit, match="different GPUs: node 0 has A100:8, node 1 has H100:8") as refused:
+        leader.connect("run", never, timeout_s=10)
     leader.end(refused.value.exit_code, refused.value.message)
     thread.join(10)
-    assert isinstance(came[0], Dismissed)
-    assert "not alike" in came[0].message
+    assert isinstance(results[0], EndedByLeader)
+    assert "different GPUs" in results[0].message
 
 
-def test_a_node_of_another_run_is_sent_away(port: int) -> None:
-    """Its recipe differs: it ends as misconfigured, and node 0 goes on waiting for its own."""
+def test_a_node_of_another_run_is_turned_away(port: int) -> None:
+    """A node with another recipe fails with the configuration exit code, and node 0 continues to wait."""
     leader = Leader(Position(0, 2, "127.0.0.1", port), SHAPE)
     stranger = Member(Position(1, 2, "127.0.0.1", port), SHAPE)
-    thread, came = in_thread(lambda: stranger.meet("another", never, patience_s=10))
-    with pytest.raises(Unavailable, match="node 1 of 2 did not come"):
-        leader.meet("run", never, patience_s=1.5)
+    thread, results = in_thread(lambda: stranger.connect("another", never, timeout_s=10))
+    with pytest.raises(Unavailable, match="node 1 of 2 did not connect"):
+        leader.connect("run", never, timeout_s=1.5)
     thread.join(10)
-    assert isinstance(came[0], Dismissed)
-    assert came[0].exit_code == ExitCode.CONFIG
+    assert isinstance(results[0], EndedByLeader)
+    assert results[0].exit_code == ExitCode.CONFIG
 
 
-def test_nobody_waits_for_ever(port: int) -> None:
-    """A node 0 that is not there can be recovered, and so can one whose machine goes meanwhile."""
+def test_waiting_for_other_nodes_ends_with_a_recoverable_error(port: int) -> None:
+    """A member gives up on a missing node 0, and node 0 gives up when its own machine is preempted."""
     member = Member(Position(1, 2, "127.0.0.1", port), SHAPE)
     with pytest.raises(Unavailable, match="node 0 does not answer"):
-        member.meet("run", never, patience_s=0.1)
-    with pytest.raises(Unavailable, match="goes before the nodes"):
-        Leader(Position(0, 2, "127.0.0.1", port), SHAPE).meet("run", lambda: True)
+        member.connect("run", never, timeout_s=0.1)
+    with pytest.raises(Unavailable, match="preempted before all nodes"):
+        Leader(Position(0, 2, "127.0.0.1", port), SHAPE).connect("run", lambda: True)
 
 
-def test_a_port_that_is_taken_is_named(port: int) -> None:
+def test_a_port_in_use_is_a_user_error(port: int) -> None:
+    """The message names the address, and the hint names the variable to change."""
     with (
         socket.create_server(("127.0.0.1", port)),
         pytest.raises(UserError, match=f"127.0.0.1:{port}.*in use") as refused,
     ):
-        Leader(Position(0, 2, "127.0.0.1", port), SHAPE).meet("run", never)
+        Leader(Position(0, 2, "127.0.0.1", port), SHAPE).connect("run", never)
     assert "MASTER_PORT" in str(refused.value.hint)
 
 
@@ -182,133 +188,143 @@ def committed(bucket: MemoryBucket, attempt: Attempt, staging: Path, step: int) 
     commit(bucket, attempt, staging, Staged(folder=folder.name, step=step), "digest")
 
 
-def test_every_node_has_node_0s_checkpoint(pair: Pair, bucket: MemoryBucket, tmp_path: Path) -> None:
-    """The newest is damaged: node 0 rejects it, and both bring the one before."""
+def test_every_node_restores_the_checkpoint_of_node_0(
+    pair: Pair, bucket: MemoryBucket, tmp_path: Path
+) -> None:
+    """The newest checkpoint is damaged: node 0 rejects it, and both nodes fetch the one before."""
     leader, member = pair
     attempt = claim(bucket, {})
     for step in (10, 20):
         committed(bucket, attempt, tmp_path / "staging", step)
     bucket.put("checkpoints/step-00000020/0001/weights.bin", b"XX")
     rejected: list[int] = []
-    thread, came = in_thread(lambda: member.restore(bucket, tmp_path / "one", lambda *_: None))
+    thread, results = in_thread(lambda: member.restore(bucket, tmp_path / "one", lambda *_: None))
     mine = leader.restore(bucket, tmp_path / "zero", lambda step, _: rejected.append(step))
     thread.join(10)
     assert rejected == [20]
     assert mine is not None
-    assert (mine.manifest.step, came[0].manifest.step) == (10, 10)
+    assert (mine.manifest.step, results[0].manifest.step) == (10, 10)
     assert (tmp_path / "one" / "checkpoint-10" / "weights.bin").read_bytes() == b"10"
 
 
-def test_a_run_without_checkpoints_begins_on_all(pair: Pair, bucket: MemoryBucket, tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_starts_on_every_node(
+    pair: Pair, bucket: MemoryBucket, tmp_path: Path
+) -> None:
+    """Every node returns None, and training starts at step 0."""
     leader, member = pair
-    thread, came = in_thread(lambda: member.restore(bucket, tmp_path / "one", reject))
+    thread, results = in_thread(lambda: member.restore(bucket, tmp_path / "one", reject))
     assert leader.restore(bucket, tmp_path / "zero", reject) is None
     thread.join(10)
-    assert came == [None]
+    assert results == [None]
 
 
 def test_a_node_that_gives_up_during_the_restore_ends_it(
     pair: Pair, bucket: MemoryBucket, tmp_path: Path
 ) -> None:
-    """Node 0 would wait for it for ever."""
+    """Otherwise node 0 would wait forever for that node to become ready."""
     leader, member = pair
-    thread, came = in_thread(lambda: leader.restore(bucket, tmp_path / "zero", reject))
+    thread, results = in_thread(lambda: leader.restore(bucket, tmp_path / "zero", reject))
     member.end(ExitCode.RECOVER, "the bucket cannot be read here")
     thread.join(10)
-    assert isinstance(came[0], Unavailable)
-    assert "node 1 has given up: the bucket cannot be read here" in came[0].message
+    assert isinstance(results[0], Unavailable)
+    assert "node 1 has given up: the bucket cannot be read here" in results[0].message
 
 
-def test_a_node_that_is_gone_is_seen_by_the_other(pair: Pair) -> None:
-    """The end of its process closes its connection."""
+def test_a_node_whose_process_ended_counts_as_lost(pair: Pair) -> None:
+    """The end of a process closes its connection, which the other node detects."""
     leader, member = pair
-    member._there.close()
+    member._leader.close()
     assert (
-        wait_until(lambda: leader.broken, "the loss", timeout_s=10) == "node 1 is gone: its supervisor ended"
+        wait_until(lambda: leader.failure, "the loss", timeout_s=10) == "node 1 is lost: its supervisor ended"
     )
 
 
-def test_a_node_that_falls_silent_counts_as_gone() -> None:
-    """A machine without power closes no connection: only its pulse stops."""
-    here, there = socket.socketpair()
-    link = Link(here, "node 1", Rhythm(every_s=0.05, silence_s=0.3))
-    assert wait_until(lambda: link.gone, "the silence", timeout_s=10).startswith("node 1 has said nothing")
-    there.close()
+def test_a_silent_node_counts_as_lost() -> None:
+    """A machine that loses power closes no connection, but its heartbeats stop."""
+    near, far = socket.socketpair()
+    link = Link(near, "node 1", HeartbeatTiming(every_s=0.05, timeout_s=0.3))
+    assert wait_until(lambda: link.lost, "the silence", timeout_s=10).startswith(
+        "node 1 has sent no heartbeat"
+    )
+    far.close()
 
 
-def test_a_pulse_keeps_a_silent_node_alive() -> None:
-    """Two ends that say nothing for longer than the silence that is allowed are both there."""
+def test_heartbeats_keep_an_idle_connection_alive() -> None:
+    """Two ends that send no messages for longer than the timeout both stay connected."""
     ends = socket.socketpair()
-    links = [Link(end, "the other", Rhythm(every_s=0.05, silence_s=0.5)) for end in ends]
+    links = [Link(end, "the other", HeartbeatTiming(every_s=0.05, timeout_s=0.5)) for end in ends]
     time.sleep(1.0)
-    assert [link.gone for link in links] == [None, None]
+    assert [link.lost for link in links] == [None, None]
     for link in links:
         link.close()
 
 
 @pytest.mark.parametrize("line", [b"GET / HTTP/1.1\n", b'{"kind": "terms"}\n', b'{"kind": "x"}\n', b"[]\n"])
-def test_what_is_no_node_is_not_listened_to(line: bytes) -> None:
-    """Whoever knocks at the port says something that we do not understand, and that is all."""
-    here, there = socket.socketpair()
-    link = Link(here, "somebody")
-    there.sendall(line)
-    assert "another language" in wait_until(lambda: link.gone, "the refusal", timeout_s=10)
-    there.close()
+def test_an_invalid_message_ends_the_connection(line: bytes) -> None:
+    """A program that is not one of our nodes may connect to the port; only its own connection is dropped."""
+    near, far = socket.socketpair()
+    link = Link(near, "a stranger")
+    far.sendall(line)
+    assert "invalid message" in wait_until(lambda: link.lost, "the refusal", timeout_s=10)
+    far.close()
 
 
-def test_a_message_may_come_in_pieces() -> None:
-    here, there = socket.socketpair()
-    link = Link(here, "node 1")
+def test_a_message_may_arrive_in_pieces() -> None:
+    """A message that is split over two packets is read as one, and messages keep their order."""
+    near, far = socket.socketpair()
+    link = Link(near, "node 1")
     data = Noticed(source="SIGTERM").model_dump_json().encode() + b"\n"
-    there.sendall(data[:9])
+    far.sendall(data[:9])
     time.sleep(0.05)
-    there.sendall(data[9:] + Ready().model_dump_json().encode() + b"\n")
+    far.sendall(data[9:] + Ready().model_dump_json().encode() + b"\n")
     wait_until(lambda: link.take(Ready), "the second message", timeout_s=10)
     assert link.take(Noticed) == Noticed(source="SIGTERM")
-    assert link.take(End) is None
+    assert link.take(AttemptEnded) is None
     link.close()
-    there.close()
+    far.close()
 
 
 def test_a_notice_on_any_node_reaches_node_0(pair: Pair) -> None:
+    """A preemption notice is no failure; it names its source and its node."""
     leader, member = pair
-    member.notice("GCE preemption")
-    assert wait_until(lambda: leader.noticed, "the notice", timeout_s=10) == "GCE preemption on node 1"
-    assert leader.noticed
-    assert leader.broken is None
+    member.send_notice("GCE preemption")
+    assert wait_until(lambda: leader.peer_notice, "the notice", timeout_s=10) == "GCE preemption on node 1"
+    assert leader.peer_notice
+    assert leader.failure is None
 
 
-def test_what_a_user_did_wrong_is_heard_from_any_node(pair: Pair) -> None:
-    """Node 0's own rank only knows that its partner is gone."""
+def test_a_user_error_on_any_node_is_the_outcome(pair: Pair) -> None:
+    """Node 0's own rank only knows that it lost its peer."""
     leader, member = pair
     wrong = Outcome(status="user_error", message="no such model")
-    member.ended(1, wrong)
-    assert leader.ended(1, None) == (1, wrong)
+    member.combine_outcomes(1, wrong)
+    assert leader.combine_outcomes(1, None) == (1, wrong)
 
 
 def test_a_rank_that_was_killed_explains_the_others(pair: Pair) -> None:
-    """Signal 9 on node 1 is for a recovery; the error that it caused on node 0 is no bug."""
+    """Signal 9 on node 1 leads to a recovery, and the error that it caused on node 0 is not reported as a bug."""
     leader, member = pair
-    member.ended(-9, None)
-    assert leader.ended(1, None) == (-9, None)
+    member.combine_outcomes(-9, None)
+    assert leader.combine_outcomes(1, None) == (-9, None)
     assert (
-        wait_until(lambda: leader.broken, "the failure", timeout_s=10) == "the workers of node 1 have failed"
+        wait_until(lambda: leader.failure, "the failure", timeout_s=10) == "the workers of node 1 have failed"
     )
 
 
 def test_all_nodes_end_with_node_0s_code(pair: Pair) -> None:
-    """Node 0 alone knows whether the commit went well."""
+    """Only node 0 knows whether the commit succeeded."""
     leader, member = pair
-    member.ended(0, Outcome(status="done"))
-    thread, came = in_thread(lambda: member.end(ExitCode.RECOVER))
+    member.combine_outcomes(0, Outcome(status="done"))
+    thread, results = in_thread(lambda: member.end(ExitCode.RECOVER))
     leader.end(ExitCode.DONE)
     thread.join(10)
-    assert came == [ExitCode.DONE]
+    assert results == [ExitCode.DONE]
 
 
-def test_without_node_0_the_others_are_recovered(pair: Pair) -> None:
+def test_without_node_0_the_other_nodes_ask_for_a_recovery(pair: Pair) -> None:
+    """A member that loses node 0 after its workers ended cannot know whether the run is done."""
     leader, member = pair
-    member.ended(0, Outcome(status="done"))
+    member.combine_outcomes(0, Outcome(status="done"))
     for link in leader._links.values():
         link.close()
     leader._links.clear()

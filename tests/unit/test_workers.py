@@ -15,7 +15,7 @@ import pytest
 from trainer.fit import Fit
 from trainer.job import Job
 from trainer.recipe import Recipe
-from trainer.supervisor.workers import Meeting, Workers, command, environment, meeting
+from trainer.supervisor.workers import Rendezvous, Workers, choose_rendezvous, command, environment
 
 RECIPE = {
     "name": "fake",
@@ -77,7 +77,7 @@ def test_one_process_on_the_cpu_is_told_its_threads(tmp_path: Path) -> None:
 def test_ranks_get_torchruns_variables(tmp_path: Path) -> None:
     """On the second of two nodes ranks go on where the first one's end."""
     ddp = job(tmp_path, processes=16, nodes=2, engine="ddp", use_cpu=False)
-    assert added(ddp, local_rank=3, at=Meeting("10.0.0.1", 29500, node=1)) == {
+    assert added(ddp, local_rank=3, at=Rendezvous("10.0.0.1", 29500, node=1)) == {
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "3",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
@@ -92,7 +92,7 @@ def test_ranks_get_torchruns_variables(tmp_path: Path) -> None:
 
 def test_deepspeed_wants_a_rank_of_one_process_too(tmp_path: Path) -> None:
     """One GPU with offload is ZeRO with a world of one; on the CPU it is told which device it has."""
-    alone = added(job(tmp_path, engine="zero3"), at=Meeting(port=1))
+    alone = added(job(tmp_path, engine="zero3"), at=Rendezvous(port=1))
     assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1")
     assert (alone["DS_ACCELERATOR"], alone["ACCELERATE_TORCH_DEVICE"]) == ("cpu", "cpu")
     assert "DS_ACCELERATOR" not in added(job(tmp_path, engine="zero3", use_cpu=False))
@@ -100,7 +100,7 @@ def test_deepspeed_wants_a_rank_of_one_process_too(tmp_path: Path) -> None:
 
 def test_fsdp_wants_a_rank_of_one_process_too(tmp_path: Path) -> None:
     """It cuts over a group of processes, if of one; Accelerate is told that it is no DeepSpeed."""
-    alone = added(job(tmp_path, engine="fsdp2"), at=Meeting(port=1))
+    alone = added(job(tmp_path, engine="fsdp2"), at=Rendezvous(port=1))
     assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1")
     assert not {"DS_ACCELERATOR", "ACCELERATE_USE_DEEPSPEED"} & alone.keys()
 
@@ -210,7 +210,7 @@ def test_a_kill_leaves_nothing(workers: Any, tmp_path: Path) -> None:
 
 def test_ranks_meet_below_the_ports_of_outgoing_connections() -> None:
     """One of those, taken before rank 0 listens, would end the attempt as a bug."""
-    ports = {meeting().port for _ in range(50)}
+    ports = {choose_rendezvous().port for _ in range(50)}
     assert max(ports) < 32_768
     assert len(ports) > 1
 
@@ -220,5 +220,5 @@ def test_a_seed_is_no_meeting_place() -> None:
     ports = set()
     for _ in range(5):
         random.seed(7)
-        ports.add(meeting().port)
+        ports.add(choose_rendezvous().port)
     assert len(ports) > 1

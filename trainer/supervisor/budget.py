@@ -89,7 +89,7 @@ class BudgetWatch:
         """Since the first attempt's claim."""
         return self._age_before_h + self._own_h
 
-    def look(self, notice: Notice) -> None:
+    def check(self, notice: Notice) -> None:
         """Warn of what is nearly used up; give notice in time to save before it is. Cheap enough for every poll."""
         if not self._limits or self.reached or notice.given:
             return
@@ -105,7 +105,7 @@ class BudgetWatch:
                 self._reach(each)
                 notice.give(each.what)
 
-    def stopped(self, where: str) -> None:
+    def report_stop(self, where: str) -> None:
         """Tell the attempt's end.
 
         Args:

@@ -27,15 +27,15 @@ from trainer.fit import fit
 from trainer.hardware import Shape
 from trainer.job import Job, Outcome, Publish
 from trainer.recipe import Recipe
-from trainer.supervisor.inputs import fetch_model
 from trainer.supervisor.model_card import card, merged_of
+from trainer.supervisor.transfers import fetch_model
 from trainer.supervisor.workers import PACKAGE_ROOT, worker_python
 
 log = logging.getLogger(__name__)
 PROGRAM = "trainer.worker.publish_model"
 
 
-class Wish(NamedTuple):
+class ExportRequest(NamedTuple):
     """What is to become of a checkpoint."""
 
     step: int | None = None
@@ -46,7 +46,7 @@ class Wish(NamedTuple):
     private: bool = False
 
 
-def export(uri: str, wish: Wish) -> Path:
+def export(uri: str, wish: ExportRequest) -> Path:
     """The folder of the model, which has appeared.
 
     Args:
@@ -73,7 +73,7 @@ def export(uri: str, wish: Wish) -> Path:
 
 
 def _task(
-    bucket: Bucket, manifest: Manifest, recipe: Recipe, wish: Wish, *, into: Path, work: Path
+    bucket: Bucket, manifest: Manifest, recipe: Recipe, wish: ExportRequest, *, into: Path, work: Path
 ) -> Publish:
     laptop = Shape(
         accelerator=None,

@@ -1,4 +1,4 @@
-"""How a machine says that it is about to go, as one flag that the supervisor reads."""
+"""The preemption notice: one flag that signals and Google's metadata server set, and that the supervisor reads."""
 
 from __future__ import annotations
 
@@ -16,17 +16,28 @@ from typing import NamedTuple
 
 from trainer.supervisor.save_window import GCP_SPOT, Window
 
+log = logging.getLogger(__name__)
+HOST_VARIABLE = "GCE_METADATA_HOST"  # Google's own libraries use the same name
+HOST = "metadata.google.internal"
+FLAVOR = "Metadata-Flavor"
+SOURCE = "GCE preemption"
+REQUEST_TIMEOUT_S = 3.0
+WAIT_FOR_CHANGE_S = 30
+"""After this time the server answers a request that waits for a change, even without a change."""
+TRANSIENT_STATUS = {408, 429}
+"""Together with 5xx these mean, by Google's documentation, that the server is being updated and will answer again."""
+
 
 class Notice:
-    """Set once, by the first sign that the machine goes; later signs change nothing.
+    """The notice that this machine is about to be preempted, or that the run must stop.
 
-    SIGTERM is what SkyPilot, Slurm and `docker stop` send; SIGINT is a person's Ctrl-C; what GCE says
-    is `trainer.supervisor.preemption`'s to hear.
+    The first source sets it, and later sources change nothing. The sources are signals (SkyPilot, Slurm and
+    `docker stop` send SIGTERM, Ctrl-C sends SIGINT), `MetadataWatcher` on Google's machines, and the run's limits.
     """
 
     def __init__(self) -> None:
         self.window: Window | None = None
-        """How long a notice is on this machine; None where nobody says."""
+        """How long before the preemption this machine gives notice. None if unknown."""
         self._given = threading.Event()
         self._source = ""
 
@@ -36,20 +47,21 @@ class Notice:
 
     @property
     def source(self) -> str:
-        """What gave the notice: "SIGTERM", "SIGINT", "GCE preemption"."""
+        """The source of the notice: "SIGTERM", "SIGINT", "GCE preemption", "budget", "deadline"."""
         return self._source
 
     def give(self, source: str) -> None:
+        """Set the notice, unless it is set already."""
         if not self._given.is_set():
             self._source = source
             self._given.set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep for `timeout_s` seconds, or until notice is given; whether it was."""
+        """Wait until notice is given, for at most `timeout_s` seconds. Return whether it was given."""
         return self._given.wait(timeout_s)
 
-    def listen(self) -> None:
-        """Take SIGTERM and SIGINT for this process; main thread only."""
+    def handle_signals(self) -> None:
+        """Make SIGTERM and SIGINT set the notice. Call it on the main thread only."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -57,48 +69,23 @@ class Notice:
         self.give(signal.Signals(number).name)
 
 
-log = logging.getLogger(__name__)
-HOST_VARIABLE = "GCE_METADATA_HOST"  # as Google's own libraries have it
-HOST = "metadata.google.internal"
-FLAVOR = "Metadata-Flavor"
-SOURCE = "GCE preemption"
-LOOK_S = 3.0
-WAIT_S = 30
-"""Seconds after which the server is to answer a waiting request, changed or not."""
-PASSING_STATUS = {408, 429}  # and 5xx: the server is being updated, says its documentation
-
-
 class MetadataAnswer(NamedTuple):
+    """A value of the metadata server, and the tag by which the server recognizes it."""
+
     value: str
     etag: str
 
 
-class _NoServer(Exception):
-    """Nothing there, or something that is no metadata server."""
-
-
-class _ServerBusy(Exception):
-    """The server is there, and does not answer now."""
-
-
-def pause_s(failures: int) -> float:
-    """Seconds between requests, after so many failures in a row."""
+def backoff_s(failures: int) -> float:
+    """Return the seconds to pause after this many failures in a row: doubled each time, up to a minute."""
     return min(60.0, 0.5 * 2.0**failures)
 
 
-def look_up(key: str, *, environ: Mapping[str, str] = os.environ, timeout_s: float = LOOK_S) -> str | None:
-    """What the server has under `key` now; None where there is no server, no such key, or no answer in time."""
-    try:
-        return Metadata(Notice(), environ=environ).ask(key, {}, timeout_s).value
-    except (_NoServer, _ServerBusy) as error:
-        log.debug("GCE does not say %s: %s", key, error)
-        return None
+class MetadataWatcher(threading.Thread):
+    """Waits until GCE's `instance/preempted` becomes TRUE, and then gives notice.
 
-
-class Metadata(threading.Thread):
-    """Waits for `instance/preempted` to turn and gives notice; ends by itself where there is no such server.
-
-    A daemon that nobody waits for: it neither slows the start nor holds up the exit.
+    The thread ends by itself on a machine without a metadata server. It is a daemon thread that no other thread joins, so it
+    delays neither the start nor the exit of the program.
     """
 
     def __init__(
@@ -106,68 +93,41 @@ class Metadata(threading.Thread):
         notice: Notice,
         *,
         environ: Mapping[str, str] = os.environ,
-        look_s: float = LOOK_S,
-        wait_s: int = WAIT_S,
-        pause: Callable[[int], float] = pause_s,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+        wait_for_change_s: int = WAIT_FOR_CHANGE_S,
+        pause: Callable[[int], float] = backoff_s,
     ) -> None:
+        """Prepare the thread.
+
+        Args:
+            notice: the flag to set.
+            environ: may name another server in $GCE_METADATA_HOST.
+            timeout_s: timeout of a request that does not wait for a change.
+            wait_for_change_s: how long the server may hold a request that waits for a change.
+            pause: seconds to pause after a number of failures in a row.
+        """
         super().__init__(name="metadata", daemon=True)
         self._notice = notice
         self._root = f"http://{environ.get(HOST_VARIABLE) or HOST}/computeMetadata/v1/"
-        self._look_s = look_s
-        self._wait_s = wait_s
+        self._timeout_s = timeout_s
+        self._wait_for_change_s = wait_for_change_s
         self._pause = pause
-        # Proxies of the environment are for the world outside; the server is on the machine itself.
+        # The environment's proxies are not used, since the server is on the machine itself.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def run(self) -> None:
         try:
             self._watch()
         except _NoServer as error:
-            log.debug("no notice from GCE on this machine: %s", error)
+            log.debug("no preemption notices from GCE on this machine: %s", error)
 
-    def _watch(self) -> None:
-        """One look first, which shows whether this is GCE; from then on no fault ends the watch."""
-        answer = self._persistently("instance/preempted")
-        if answer and self._is_spot():
-            self._notice.window = GCP_SPOT
-        while answer:
-            if answer.value == "TRUE":
-                self._notice.give(SOURCE)
-                return
-            self._notice.wait(self._pause(0))  # a server that does not know how to wait is not hammered
-            answer = self._persistently("instance/preempted", after=answer)
-
-    def _is_spot(self) -> bool:
-        try:
-            return self.ask("instance/scheduling/preemptible", {}, self._look_s).value == "TRUE"
-        except (_NoServer, _ServerBusy) as error:
-            log.debug("GCE does not say whether this machine is spot: %s", error)
-            return False
-
-    def _persistently(self, key: str, *, after: MetadataAnswer | None = None) -> MetadataAnswer | None:
-        """An answer, `after` another one as soon as the value differs from it; None once notice was given.
+    def request(self, key: str, query: Mapping[str, str], timeout_s: float) -> MetadataAnswer:
+        """Send one request and return its answer.
 
         Raises:
-            _NoServer: at the first look only.
+            _NoServer: there is no metadata server.
+            _ServerBusy: the server does not answer this request.
         """
-        query, timeout_s = {}, self._look_s
-        if after:
-            query = {"wait_for_change": "true", "timeout_sec": str(self._wait_s), "last_etag": after.etag}
-            timeout_s += self._wait_s
-        failures = 0
-        while not self._notice.given:
-            try:
-                return self.ask(key, query, timeout_s)
-            except (_NoServer, _ServerBusy) as error:
-                if after is None and isinstance(error, _NoServer):
-                    raise
-                log.debug("the metadata server fails, and is asked again: %s", error)
-            failures += 1
-            self._notice.wait(self._pause(failures))
-        return None
-
-    def ask(self, key: str, query: Mapping[str, str], timeout_s: float) -> MetadataAnswer:
-        """One request; raises what says that there is no server, or none that answers now."""
         url = f"{self._root}{key}?{urllib.parse.urlencode(query)}"
         request = urllib.request.Request(url, headers={FLAVOR: "Google"})  # noqa: S310 (http only, by design)
         try:
@@ -177,11 +137,79 @@ class Metadata(threading.Thread):
                 return MetadataAnswer(answer.read().decode().strip(), answer.headers.get("ETag", "0"))
         except urllib.error.HTTPError as error:
             error.close()
-            passing = error.code >= 500 or error.code in PASSING_STATUS
-            raise (_ServerBusy if passing else _NoServer)(f"{url} answers {error.code}") from None
-        except urllib.error.URLError as error:  # no such host, or no connection to it
+            transient = error.code >= 500 or error.code in TRANSIENT_STATUS
+            raise (_ServerBusy if transient else _NoServer)(f"{url} answers {error.code}") from None
+        except urllib.error.URLError as error:  # the host is unknown or refuses the connection
             raise _NoServer(f"{self._root}: {error.reason}") from None
         except InvalidURL as error:
             raise _NoServer(str(error)) from None
-        except (OSError, HTTPException) as error:  # connected, then time-out, reset or nonsense
+        except (OSError, HTTPException) as error:  # after the connection: timeout, reset or an invalid answer
             raise _ServerBusy(f"{url}: {error!r}") from None
+
+    def _watch(self) -> None:
+        """Watch for a preemption. Only the first request may find that there is no server; later errors are retried."""
+        answer = self._request_with_retries("instance/preempted")
+        if answer and self._is_spot():
+            self._notice.window = GCP_SPOT
+        while answer:
+            if answer.value == "TRUE":
+                self._notice.give(SOURCE)
+                return
+            self._notice.wait(self._pause(0))  # limits the rate if the server does not support waiting
+            answer = self._request_with_retries("instance/preempted", after=answer)
+
+    def _is_spot(self) -> bool:
+        try:
+            return self.request("instance/scheduling/preemptible", {}, self._timeout_s).value == "TRUE"
+        except (_NoServer, _ServerBusy) as error:
+            log.debug("cannot find out from GCE whether this is a spot machine: %s", error)
+            return False
+
+    def _request_with_retries(
+        self, key: str, *, after: MetadataAnswer | None = None
+    ) -> MetadataAnswer | None:
+        """Request a value until the server answers. Return None once notice is given.
+
+        With `after`, the server holds the request until the value differs from that answer.
+
+        Raises:
+            _NoServer: only without `after`.
+        """
+        query, timeout_s = {}, self._timeout_s
+        if after:
+            query = {
+                "wait_for_change": "true",
+                "timeout_sec": str(self._wait_for_change_s),
+                "last_etag": after.etag,
+            }
+            timeout_s += self._wait_for_change_s
+        failures = 0
+        while not self._notice.given:
+            try:
+                return self.request(key, query, timeout_s)
+            except (_NoServer, _ServerBusy) as error:
+                if after is None and isinstance(error, _NoServer):
+                    raise
+                log.debug("retrying a failed request to the metadata server: %s", error)
+            failures += 1
+            self._notice.wait(self._pause(failures))
+        return None
+
+
+def query_metadata(
+    key: str, *, environ: Mapping[str, str] = os.environ, timeout_s: float = REQUEST_TIMEOUT_S
+) -> str | None:
+    """Return the metadata server's value of `key`. None without a server, such a key, or a timely answer."""
+    try:
+        return MetadataWatcher(Notice(), environ=environ).request(key, {}, timeout_s).value
+    except (_NoServer, _ServerBusy) as error:
+        log.debug("no value of %s from GCE: %s", key, error)
+        return None
+
+
+class _NoServer(Exception):
+    """There is no server at the address, or it is not a metadata server."""
+
+
+class _ServerBusy(Exception):
+    """The metadata server exists but does not answer now."""

@@ -22,7 +22,7 @@ from trainer.job import Tail
 from trainer.metrics import log_text
 from trainer.recipe import Recipe
 from trainer.supervisor.price import Price
-from trainer.supervisor.save_window import SURE, SaveHistory, Window, WindowVerdict, verdict
+from trainer.supervisor.save_window import SAFE_SHARE, SaveHistory, Window, WindowVerdict, verdict
 
 log = logging.getLogger(__name__)
 DEFAULT_LOGGING_STEPS = 10
@@ -139,7 +139,7 @@ class Reporter:
         if news:
             log.log(logging.INFO if now.holds in ("yes", "unknown") else logging.WARNING, "%s", now.text)
 
-    def listen(self) -> bool:
+    def forward_worker_events(self) -> bool:
         """Pass on what the workers have said since the last time; whether they have said anything."""
         with self._listening:
             lines = self._steps.new_lines()
@@ -156,7 +156,7 @@ class Reporter:
 
     def committing(self) -> None:
         """Before a manifest makes a step the newest, the bucket must know how training got there."""
-        self.listen()
+        self.forward_worker_events()
         self._events.flush(now=True)
 
     def _print_worker_event(self, event: dict[str, Any]) -> None:
@@ -215,7 +215,7 @@ class Reporter:
     def save_s(self) -> float:
         """Seconds that a save and its upload may take from now on, one under way included; 0 if nobody knows."""
         save = self._pace.save()
-        return (save.seconds + save.upload_s) / SURE if save else 0.0
+        return (save.seconds + save.upload_s) / SAFE_SHARE if save else 0.0
 
     def limit(self, limit: Limit, share: float, *, usd: float, hours: float) -> None:
         self._events.add(

@@ -1,4 +1,4 @@
-"""Whether a save fits between the notice that a machine gives and its end; pure."""
+"""Whether an emergency save fits between a preemption notice and the end of the machine. Pure functions and values."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from typing import Literal, NamedTuple
 
 from trainer.events import Event
 
-SURE = 0.8
-"""Share of a window that may be spoken for: rates differ from one upload to the next."""
+SAFE_SHARE = 0.8
+"""A save is expected to fit if it takes at most this share of the window. Upload rates vary from one to the next."""
 STUCK_S, STUCK_TIMES, STUCK_UNMEASURED_S = 900.0, 5.0, 7200.0
-"""Own assumptions: workers that were asked to stop and have told nothing for a quarter of an hour, and for five times as long as
-a step, a save and an evaluation took (the last step's is finished), do not come back; before a step was timed, for two hours."""
-REMEMBERED = 3
-"""Saves that are looked back on; the slowest of them counts."""
+"""Own assumptions. Workers that were asked to stop still finish their step. They count as stuck after reporting nothing
+for STUCK_S, and for STUCK_TIMES as long as a step, a save and an evaluation have taken. While no step has been timed,
+the limit is STUCK_UNMEASURED_S."""
+RECENT = 3
+"""The number of recent saves that are taken into account. The slowest of them counts."""
 GB, MB = 1e9, 1e6
 
 Holds = Literal["yes", "barely", "no", "unknown"]
 
 
 class Window(NamedTuple):
-    """The time from a notice to the end of the machine."""
+    """The time from a preemption notice to the end of the machine."""
 
     seconds: float
     source: str
 
 
-GCP_SPOT = Window(30.0, "GCP's notice to a spot machine")
+GCP_SPOT = Window(30.0, "GCP's spot preemption notice")
 """cloud.google.com/compute/docs/instances/spot: ACPI G2 soft off, 30 s later G3 mechanical off."""
 
 
 class Save(NamedTuple):
-    """What a save takes, from the notice to the commit."""
+    """The expected duration of an emergency save, from the notice to the commit."""
 
     bytes: int
     bytes_per_s: float
     stall_s: float
     step_s: float
-    """The step that training is in is finished first."""
+    """Duration of a step. The current step is finished before the save."""
 
     @property
     def upload_s(self) -> float:
@@ -51,36 +52,39 @@ class Save(NamedTuple):
 
 
 class WindowVerdict(NamedTuple):
+    """Whether a save fits into a window, and the sentence that explains it."""
+
     holds: Holds
     text: str
 
 
 def verdict(save: Save, window: Window | None) -> WindowVerdict:
-    """Whether the window holds the save; with no window known, how long it would have to be."""
-    takes = (
-        f"saving on notice takes {save.seconds:.1f} s ({_size(save.bytes)} at {save.bytes_per_s / MB:,.1f} MB/s,"
-        f" {save.stall_s:.1f} s to stage, up to {save.step_s:.1f} s for the step; {save.upload_s:.1f} s more if"
-        " an upload is under way)"
-    )
+    """Return whether the save fits into the window. If the window is unknown, return how long it must be."""
+    rate = f"{_size(save.bytes)} at {save.bytes_per_s / MB:,.1f} MB/s"
     if window is None:
-        would = "would hold" if _holds(save, GCP_SPOT) == "yes" else "would not surely hold"
+        fits = "within" if _holds(save, GCP_SPOT) == "yes" else "not safely within"
         return WindowVerdict(
             "unknown",
-            f"saving on notice takes {save.seconds:.1f} s ({_size(save.bytes)} at {save.bytes_per_s / MB:,.1f} MB/s);"
-            f" the {GCP_SPOT.seconds:.0f} s that GCP gives spot machines {would} it; a grace time set by hand"
-            f" (Slurm's GraceTime) should leave {math.ceil(save.seconds / SURE)} s",
+            f"emergency save: about {save.seconds:.1f} s ({rate}), {fits} GCP's"
+            f" {GCP_SPOT.seconds:.0f} s preemption notice; a grace time that you set yourself (Slurm's GraceTime)"
+            f" should be at least {math.ceil(save.seconds / SAFE_SHARE)} s",
         )
     holds = _holds(save, window)
-    says = {
-        "yes": "holds it",
-        "barely": "may be too short: count on the last commit only",
-        "no": "is too short: what is committed is safe, the steps since are not; save more often",
+    meaning = {
+        "yes": "is long enough",
+        "barely": "may be too short: rely on the last commit only",
+        "no": "is too short: committed steps are safe, later steps are lost; save more often",
     }[holds]
-    return WindowVerdict(holds, f"{takes}: {window.source}, {window.seconds:.0f} s, {says}")
+    return WindowVerdict(
+        holds,
+        f"emergency save: about {save.seconds:.1f} s ({rate}, {save.stall_s:.1f} s to stage, up to"
+        f" {save.step_s:.1f} s for the current step; {save.upload_s:.1f} s more during another upload);"
+        f" {window.source} of {window.seconds:.0f} s {meaning}",
+    )
 
 
 def _holds(save: Save, window: Window) -> Literal["yes", "barely", "no"]:
-    if save.seconds <= SURE * window.seconds:
+    if save.seconds <= SAFE_SHARE * window.seconds:
         return "yes"
     return "barely" if save.seconds <= window.seconds else "no"
 
@@ -90,47 +94,49 @@ def _size(count: int) -> str:
 
 
 class SaveHistory:
-    """What saves have taken, learnt from events as they come; of the last few the slowest counts.
+    """The durations of recent saves, steps and evaluations, learned from the run's events.
 
-    Tuples are replaced, never changed, so that it may be read while another thread adds.
+    The slowest of the recent ones counts. The tuples are replaced and never changed, so that one thread may read them
+    while another thread adds events.
     """
 
     def __init__(self) -> None:
         self._size = 0
-        self._uploads: tuple[tuple[int, float], ...] = ()
+        self._uploads: tuple[tuple[int, float], ...] = ()  # bytes and seconds
         self._stalls: tuple[float, ...] = ()
         self._evaluation_s = 0.0
         self._steps: tuple[tuple[int, datetime], ...] = ()
 
     def add(self, event: Event) -> None:
+        """Learn from an event."""
         match event["kind"]:
             case "restored" if event["bytes"]:
                 self._size = event["bytes"]
             case "committed" if event["bytes"] and event["seconds"] > 0:
                 self._size = event["bytes"]
-                self._uploads = (*self._uploads, (event["bytes"], event["seconds"]))[-REMEMBERED:]
+                self._uploads = (*self._uploads, (event["bytes"], event["seconds"]))[-RECENT:]
             case "saved":
-                self._stalls = (*self._stalls, float(event["stall_s"]))[-REMEMBERED:]
+                self._stalls = (*self._stalls, float(event["stall_s"]))[-RECENT:]
             case "eval":
                 self._evaluation_s = max(self._evaluation_s, float(event.get("seconds", 0.0)))
             case "started":
                 self._steps = ()
             case "step":
-                seen = (event["step"], datetime.fromisoformat(event["time"]))
-                self._steps = (*self._steps, seen)[-REMEMBERED - 1 :]
+                step = (event["step"], datetime.fromisoformat(event["time"]))
+                self._steps = (*self._steps, step)[-RECENT - 1 :]
 
     def forget_uploads(self) -> None:
-        """This machine's line may be another one: its own first upload counts alone."""
+        """Forget the uploads of earlier attempts, because this machine's network may be faster or slower."""
         self._uploads = ()
 
     def stuck_s(self) -> float:
-        """Seconds without a word after which workers that were asked to stop are taken for stuck."""
+        """Return after how many seconds without a report workers that were asked to stop count as stuck."""
         step_s = self._step_s()
-        known = STUCK_TIMES * (step_s + max(self._stalls, default=0.0) + self._evaluation_s)
-        return max(STUCK_S, known) if step_s else STUCK_UNMEASURED_S
+        measured = STUCK_TIMES * (step_s + max(self._stalls, default=0.0) + self._evaluation_s)
+        return max(STUCK_S, measured) if step_s else STUCK_UNMEASURED_S
 
     def save(self) -> Save | None:
-        """None while no upload has been measured."""
+        """Return the expected save. None until an upload has been measured."""
         uploads = self._uploads
         if not uploads or not self._size:
             return None

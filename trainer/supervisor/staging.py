@@ -1,4 +1,4 @@
-"""Where an attempt keeps what it stages: in memory if there is room for it, else on disk."""
+"""The attempt's folders on this machine, and the choice between memory and disk for staged checkpoints."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ from trainer.bucket.manifest import Manifest, commits
 from trainer.errors import NoRoom
 from trainer.hardware import available_bytes
 
-Wanted = Literal["auto", "tmpfs", "disk"]
-TMPFS = Path("/dev/shm")  # noqa: S108 (a folder of our own in it, checked to be ours)
-STAGED = 3
-"""Checkpoints in staging at once: one being uploaded, one waiting, one being written."""
-RESERVE = 0.25
-"""Share of the host's memory that staging leaves alone, for data loaders and what is offloaded."""
+log = logging.getLogger(__name__)
+StagingChoice = Literal["auto", "tmpfs", "disk"]
+TMPFS = Path("/dev/shm")  # noqa: S108 (we use a folder of our own in it, and check that we own it)
+STAGED_CHECKPOINTS = 3
+"""Checkpoints in the staging folder at the same time: one being uploaded, one waiting, one being written."""
+MEMORY_RESERVE = 0.25
+"""Share of the host's memory that staging leaves free, for data loaders and offloaded tensors."""
 CHECKPOINT_PER_MODEL = 7
-"""At most so many times a model's files in bfloat16: ZeRO keeps 2 + 12 bytes a parameter, the files 2."""
+"""Upper bound of a checkpoint's size over the size of the model's bfloat16 files. ZeRO keeps 2 + 12 bytes for each
+parameter, and the files have 2."""
+LOCK_SUFFIX = ".lock"
 
 
 class Size(NamedTuple):
-    """What one checkpoint takes."""
+    """The size of one checkpoint."""
 
     bytes: int
     source: str
     measured: bool
-    """It is a committed checkpoint's, which is also to be restored; else an upper bound."""
+    """True: the size of a committed checkpoint, which this attempt also restores. False: an upper bound."""
 
 
 class Capacity(NamedTuple):
-    """Bytes that may be filled."""
+    """The number of bytes that the attempt may fill."""
 
     disk: int
     tmpfs: int
-    """Free there; 0 without one that is ours to use."""
+    """Free bytes on tmpfs. 0 if there is no tmpfs folder that we own."""
     memory: int
-    """Available on the host, less the reserve."""
+    """Available memory of the host without the reserve."""
 
     @property
     def in_memory(self) -> int:
@@ -51,54 +54,48 @@ class Capacity(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where things go, and why."""
+    """Where staged and restored checkpoints are stored, and the reason."""
 
     staging: Literal["tmpfs", "disk"]
     restored: Literal["tmpfs", "disk"]
     reason: str
 
 
-def place(size: Size | None, room: Capacity, wanted: Wanted, *, adapter: bool = False) -> Placement:
-    """Choose, from sizes alone.
+def choose_placement(
+    size: Size | None, capacity: Capacity, wanted: StagingChoice, *, adapter: bool = False
+) -> Placement:
+    """Choose from sizes alone where checkpoints are stored.
 
-    What is restored is read once and lies on disk, unless tmpfs was asked for by name.
+    A restored checkpoint is read once, so it is stored on disk unless `wanted` is tmpfs.
 
     Raises:
-        NoRoom: a measured size fits nowhere that was allowed. A bound refuses nothing.
+        NoRoom: a measured size fits in no allowed place. An upper bound never causes this error.
     """
     if size is None:
         kind: Literal["tmpfs", "disk"] = "tmpfs" if wanted == "tmpfs" else "disk"
-        return Placement(kind, kind, "the size of a checkpoint is not known before the first one")
-    staged, restored = STAGED * size.bytes, size.bytes * size.measured
-    needs = f"{STAGED} checkpoints of {_gb(size.bytes)} ({size.source})"
-    has = f"{_gb(room.in_memory)} of memory and {_gb(room.disk)} of disk may be filled"
+        return Placement(kind, kind, "the size of a checkpoint is unknown until the first one is saved")
+    staged, restored = STAGED_CHECKPOINTS * size.bytes, size.bytes * size.measured
+    needs = f"{STAGED_CHECKPOINTS} checkpoints of {_gb(size.bytes)} ({size.source})"
+    available = f"{_gb(capacity.in_memory)} of memory and {_gb(capacity.disk)} of disk are available"
     if wanted == "tmpfs":
-        if staged + restored > room.in_memory and size.measured:
-            raise _refused(needs, has, size)
-        return Placement("tmpfs", "tmpfs", f"as asked for, {needs}; {has}")
-    if wanted == "auto" and not adapter and staged <= room.in_memory and restored <= room.disk:
-        return Placement("tmpfs", "disk", f"{needs}; {has}")
-    if staged + restored > room.disk and size.measured:
-        raise _refused(needs, has, size)
-    why = "adapters are small, a model merged from one is not" if adapter and wanted == "auto" else has
-    return Placement("disk", "disk", f"{needs}; {why}")
-
-
-def _refused(needs: str, has: str, size: Size) -> NoRoom:
-    restored = " and one that is restored" if size.measured else ""
-    return NoRoom(
-        f"no room to stage {needs}{restored}: {has}",
-        hint="free some space, give `--work` a larger disk, choose another `--staging`,"
-        " or a machine with more memory",
-    )
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
+        if staged + restored > capacity.in_memory and size.measured:
+            raise _no_room(needs, available, size)
+        return Placement("tmpfs", "tmpfs", f"requested by --staging; {needs}; {available}")
+    if wanted == "auto" and not adapter and staged <= capacity.in_memory and restored <= capacity.disk:
+        return Placement("tmpfs", "disk", f"{needs}; {available}")
+    if staged + restored > capacity.disk and size.measured:
+        raise _no_room(needs, available, size)
+    if adapter and wanted == "auto":
+        reason = "the checkpoints of an adapter are small, but a model that is merged from it is not"
+    else:
+        reason = available
+    return Placement("disk", "disk", f"{needs}; {reason}")
 
 
 def expected_size(bucket: Bucket, model: str | None, predicted: int | None = None) -> Size | None:
-    """From the newest commit; else from the model's numbers; else a bound from its folder; None without any.
+    """Return the expected size of a checkpoint. None if nothing is known.
+
+    The sources are the newest commit, the predicted size, and the size of the model's folder, in this order.
 
     Raises:
         BucketError, Unavailable: as in `Bucket`.
@@ -107,76 +104,82 @@ def expected_size(bucket: Bucket, model: str | None, predicted: int | None = Non
     if newest:
         return Size(newest.size, f"as committed at step {newest.step}", measured=True)
     if predicted:
-        return Size(predicted, "as predicted from the model's numbers", measured=False)
+        return Size(predicted, "as predicted from the model's architecture", measured=False)
     if model and Path(model).is_dir():
-        held = sum(path.stat().st_size for path in Path(model).rglob("*") if path.is_file())
+        model_bytes = sum(path.stat().st_size for path in Path(model).rglob("*") if path.is_file())
         return Size(
-            CHECKPOINT_PER_MODEL * held,
-            f"at most, {CHECKPOINT_PER_MODEL} times the model's files",
+            CHECKPOINT_PER_MODEL * model_bytes,
+            f"at most {CHECKPOINT_PER_MODEL} times the model's files",
             measured=False,
         )
     return None
 
 
-class Folders:
-    """An attempt's folders on disk and, if need be, on tmpfs."""
+class AttemptFolders:
+    """An attempt's folder on disk and, if it is needed, its folder on tmpfs."""
 
     def __init__(self, work: Path, in_memory: Path) -> None:
         self.work = work
         self._in_memory = in_memory
 
-    def look(self, *, kept: int) -> Capacity:
-        """What may be filled now, with `kept` bytes of memory left alone."""
+    def measure_capacity(self, *, reserved: int) -> Capacity:
+        """Measure what may be filled now, without `reserved` bytes of memory."""
         return Capacity(
             disk=shutil.disk_usage(self.work).free,
-            tmpfs=shutil.disk_usage(self._in_memory.parents[1]).free if self._is_ours() else 0,
-            memory=available_bytes() - kept,
+            tmpfs=shutil.disk_usage(self._in_memory.parents[1]).free if self._has_tmpfs() else 0,
+            memory=available_bytes() - reserved,
         )
 
-    def make(self, placement: Placement) -> Path:
-        """Make `staging/` in the work folder, a link if it lies on tmpfs; the folder for what is restored."""
+    def create(self, placement: Placement) -> Path:
+        """Create `staging/` in the work folder and return the folder for the restored checkpoint.
+
+        If the placement is tmpfs, `staging/` is a link to a folder there.
+        """
         staging = self.work / "staging"
         if placement.staging == "disk":
             staging.mkdir()
         else:
-            if not self._is_ours():
+            if not self._has_tmpfs():
                 raise NoRoom(
-                    f"there is no {self._in_memory.parents[1]} to stage in", hint="use `--staging disk`"
+                    f"cannot stage in memory: {self._in_memory.parents[1]} does not exist or is not writable",
+                    hint="use `--staging disk`",
                 )
             (self._in_memory / "staging").mkdir(parents=True)
             staging.symlink_to(self._in_memory / "staging")
         return (self._in_memory if placement.restored == "tmpfs" else self.work) / "restored"
 
-    def _is_ours(self) -> bool:
-        return is_ours(self._in_memory.parent)
+    def _has_tmpfs(self) -> bool:
+        return make_private(self._in_memory.parent)
 
 
 @contextmanager
-def folders(run_folder: Path, attempt: int, tmpfs: Path = TMPFS, *, node: int = 0) -> Iterator[Folders]:
-    """This attempt's folders on this machine, its own alone; gone when it ends.
+def attempt_folders(
+    run_folder: Path, attempt: int, tmpfs: Path = TMPFS, *, node: int = 0
+) -> Iterator[AttemptFolders]:
+    """Create this attempt's folders on this machine, and remove them when the attempt ends.
 
-    What killed attempts have left is removed. One that lives still has its own: it is superseded, and ends by itself.
+    Folders that killed attempts have left behind are removed first. An older attempt that is still running keeps its
+    own folders. It is superseded, so it will end by itself.
     """
     name = f"attempt-{attempt:04d}" + (f"-node{node}" if node else "")  # nodes may share a disk
     digest = hashlib.sha256(str(run_folder.absolute()).encode()).hexdigest()[:8]
     in_memory = tmpfs / f"aeolus-{os.getuid()}" / f"{run_folder.name}-{digest}-{name}"
     work = run_folder / name
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    with claimed(in_memory), claimed(work):
+    with folder_lock(in_memory), folder_lock(work):
         work.mkdir(parents=True)
         try:
-            yield Folders(work, in_memory)
+            yield AttemptFolders(work, in_memory)
         finally:
-            for mine in (work, in_memory):
-                shutil.rmtree(mine, ignore_errors=True)
+            for folder in (work, in_memory):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-log = logging.getLogger(__name__)
-LOCK_SUFFIX = ".lock"
+def make_private(folder: Path) -> bool:
+    """Create a folder if it is missing. Return whether we own it, so that its contents may be removed.
 
-
-def is_ours(folder: Path) -> bool:
-    """Whether a folder is, or could be made, one that nobody else can write to: what lies in it may be removed."""
+    A link, a folder of another user, and a place that cannot be written to all return False.
+    """
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
@@ -186,49 +189,66 @@ def is_ours(folder: Path) -> bool:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, before the folder is made; before that, remove what nobody holds beside it.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is about to be created, after removing the unlocked folders beside it.
 
-    Where there is no such place to write to, nothing is held and nothing is lost: see `Folders.look`.
+    If the parent folder is not ours, no lock is taken and nothing is removed. `AttemptFolders` then uses no tmpfs.
     """
-    if not is_ours(folder.parent):
+    if not make_private(folder.parent):
         yield
         return
-    with ExitStack() as held:
-        with _alone_in(folder.parent):
-            _sweep(folder.parent)
-            lock = held.enter_context(_beside(folder).open("w"))
+    with ExitStack() as stack:
+        with _exclusive_access(folder.parent):
+            _remove_abandoned(folder.parent)
+            lock = stack.enter_context(_lock_path(folder).open("w"))
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield
         finally:
-            _beside(folder).unlink(missing_ok=True)
+            _lock_path(folder).unlink(missing_ok=True)
 
 
 @contextmanager
-def _alone_in(parent: Path) -> Iterator[None]:
-    """Nobody else sweeps here meanwhile: a lock that is made and not yet held looks like one that is left."""
-    number = os.open(parent, os.O_RDONLY)
+def _exclusive_access(parent: Path) -> Iterator[None]:
+    """Keep other supervisors from removing abandoned folders in `parent` meanwhile.
+
+    A lock file that was just created and is not locked yet would look abandoned to them.
+    """
+    descriptor = os.open(parent, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(number, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what supervisors that were killed have left."""
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the folders that killed supervisors have left behind."""
     found = {path.with_name(path.name.removesuffix(LOCK_SUFFIX)) for path in parent.iterdir()}
     for folder in sorted(found):
-        with suppress(OSError), _beside(folder).open("a") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its supervisor lives
+        with suppress(OSError), _lock_path(folder).open("a") as lock:
+            # Raises BlockingIOError while the folder's supervisor is running.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if folder.exists():
-                log.info("%s was left by a supervisor that was killed: removed", folder)
+                log.info("removed %s, which a killed supervisor had left behind", folder)
             shutil.rmtree(folder, ignore_errors=True)
-            _beside(folder).unlink(missing_ok=True)
+            _lock_path(folder).unlink(missing_ok=True)
 
 
-def _beside(folder: Path) -> Path:
+def _lock_path(folder: Path) -> Path:
     return folder.with_name(folder.name + LOCK_SUFFIX)
+
+
+def _no_room(needs: str, available: str, size: Size) -> NoRoom:
+    restored = " and one that is restored" if size.measured else ""
+    return NoRoom(
+        f"not enough space to stage {needs}{restored}: {available}",
+        hint="free some space, give `--work` a larger disk, choose another `--staging`,"
+        " or use a machine with more memory",
+    )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"

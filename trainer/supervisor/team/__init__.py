@@ -1,39 +1,38 @@
-"""Several machines that train one run: they find each other, agree on what to do, and end together.
+"""The nodes that train one run together: they connect, agree on the attempt, and end together.
 
-Node 0 leads: it alone claims the run, decides the fit, picks the checkpoint, commits, and says how it ended.
-The others do as they are told over a connection to it, which is also how each side learns that another is gone.
-The ranks' own network (torch.distributed) is set up only when all nodes have what they need.
+Node 0 leads. It alone claims the run, decides the fit, chooses the checkpoint, commits, and determines the exit code.
+The other nodes follow its messages over a TCP connection. The same connection shows each side when the other is lost.
+The ranks' own network (torch.distributed) is set up only after every node has everything that its workers need.
 """
 
 from collections.abc import Callable
 
 from trainer.errors import UserError
 from trainer.hardware import Shape
-from trainer.supervisor.team.base import Alone, Team
+from trainer.supervisor.team.base import ALONE, Position, SingleNode, Team, read_position
 from trainer.supervisor.team.leader import Leader
 from trainer.supervisor.team.member import Member
-from trainer.supervisor.team.position import ALONE, Position, position
 
-__all__ = ["ALONE", "Position", "Team", "meet", "position"]
+__all__ = ["ALONE", "Position", "Team", "connect", "read_position"]
 
 
-def meet(where: Position, run: str, shape: Shape, given_up: Callable[[], bool]) -> Team:
-    """The team, complete.
+def connect(position: Position, run: str, shape: Shape, give_up: Callable[[], bool]) -> Team:
+    """Connect to all other nodes and return the team.
 
     Args:
-        where: this node's position.
-        run: digest of what all nodes must agree on.
-        shape: this machine.
-        given_up: whether to wait no longer.
+        position: this node's position.
+        run: digest of everything that all nodes must agree on.
+        shape: the shape of this machine.
+        give_up: polled while waiting; True ends the wait.
 
     Raises:
-        UserError: it cannot be had, with the exit code that says whether a recovery can help.
+        UserError: the team could not be formed. The exit code says whether a recovery can help.
     """
-    if where.nodes == 1:
-        return Alone(shape)
-    team = Member(where, shape) if where.rank else Leader(where, shape)
+    if position.nodes == 1:
+        return SingleNode(shape)
+    team = Member(position, shape) if position.rank else Leader(position, shape)
     try:
-        team.meet(run, given_up)
+        team.connect(run, give_up)
     except UserError as error:
         team.end(error.exit_code, error.message, error.hint)
         raise

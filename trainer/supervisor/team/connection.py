@@ -1,6 +1,6 @@
-"""A connection between the supervisors of two nodes: messages as lines of JSON, and a pulse.
+"""The connection between the supervisors of two nodes: messages as lines of JSON, and a heartbeat.
 
-As torch's own rendezvous it trusts the network that the nodes share. No secret goes over it.
+Like torch's own rendezvous, it trusts the network that the nodes share. No secret is sent over it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from trainer.hardware import Shape
 from trainer.job import Outcome
 
 log = logging.getLogger(__name__)
+MAX_LINE_BYTES = 2**20
+"""A longer line cannot be one of our messages."""
 
 
 class Message(BaseModel):
-    """A line of JSON; `kind` says which."""
+    """One line of JSON. The field `kind` selects the class."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,23 +34,23 @@ class Message(BaseModel):
 
 
 class Pulse(Message):
-    """I am still here."""
+    """Either node to the other: a heartbeat, which shows that the node is still running."""
 
     kind: Literal["pulse"] = "pulse"
 
 
 class Hello(Message):
-    """A node to node 0: what I am."""
+    """A node to node 0: the first message, which introduces the node."""
 
     kind: Literal["hello"] = "hello"
     run: str
-    """Digest of the run's address and recipe: nodes of two runs must not mix."""
+    """Digest of the run's address and recipe. It keeps the nodes of two runs apart."""
     node: int
     shape: Shape
 
 
 class Terms(Message):
-    """Node 0 to all: the attempt is claimed, and this is how we train."""
+    """Node 0 to all nodes: the attempt is claimed, and this is how it is trained."""
 
     kind: Literal["terms"] = "terms"
     attempt: int
@@ -56,47 +58,48 @@ class Terms(Message):
     exclusive: bool
     fit: Fit
     shape: Shape
-    """Of all nodes together."""
+    """The combined shape of all nodes."""
     port: int
-    """Where the ranks meet, at node 0's address."""
+    """The port of the ranks' rendezvous, at node 0's address."""
     predicted: int | None
-    """Bytes of a checkpoint, by the model's numbers."""
+    """The predicted size of a checkpoint, in bytes."""
 
 
 class Restoring(Message):
-    """Node 0 to all: the checkpoint that it is bringing; with `sure`, the one that has verified there."""
+    """Node 0 to all nodes: the checkpoint that node 0 is restoring."""
 
     kind: Literal["restoring"] = "restoring"
     step: int | None = None
-    """None: there is none, training starts at step 0."""
+    """None: there is no checkpoint, and training starts at step 0."""
     attempt: int = 0
-    """The one that committed it."""
+    """The attempt that committed the checkpoint."""
     sure: bool = False
+    """Whether the checkpoint has been verified on node 0, so that the choice is final."""
 
 
 class Ready(Message):
-    """A node to node 0: I have all that my workers need."""
+    """A node to node 0: it has everything that its workers need. Node 0 to all nodes: all of them have."""
 
     kind: Literal["ready"] = "ready"
 
 
 class Noticed(Message):
-    """A node to node 0: my machine is about to go."""
+    """A node to node 0: it received a preemption notice."""
 
     kind: Literal["noticed"] = "noticed"
     source: str
 
 
-class Ended(Message):
-    """A node to node 0: my workers have ended, and what they staged is uploaded."""
+class WorkersEnded(Message):
+    """A node to node 0: its workers have ended, and everything that they staged is uploaded."""
 
     kind: Literal["ended"] = "ended"
     exit_code: int
     outcome: Outcome | None
 
 
-class End(Message):
-    """The attempt is over: node 0 to all, or a node that cannot take part to node 0."""
+class AttemptEnded(Message):
+    """Node 0 to all nodes: the attempt is over. A node to node 0: it cannot take part."""
 
     kind: Literal["end"] = "end"
     exit_code: int
@@ -106,49 +109,56 @@ class End(Message):
 
 KINDS: dict[str, type[Message]] = {
     str(kind.model_fields["kind"].default): kind
-    for kind in (Pulse, Hello, Terms, Restoring, Ready, Noticed, Ended, End)
+    for kind in (Pulse, Hello, Terms, Restoring, Ready, Noticed, WorkersEnded, AttemptEnded)
 }
-
-
 M = TypeVar("M", bound=Message)
-LONGEST = 2**20
-"""Bytes of a line; what is longer is none of ours."""
 
 
-class Rhythm(NamedTuple):
-    """When a node that says nothing counts as gone."""
+class HeartbeatTiming(NamedTuple):
+    """How often a node sends a heartbeat, and when a silent node counts as lost."""
 
     every_s: float = 5.0
-    silence_s: float = 60.0
+    timeout_s: float = 60.0
 
 
-RHYTHM = Rhythm()
+DEFAULT_TIMING = HeartbeatTiming()
 
 
 class Link:
-    """One end. Reading and the pulse have a thread of their own, so a busy supervisor is not a dead one."""
+    """One end of a connection.
 
-    def __init__(self, connection: socket.socket, peer: str, rhythm: Rhythm = RHYTHM) -> None:
-        """`peer` is who is at the other end, in words."""
+    A thread of its own receives messages and sends heartbeats, so that a busy supervisor does not look dead.
+    """
+
+    def __init__(
+        self, connection: socket.socket, peer: str, timing: HeartbeatTiming = DEFAULT_TIMING
+    ) -> None:
+        """Start to receive.
+
+        Args:
+            connection: the connected socket. The link owns it.
+            peer: name of the other end, for messages: "node 1".
+            timing: when to send heartbeats and when to stop waiting for them.
+        """
         self.peer = peer
         self._connection = connection
-        self._rhythm = rhythm
+        self._timing = timing
         self._sending = threading.Lock()
-        self._changed = threading.Condition()  # guards the two that follow
+        self._changed = threading.Condition()  # guards the two attributes that follow
         self._inbox: deque[Message] = deque()
-        self._gone: str | None = None
+        self._lost: str | None = None
         self._closed = False
-        connection.settimeout(min(1.0, rhythm.every_s))
+        connection.settimeout(min(1.0, timing.every_s))
         self._thread = threading.Thread(target=self._listen, name=f"link to {peer}", daemon=True)
         self._thread.start()
 
     @property
-    def gone(self) -> str | None:
-        """Why the other end counts as gone; None while it is there."""
-        return self._gone
+    def lost(self) -> str | None:
+        """Why the other end counts as lost. None while it is connected."""
+        return self._lost
 
-    def say(self, message: Message) -> None:
-        """Send a message; if the other end is gone, `gone` says so."""
+    def send(self, message: Message) -> None:
+        """Send a message. If that fails, the other end counts as lost."""
         data = message.model_dump_json().encode() + b"\n"
         try:
             with self._sending:
@@ -157,7 +167,7 @@ class Link:
             self._lose(f"{self.peer} does not answer: {error}")
 
     def take(self, kind: type[M]) -> M | None:
-        """The oldest message of a kind that has come, once; None if there is none."""
+        """Remove and return the oldest received message of a kind. None if there is none."""
         with self._changed:
             for message in self._inbox:
                 if isinstance(message, kind):
@@ -166,47 +176,48 @@ class Link:
         return None
 
     def close(self) -> None:
-        """Take leave: what was said before is still delivered."""
+        """Close the connection. Messages that were sent before are still delivered."""
         self._closed = True
-        with contextlib.suppress(OSError):  # the other end was quicker
+        with contextlib.suppress(OSError):  # the other end closed first
             self._connection.shutdown(socket.SHUT_RDWR)
 
     def _listen(self) -> None:
         with self._connection:
-            self._follow()
+            self._receive()
 
-    def _follow(self) -> None:
+    def _receive(self) -> None:
+        """Receive messages and send heartbeats until the link is closed or the other end is lost."""
         buffer = b""
-        heard = said = time.monotonic()
-        while not self._closed and self._gone is None:
-            if time.monotonic() - said >= self._rhythm.every_s:
-                said = time.monotonic()
-                self.say(Pulse())
+        received_at = sent_at = time.monotonic()
+        while not self._closed and self._lost is None:
+            if time.monotonic() - sent_at >= self._timing.every_s:
+                sent_at = time.monotonic()
+                self.send(Pulse())
             try:
                 data = self._connection.recv(2**16)
             except TimeoutError:
-                if (silent_s := time.monotonic() - heard) >= self._rhythm.silence_s:
-                    self._lose(f"{self.peer} has said nothing for {silent_s:.0f} s")
+                if (silent_s := time.monotonic() - received_at) >= self._timing.timeout_s:
+                    self._lose(f"{self.peer} has sent no heartbeat for {silent_s:.0f} s")
                 continue
             except OSError as error:
-                self._lose(f"{self.peer} is gone: {error}")
+                self._lose(f"{self.peer} is lost: {error}")
                 return
-            heard = time.monotonic()
+            received_at = time.monotonic()
             buffer = self._read(buffer + data) if data else b""
             if not data:
-                self._lose(f"{self.peer} is gone: its supervisor ended")
-            elif len(buffer) > LONGEST:
-                self._lose(f"{self.peer} speaks another language")
+                self._lose(f"{self.peer} is lost: its supervisor ended")
+            elif len(buffer) > MAX_LINE_BYTES:
+                self._lose(f"{self.peer} sent an invalid message: a line of over {MAX_LINE_BYTES} bytes")
 
     def _read(self, buffer: bytes) -> bytes:
-        """Take the whole lines; what is left is a line in the making."""
+        """Put the complete lines into the inbox as messages. Return the incomplete last line."""
         *lines, rest = buffer.split(b"\n")
         for line in lines:
             try:
                 body = json.loads(line)
                 message = KINDS[body["kind"]].model_validate(body)
             except (ValueError, KeyError, TypeError, ValidationError):
-                self._lose(f"{self.peer} speaks another language: {line[:60]!r}")
+                self._lose(f"{self.peer} sent an invalid message: {line[:60]!r}")
                 break
             if not isinstance(message, Pulse):
                 with self._changed:
@@ -215,6 +226,6 @@ class Link:
 
     def _lose(self, reason: str) -> None:
         with self._changed:
-            if self._gone is None and not self._closed:
-                self._gone = reason
+            if self._lost is None and not self._closed:
+                self._lost = reason
                 log.debug("%s", reason)

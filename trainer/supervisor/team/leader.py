@@ -1,4 +1,4 @@
-"""Node 0: waits for the others, tells them what to do, and sees when one is gone."""
+"""Node 0 of a team: accepts the other nodes, sends them the decisions, and detects when one is lost."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from trainer.errors import ExitCode, NoFit, Unavailable, UserError
 from trainer.fit import Fit
 from trainer.hardware import Shape
 from trainer.job import Outcome
-from trainer.supervisor.team.base import Reject
+from trainer.supervisor.team.base import Position, Reject
 from trainer.supervisor.team.connection import (
-    End,
-    Ended,
+    AttemptEnded,
     Hello,
     Link,
     Message,
@@ -30,67 +29,67 @@ from trainer.supervisor.team.connection import (
     Ready,
     Restoring,
     Terms,
+    WorkersEnded,
 )
-from trainer.supervisor.team.position import Position
-from trainer.supervisor.workers import GRACE_S, Meeting, meeting
+from trainer.supervisor.workers import GRACE_S, Rendezvous, choose_rendezvous
 
-PATIENCE_S = 15 * 60.0
-"""For the other nodes to come: those of a cluster run the same command when all are set up."""
+CONNECT_TIMEOUT_S = 15 * 60.0
+"""How long to wait for the other nodes. The nodes of a cluster start the same command once all of them are set up."""
 POLL_S = 0.1
 
 
 class Leader:
-    """The team, from node 0."""
+    """The team as node 0 sees it."""
 
     terms: Terms | None = None
 
     def __init__(self, position: Position, shape: Shape, *, grace_s: float = GRACE_S) -> None:
         self.node = Node(0, position.nodes)
         self.shape = shape
-        self.meeting: Meeting | None = None
+        self.rendezvous: Rendezvous | None = None
         self._position = position
         self._grace_s = grace_s
         self._links: dict[int, Link] = {}
-        self._ended: dict[int, Ended] = {}
+        self._ended: dict[int, WorkersEnded] = {}
         self._failed_at: float | None = None
-        self._noticed: str | None = None
-        self._lost: str | None = None
+        self._peer_notice: str | None = None
+        self._failure: str | None = None
 
-    def meet(self, run: str, given_up: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-        """Wait until every node has come.
+    def connect(self, run: str, give_up: Callable[[], bool], timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Wait until every other node has connected.
 
         Args:
-            run: digest that every node of this run knows.
-            given_up: asked again and again; True ends the wait.
-            patience_s: seconds to wait in all.
+            run: digest that every node of this run computes.
+            give_up: polled while waiting; True ends the wait.
+            timeout_s: seconds to wait in all.
 
         Raises:
-            Unavailable: one did not come, or this machine is about to go.
-            NoFit: the nodes are not alike.
-            UserError: the port is taken.
+            Unavailable: a node did not connect in time, or this machine is about to be preempted.
+            NoFit: the nodes have different GPUs.
+            UserError: the port is in use.
         """
-        deadline = time.monotonic() + patience_s
-        strangers: list[Link] = []
+        deadline = time.monotonic() + timeout_s
+        pending: list[Link] = []  # connected, but not yet introduced by a Hello
         with self._listen() as server:
             try:
                 while missing := set(range(1, self.node.nodes)) - set(self._links):
-                    if given_up():
-                        raise Unavailable("this machine goes before the nodes have found each other")
+                    if give_up():
+                        raise Unavailable("this machine is being preempted before all nodes have connected")
                     if time.monotonic() > deadline:
-                        raise self._missed(missing, patience_s)
+                        raise self._missing_nodes(missing, timeout_s)
                     with contextlib.suppress(TimeoutError):
-                        strangers.append(Link(server.accept()[0], "a node that has not said its name"))
-                    strangers = [link for link in strangers if not self._welcome(link, run) and not link.gone]
+                        pending.append(Link(server.accept()[0], "a node that has not introduced itself"))
+                    pending = [link for link in pending if not self._admit(link, run) and not link.lost]
             finally:
-                for link in strangers:
+                for link in pending:
                     if link not in self._links.values():
                         link.close()
 
-    def _missed(self, missing: set[int], patience_s: float) -> Unavailable:
+    def _missing_nodes(self, missing: set[int], timeout_s: float) -> Unavailable:
         return Unavailable(
-            f"node {', '.join(map(str, sorted(missing)))} of {self.node.nodes} did not come to "
-            f"{self._position.address}:{self._position.port} within {patience_s:.0f} s",
-            hint="look at that node's log, and at the network between the nodes",
+            f"node {', '.join(map(str, sorted(missing)))} of {self.node.nodes} did not connect to "
+            f"{self._position.address}:{self._position.port} within {timeout_s:.0f} s",
+            hint="check that node's log, and the network between the nodes",
         )
 
     def _listen(self) -> socket.socket:
@@ -101,7 +100,8 @@ class Leader:
             except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise
-                server = socket.create_server(("", port))  # an address that is ours behind a translation only
+                # Behind address translation (NAT) no local interface has the address.
+                server = socket.create_server(("", port))
         except OSError as error:
             raise UserError(
                 f"cannot listen for the other nodes at {address}:{port}: {error.strerror}",
@@ -110,114 +110,123 @@ class Leader:
         server.settimeout(0.2)
         return server
 
-    def _welcome(self, link: Link, run: str) -> bool:
-        """Whether a connection has said who it is, and is dealt with."""
+    def _admit(self, link: Link, run: str) -> bool:
+        """Admit a node that has introduced itself, or turn it away.
+
+        Returns:
+            False while the node has not introduced itself.
+        """
         hello = link.take(Hello)
         if hello is None:
             return False
         link.peer = f"node {hello.node}"
         if hello.run != run:
-            link.say(
-                End(exit_code=ExitCode.CONFIG, message="node 0 trains another run, or the recipe differs")
-            )
+            message = "node 0 trains another run, or the same run with another recipe"
+            link.send(AttemptEnded(exit_code=ExitCode.CONFIG, message=message))
             link.close()
             return True
-        if earlier := self._links.pop(hello.node, None):  # it was started again
+        if earlier := self._links.pop(hello.node, None):  # the node was restarted
             earlier.close()
         self._links[hello.node] = link
-        mine, theirs = self.shape, hello.shape
-        if (mine.accelerator, mine.count) != (theirs.accelerator, theirs.count):
+        own, other = self.shape, hello.shape
+        if (own.accelerator, own.count) != (other.accelerator, other.count):
             raise NoFit(
-                f"the nodes are not alike: {mine.one_node} is node 0, {theirs.one_node} is node {hello.node}",
-                hint="name one accelerator for all nodes",
+                f"the nodes have different GPUs: node 0 has {own.one_node}, node {hello.node} has {other.one_node}",
+                hint="request the same accelerator for all nodes",
             )
-        self.shape = _both(mine, theirs, self.node.nodes)
+        self.shape = _combined(own, other, self.node.nodes)
         return True
 
-    def begin(self, attempt: Attempt, fit: Fit, predicted: int | None) -> None:
-        """Tell all nodes that the run is claimed, and how it is trained."""
-        self.meeting = Meeting(self._position.address, meeting().port, 0)
+    def announce(self, attempt: Attempt, fit: Fit, predicted: int | None) -> None:
+        self.rendezvous = Rendezvous(self._position.address, choose_rendezvous().port, 0)
         terms = Terms(
             attempt=attempt.number,
             token=attempt.token,
             exclusive=attempt.exclusive,
             fit=fit,
             shape=self.shape,
-            port=self.meeting.port,
+            port=self.rendezvous.port,
             predicted=predicted,
         )
-        self._tell(terms)
+        self._broadcast(terms)
 
     def restore(
         self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = ignore_progress
     ) -> Restored | None:
-        """The newest checkpoint that verifies here, which all nodes then have."""
+        """Restore the newest checkpoint that verifies on this node, then wait until every node has it."""
         restored = restore(
-            bucket, into, reject, trying=lambda manifest: self._tell(_restoring(manifest)), tell=tell
+            bucket, into, reject, trying=lambda manifest: self._broadcast(_restoring(manifest)), tell=tell
         )
-        self._tell(_restoring(restored.manifest if restored else None, sure=True))
+        self._broadcast(_restoring(restored.manifest if restored else None, sure=True))
         for number, link in self._links.items():
             while not link.take(Ready):
-                if broken := self.broken:
-                    raise Unavailable(f"{broken}, before training began")
-                if self.noticed:  # it will not be ready
-                    raise Unavailable(f"node {number} goes before training began")
+                if failure := self.failure:
+                    raise Unavailable(f"{failure}, before training began")
+                if self.peer_notice:  # that node will not become ready
+                    raise Unavailable(f"node {number} is being preempted before training began")
                 time.sleep(POLL_S)
-        self._tell(Ready())
+        self._broadcast(Ready())
         return restored
 
     @property
-    def broken(self) -> str | None:
-        """A node is gone or has given up; or its workers have failed, and ours had time to see it themselves."""
-        self._hear()
+    def failure(self) -> str | None:
+        """Why the attempt cannot continue: a node is lost or has given up, or its workers have failed.
+
+        Failed workers count only after `grace_s` seconds, so that this node's own ranks can report the error first.
+        """
+        self._receive()
         failed = [number for number, ended in self._ended.items() if ended.exit_code]
-        if self._lost is None and failed:
+        if self._failure is None and failed:
             self._failed_at = self._failed_at or time.monotonic()
             if time.monotonic() - self._failed_at >= self._grace_s:
-                self._lost = f"the workers of node {failed[0]} have failed"
-        return self._lost
+                self._failure = f"the workers of node {failed[0]} have failed"
+        return self._failure
 
     @property
-    def noticed(self) -> str | None:
-        self._hear()
-        return self._noticed
+    def peer_notice(self) -> str | None:
+        self._receive()
+        return self._peer_notice
 
-    def _hear(self) -> None:
-        """Take what the other nodes have said since the last look."""
+    def _receive(self) -> None:
+        """Process the messages that have arrived from the other nodes."""
         for number, link in self._links.items():
-            if ended := link.take(Ended):
+            if ended := link.take(WorkersEnded):
                 self._ended[number] = ended
             if notice := link.take(Noticed):
-                self._noticed = f"{notice.source} on {link.peer}"
-            if end := link.take(End):
-                self._lost = self._lost or f"{link.peer} has given up: {end.message}"
-            self._lost = self._lost or link.gone
+                self._peer_notice = f"{notice.source} on {link.peer}"
+            if end := link.take(AttemptEnded):
+                self._failure = self._failure or f"{link.peer} has given up: {end.message}"
+            self._failure = self._failure or link.lost
 
-    def notice(self, source: str) -> None:
-        """Nothing to tell: the ranks agree on a stop among themselves."""
+    def send_notice(self, source: str) -> None:
+        """Send nothing. The ranks agree among themselves to stop."""
 
-    def ended(self, exit_code: int, outcome: Outcome | None) -> tuple[int, Outcome | None]:
-        """Ours, or what explains it: a rank whose partner is gone ends with an error that says little."""
+    def combine_outcomes(self, exit_code: int, outcome: Outcome | None) -> tuple[int, Outcome | None]:
+        """Return this node's outcome, or the outcome of the node that explains the failure.
+
+        A rank whose peer died fails with a network error that does not name the cause. The outcome of the other node does.
+        """
         if outcome is not None:
             return exit_code, outcome
         deadline = time.monotonic() + self._grace_s
-        while not self.broken and len(self._ended) < len(self._links) and time.monotonic() < deadline:
+        while not self.failure and len(self._ended) < len(self._links) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        theirs = list(self._ended.values())
-        for each in theirs:
-            if each.outcome and each.outcome.explains:
-                return each.exit_code, each.outcome
-        return min([exit_code, *(each.exit_code for each in theirs)]), None  # a signal is negative
+        others = list(self._ended.values())
+        for ended in others:
+            if ended.outcome and ended.outcome.explains:
+                return ended.exit_code, ended.outcome
+        # A negative exit code is a signal, and a rank that was killed explains the errors of the others.
+        return min([exit_code, *(ended.exit_code for ended in others)]), None
 
     def end(self, code: ExitCode, message: str = "", hint: str | None = None) -> ExitCode:
-        self._tell(End(exit_code=code, message=message, hint=hint))
+        self._broadcast(AttemptEnded(exit_code=code, message=message, hint=hint))
         for link in self._links.values():
             link.close()
         return code
 
-    def _tell(self, message: Message) -> None:
+    def _broadcast(self, message: Message) -> None:
         for link in self._links.values():
-            link.say(message)
+            link.send(message)
 
 
 def _restoring(manifest: Manifest | None, *, sure: bool = False) -> Restoring:
@@ -226,14 +235,14 @@ def _restoring(manifest: Manifest | None, *, sure: bool = False) -> Restoring:
     return Restoring(step=manifest.step, attempt=manifest.attempt, sure=sure)
 
 
-def _both(mine: Shape, theirs: Shape, nodes: int) -> Shape:
-    """What every node has, at least."""
-    memory = [each.memory_gib for each in (mine, theirs) if each.memory_gib is not None]
-    return mine.model_copy(
+def _combined(own: Shape, other: Shape, nodes: int) -> Shape:
+    """Return the shape that every node has at least."""
+    memory = [shape.memory_gib for shape in (own, other) if shape.memory_gib is not None]
+    return own.model_copy(
         update={
             "nodes": nodes,
             "memory_gib": min(memory, default=None),
-            "cores": min(mine.cores, theirs.cores),
-            "host_memory_gib": min(mine.host_memory_gib, theirs.host_memory_gib),
+            "cores": min(own.cores, other.cores),
+            "host_memory_gib": min(own.host_memory_gib, other.host_memory_gib),
         }
     )

@@ -1,4 +1,4 @@
-"""Any node but the first: does what node 0 says."""
+"""Every node of a team except node 0: connects to node 0 and follows its decisions."""
 
 from __future__ import annotations
 
@@ -17,28 +17,36 @@ from trainer.errors import ExitCode, Unavailable, UserError
 from trainer.fit import Fit
 from trainer.hardware import Shape
 from trainer.job import Outcome
-from trainer.supervisor.team.base import Reject
-from trainer.supervisor.team.connection import End, Ended, Hello, Link, Noticed, Ready, Restoring, Terms
-from trainer.supervisor.team.leader import PATIENCE_S, POLL_S
-from trainer.supervisor.team.position import Position
-from trainer.supervisor.workers import Meeting
+from trainer.supervisor.team.base import Position, Reject
+from trainer.supervisor.team.connection import (
+    AttemptEnded,
+    Hello,
+    Link,
+    Noticed,
+    Ready,
+    Restoring,
+    Terms,
+    WorkersEnded,
+)
+from trainer.supervisor.team.leader import CONNECT_TIMEOUT_S, POLL_S
+from trainer.supervisor.workers import Rendezvous
 
 log = logging.getLogger(__name__)
 RETRY_S = 0.5
 
 
-class Dismissed(UserError):
-    """Node 0 has ended the attempt; with its exit code."""
+class EndedByLeader(UserError):
+    """Node 0 has ended the attempt. The exit code is node 0's."""
 
-    def __init__(self, end: End) -> None:
+    def __init__(self, end: AttemptEnded) -> None:
         super().__init__(end.message or "node 0 has ended the attempt", hint=end.hint)
         self.exit_code = ExitCode(end.exit_code)
 
 
 class Member:
-    """The team, from any other node."""
+    """The team as a node other than node 0 sees it."""
 
-    noticed: str | None = None
+    peer_notice: str | None = None
 
     def __init__(self, position: Position, shape: Shape) -> None:
         self.node = Node(position.rank, position.nodes)
@@ -46,59 +54,61 @@ class Member:
         self.terms: Terms | None = None
         self._position = position
         self._link: Link | None = None
-        self._dismissed: End | None = None
-        self._took_part = False
+        self._end: AttemptEnded | None = None
+        self._reported = False  # whether node 0 knows how this node's workers ended
 
-    def meet(self, run: str, given_up: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-        """Find node 0, say what this node is, and hear what to do.
+    def connect(self, run: str, give_up: Callable[[], bool], timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Connect to node 0, introduce this node, and wait for the terms of the attempt.
 
         Raises:
-            Unavailable: node 0 is not there, or goes.
-            Dismissed: it has no use for this node.
+            Unavailable: node 0 does not answer or is lost, or this machine is about to be preempted.
+            EndedByLeader: node 0 turned this node away.
         """
-        self._link = Link(self._connect(given_up, patience_s), "node 0")
-        self._link.say(Hello(run=run, node=self.node.rank, shape=self.shape))
+        self._link = Link(self._open_connection(give_up, timeout_s), "node 0")
+        self._link.send(Hello(run=run, node=self.node.rank, shape=self.shape))
         while (terms := self._link.take(Terms)) is None:
             self._check()
-            if given_up():
-                self._there.say(End(exit_code=ExitCode.RECOVER, message="its machine goes"))
-                raise Unavailable("this machine goes before the nodes have found each other")
+            if give_up():
+                self._leader.send(
+                    AttemptEnded(exit_code=ExitCode.RECOVER, message="its machine is being preempted")
+                )
+                raise Unavailable("this machine is being preempted before all nodes have connected")
             time.sleep(POLL_S)
         self.terms, self.shape = terms, terms.shape
 
-    def _connect(self, given_up: Callable[[], bool], patience_s: float) -> socket.socket:
+    def _open_connection(self, give_up: Callable[[], bool], timeout_s: float) -> socket.socket:
         address = (self._position.address, self._position.port)
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + timeout_s
         while True:
             try:
                 return socket.create_connection(address, timeout=5.0)
             except OSError as error:
-                if given_up() or time.monotonic() > deadline:
+                if give_up() or time.monotonic() > deadline:
                     raise Unavailable(
                         f"node 0 does not answer at {address[0]}:{address[1]}: {error}",
-                        hint="look at node 0's log, and at the network between the nodes",
+                        hint="check node 0's log, and the network between the nodes",
                     ) from None
                 time.sleep(RETRY_S)
 
     @property
-    def _there(self) -> Link:
+    def _leader(self) -> Link:
         if self._link is None:
-            raise RuntimeError("the nodes have not met yet")
+            raise RuntimeError("this node has not connected to node 0 yet")
         return self._link
 
     @property
-    def meeting(self) -> Meeting | None:
+    def rendezvous(self) -> Rendezvous | None:
         if self.terms is None:
             return None
-        return Meeting(self._position.address, self.terms.port, self.node.rank)
+        return Rendezvous(self._position.address, self.terms.port, self.node.rank)
 
-    def begin(self, attempt: Attempt, fit: Fit, predicted: int | None) -> None:
-        """Node 0 has begun already."""
+    def announce(self, attempt: Attempt, fit: Fit, predicted: int | None) -> None:
+        """Send nothing. Node 0 has announced the attempt already."""
 
     def restore(
         self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = ignore_progress
     ) -> Restored | None:
-        """The checkpoint that node 0 names; brought while node 0 brings its own copy."""
+        """Fetch the checkpoint that node 0 names, while node 0 fetches its own copy."""
         restored: Restored | None = None
         while True:
             named = self._wait_for_restoring()
@@ -108,72 +118,73 @@ class Member:
                 named.step,
                 named.attempt,
             ):
-                restored = self._bring(bucket, named, into, reject, tell)
+                restored = self._fetch(bucket, named, into, reject, tell)
             if named.sure:
                 break
-        self._there.say(Ready())
-        while not self._there.take(Ready):
+        self._leader.send(Ready())
+        while not self._leader.take(Ready):
             self._check()
             time.sleep(POLL_S)
         return restored
 
-    def _bring(
+    def _fetch(
         self, bucket: Bucket, named: Restoring, into: Path, reject: Reject, tell: Tell
     ) -> Restored | None:
-        """A copy that does not verify is no loss while node 0 may still reject it too.
+        """Fetch a checkpoint. Return None if it does not verify while node 0 may still reject it too.
 
         Raises:
-            CorruptCheckpoint: it is sure that it verified there.
+            Unavailable: it does not verify here, but it did on node 0.
         """
         try:
             return restore_named(bucket, named.step or 0, named.attempt, into, tell)
         except CorruptCheckpoint as error:
             if named.sure:
-                raise Unavailable(f"{error.message}, and at node 0 it verified") from None
+                raise Unavailable(f"{error.message}, although it verified on node 0") from None
             reject(named.step or 0, error.message)
             return None
 
     def _wait_for_restoring(self) -> Restoring:
-        while (named := self._there.take(Restoring)) is None:
+        while (named := self._leader.take(Restoring)) is None:
             self._check()
             time.sleep(POLL_S)
         return named
 
     def _check(self) -> None:
-        """Raise if node 0 has ended the attempt, or is gone."""
-        broken = self.broken
-        if self._dismissed:
-            raise Dismissed(self._dismissed)
-        if broken:
-            raise Unavailable(f"{broken}; node 0 leads, so this attempt is over")
+        """Raise if node 0 has ended the attempt or is lost."""
+        failure = self.failure
+        if self._end:
+            raise EndedByLeader(self._end)
+        if failure:
+            raise Unavailable(f"{failure}; without node 0 this attempt cannot continue")
 
     @property
-    def broken(self) -> str | None:
-        self._dismissed = self._dismissed or self._there.take(End)
-        return "node 0 has ended the attempt" if self._dismissed else self._there.gone
+    def failure(self) -> str | None:
+        self._end = self._end or self._leader.take(AttemptEnded)
+        return "node 0 has ended the attempt" if self._end else self._leader.lost
 
-    def notice(self, source: str) -> None:
-        self._there.say(Noticed(source=source))
+    def send_notice(self, source: str) -> None:
+        self._leader.send(Noticed(source=source))
 
-    def ended(self, exit_code: int, outcome: Outcome | None) -> tuple[int, Outcome | None]:
-        self._there.say(Ended(exit_code=exit_code, outcome=outcome))
-        self._took_part = True
+    def combine_outcomes(self, exit_code: int, outcome: Outcome | None) -> tuple[int, Outcome | None]:
+        self._leader.send(WorkersEnded(exit_code=exit_code, outcome=outcome))
+        self._reported = True
         return exit_code, outcome
 
     def end(self, code: ExitCode, message: str = "", hint: str | None = None) -> ExitCode:
-        """What node 0 says; without it, that this attempt can be recovered."""
+        """Return node 0's exit code. If node 0 is lost, return the code that asks for a recovery."""
         if self._link is None:
             return code
-        if self._took_part:
-            while self.broken is None:
+        if self._reported:
+            while self.failure is None:  # node 0 decides, after its commit
                 time.sleep(POLL_S)
-        else:  # node 0 must know that this node cannot go on
-            self._link.say(End(exit_code=code, message=message or "its machine goes", hint=hint))
+        else:  # node 0 must learn that this node does not continue
+            text = message or "its machine is being preempted"
+            self._link.send(AttemptEnded(exit_code=code, message=text, hint=hint))
         self._link.close()
-        if self._dismissed:
-            log.info("node 0 has ended the attempt with exit code %d", self._dismissed.exit_code)
-            return ExitCode(self._dismissed.exit_code)
-        if not self._took_part:
+        if self._end:
+            log.info("node 0 has ended the attempt with exit code %d", self._end.exit_code)
+            return ExitCode(self._end.exit_code)
+        if not self._reported:
             return code
-        log.error("%s", self._link.gone)
+        log.error("%s", self._link.lost)
         return ExitCode.RECOVER
