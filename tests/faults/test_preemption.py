@@ -15,7 +15,7 @@ from tests.harness import ROOT, RunView, wait_until
 from tests.servers.metadata import MetadataServer
 from trainer.errors import ExitCode
 from trainer.supervisor.attempt import RunRequest
-from trainer.supervisor.preemption import HOST_VARIABLE, SOURCE, Metadata, Notice
+from trainer.supervisor.preemption import HOST_VARIABLE, SOURCE, MetadataWatcher, Notice
 from trainer.supervisor.run import run
 
 
@@ -38,7 +38,7 @@ def test_a_preemption_during_a_run_is_saved_committed_and_recovered(
     view = RunView(request_.checkpoints, request_.run_id)
     notice = Notice()
     with MetadataServer() as server:
-        Metadata(notice, environ={HOST_VARIABLE: server.host}).start()
+        MetadataWatcher(notice, environ={HOST_VARIABLE: server.host}).start()
         wait_until(server.waiting, "the watch", timeout_s=30)
         monkeypatch.setenv("FAKE_WORKER", "waits@3")
 

@@ -1,4 +1,4 @@
-"""Tells what happens twice: as an event for programs, as a line of the log for people."""
+"""Reports what happens to an attempt: as events for programs, and as log lines for people."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from trainer.supervisor.save_window import SAFE_SHARE, SaveHistory, Window, Wind
 
 log = logging.getLogger(__name__)
 DEFAULT_LOGGING_STEPS = 10
-COMPLAIN_EVERY_S = 60.0
+WARN_EVERY_S = 60.0
 
 
 class Reporter:
-    """One method for each thing that can happen to an attempt; safe to call from any thread."""
+    """Has one method for each event of an attempt. The methods are safe to call from any thread."""
 
     def __init__(
         self,
@@ -41,18 +41,27 @@ class Reporter:
         window: Callable[[], Window | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Report to `events` and to the log.
+
+        Args:
+            events: the attempt's event log.
+            recipe: the recipe of the run.
+            steps: file of the workers' events (`Job.steps`).
+            window: returns the preemption notice's window, once it is known.
+            clock: monotonic clock, in seconds.
+        """
         self._events = events
         self._window = window
-        self._pace = SaveHistory()
+        self._history = SaveHistory()
         self._commits = 0
-        self._said: WindowVerdict | None = None
+        self._verdict: WindowVerdict | None = None
         self._outage = Outage(clock)
         self._recipe = recipe
         self._steps = Tail(steps)
-        self._listening = threading.Lock()
+        self._forwarding = threading.Lock()
         self._print_every = int(recipe.trainer_args.get("logging_steps") or DEFAULT_LOGGING_STEPS) or 1
 
-    def claimed(  # noqa: PLR0913 (what a claim tells)
+    def claimed(  # noqa: PLR0913 (the fields of the event)
         self,
         shape: Shape,
         planned: Fit,
@@ -63,7 +72,7 @@ class Reporter:
         limits: Limits | None = None,
         booted: str | None = None,
     ) -> Event:
-        """`booted`: from when on the machine is paid (UTC, ISO 8601), if that is before now."""
+        """Report the claim. `booted` is the time from which on the machine is paid (UTC, ISO 8601), if that is earlier."""
         event = self._events.add(
             "claimed",
             run=uri,
@@ -80,16 +89,16 @@ class Reporter:
         return event
 
     def warned(self, message: str) -> None:
-        """What the user should know of this attempt, once."""
+        """Report something that the user should know about this attempt."""
         self._events.add("log", level="warning", message=message)
         log.warning("%s", message)
 
     def rejected(self, step: int, reason: str) -> None:
         self._events.add("rejected", step=step, reason=reason)
-        log.warning("checkpoint of step %d is not believed: %s", step, reason)
+        log.warning("checkpoint of step %d failed verification and is not used: %s", step, reason)
 
     def staging(self, where: str, reason: str) -> None:
-        message = f"staging on {where}: {reason}"
+        message = f"staging checkpoints on {where}: {reason}"
         self._events.add("log", level="info", message=message)
         log.info("%s", message)
 
@@ -107,55 +116,60 @@ class Reporter:
             bytes=manifest.size,
             seconds=restored.seconds,
         )
-        self._pace.add(event)
+        self._history.add(event)
         log.info(
             "restored step %d, committed by attempt %d: %s verified in %.1f s",
             manifest.step, manifest.attempt, _files(manifest), restored.seconds,
         )  # fmt: skip
 
     def recall(self, events: Iterable[Event]) -> None:
-        """Learn from an earlier attempt how long a save takes; to be followed by `restored`."""
+        """Learn from the events of an earlier attempt how long a save takes. Call it before `restored`."""
         for event in events:
-            self._pace.add(event)
+            self._history.add(event)
 
     def window(self) -> None:
-        """Say whether a notice leaves time for a save, if enough is known and it was not said before."""
+        """Report whether a preemption notice leaves time for a save.
+
+        Nothing is reported while the duration of a save is unknown, or while the verdict is unchanged. The first commit
+        is an exception: its own measurement is reported even if the verdict is unchanged.
+        """
         window = self._window()
-        if (save := self._pace.save()) is None:
+        if (save := self._history.save()) is None:
             return
-        now = verdict(save, window)
-        if self._said and self._said.holds == now.holds and self._commits != 1:
+        current = verdict(save, window)
+        if self._verdict and self._verdict.holds == current.holds and self._commits != 1:
             return
-        news = self._said is None or self._said.holds != now.holds
-        self._said = now
+        changed = self._verdict is None or self._verdict.holds != current.holds
+        self._verdict = current
         self._events.add(
             "window",
-            holds=now.holds,
+            holds=current.holds,
             seconds=save.seconds,
             bytes=save.bytes,
             bytes_per_s=save.bytes_per_s,
             window_s=window.seconds if window else None,
         )
-        if news:
-            log.log(logging.INFO if now.holds in ("yes", "unknown") else logging.WARNING, "%s", now.text)
+        if changed:
+            level = logging.INFO if current.holds in ("yes", "unknown") else logging.WARNING
+            log.log(level, "%s", current.text)
 
     def forward_worker_events(self) -> bool:
-        """Pass on what the workers have said since the last time; whether they have said anything."""
-        with self._listening:
+        """Report the events that the workers have written since the last call. Return whether there were any."""
+        with self._forwarding:
             lines = self._steps.new_lines()
             for line in lines:
                 fields: dict[str, Any] = json.loads(line)
                 event = self._events.add(fields.pop("kind"), **fields)
-                self._pace.add(event)
+                self._history.add(event)
                 self._print_worker_event(event)
         return bool(lines)
 
     def stuck_s(self) -> float:
-        """Seconds without a word after which workers that were asked to stop are taken for stuck."""
-        return self._pace.stuck_s()
+        """Return after how many seconds without an event workers that were asked to stop count as stuck."""
+        return self._history.stuck_s()
 
     def committing(self) -> None:
-        """Before a manifest makes a step the newest, the bucket must know how training got there."""
+        """Write all events up to now to the bucket, because a committed step must not be newer than its events."""
         self.forward_worker_events()
         self._events.flush(now=True)
 
@@ -188,33 +202,33 @@ class Reporter:
         )
         what = f"step {manifest.step}" if kind == "committed" else "the final model"
         log.info("committed %s: %s in %.1f s", what, _files(manifest), seconds)
-        if tried := self._outage.over():
-            log.info("the bucket takes uploads again; it failed %s", tried)
+        if tried := self._outage.end():
+            log.info("uploads to the bucket succeed again, after failing %s", tried)
         if kind == "committed":
             self._commits += 1
             if self._commits == 1:
-                self._pace.forget_uploads()
-            self._pace.add(event)
+                self._history.forget_uploads()
+            self._history.add(event)
             self.window()
 
     def dropped(self, step: int) -> None:
-        reason = "a newer checkpoint was staged before its upload began"
+        reason = "a newer checkpoint was staged before the upload of this one began"
         self._events.add("save_skipped", step=step, reason=reason)
         log.warning("step %d is not uploaded: %s", step, reason)
 
     def upload_failed(self, step: int, reason: str) -> None:
         tries = self._outage.failed()
         self._events.add("upload_failed", step=step, reason=reason, tries=tries)
-        if said := self._outage.worth_saying():
-            log.warning("upload of step %d failed, %s, and will be tried again: %s", step, said, reason)
+        if tried := self._outage.due_warning():
+            log.warning("upload of step %d failed %s and will be retried: %s", step, tried, reason)
 
     def notice(self, source: str) -> None:
         self._events.add("notice", source=source)
-        log.warning("%s: saving, uploading and committing before this machine goes", source)
+        log.warning("%s: saving, uploading and committing before this machine is preempted", source)
 
     def save_s(self) -> float:
-        """Seconds that a save and its upload may take from now on, one under way included; 0 if nobody knows."""
-        save = self._pace.save()
+        """Return how many seconds a save and its upload may take, after an upload that is in progress. 0 if unknown."""
+        save = self._history.save()
         return (save.seconds + save.upload_s) / SAFE_SHARE if save else 0.0
 
     def limit(self, limit: Limit, share: float, *, usd: float, hours: float) -> None:
@@ -226,7 +240,8 @@ class Reporter:
 
     def stopped(self, limit: Limit, where: str, *, usd: float, hours: float) -> None:
         message = (
-            f"{limit.what} used up ({limit}): stopped {where}; a higher one goes on from the newest commit"
+            f"{limit.what} used up ({limit}): stopped {where};"
+            f" run again with a higher {limit.what} to resume from the newest commit"
         )
         self._events.add(
             "stopped",
@@ -240,7 +255,7 @@ class Reporter:
 
     def preempted(self, message: str) -> None:
         self._events.add("preempted", message=message)
-        log.warning("preempted %s; the same command goes on from the newest commit", message)
+        log.warning("preempted %s; run the same command again to resume from the newest commit", message)
 
     def superseded(self, error: Superseded) -> None:
         self._events.add("superseded", message=error.message)
@@ -256,38 +271,38 @@ class Reporter:
 
 
 class Outage:
-    """Failed uploads since the last commit: counted each, said once a minute."""
+    """Counts the failed uploads since the last commit, and limits the warnings to one each minute."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._tries = 0
         self._since = 0.0
-        self._said_at: float | None = None
+        self._warned_at: float | None = None
 
     def failed(self) -> int:
-        """How many in a row, with this one."""
+        """Count a failed upload. Return the number of failures in a row."""
         if not self._tries:
             self._since = self._clock()
         self._tries += 1
         return self._tries
 
-    def worth_saying(self) -> str | None:
-        """What to say of it, if nothing was said within the last minute, whatever became of it since."""
+    def due_warning(self) -> str | None:
+        """Return the number and duration of the failures. None if there was a warning within the last minute."""
         now = self._clock()
-        if self._said_at is not None and now - self._said_at < COMPLAIN_EVERY_S:
+        if self._warned_at is not None and now - self._warned_at < WARN_EVERY_S:
             return None
-        self._said_at = now
-        return self._count()
+        self._warned_at = now
+        return self._summary()
 
-    def over(self) -> str | None:
-        """What it was, if there was one."""
+    def end(self) -> str | None:
+        """End the outage. Return the number and duration of its failures, or None if there was no failure."""
         if not self._tries:
             return None
-        said = self._count()
+        summary = self._summary()
         self._tries = 0
-        return said
+        return summary
 
-    def _count(self) -> str:
+    def _summary(self) -> str:
         times = "once" if self._tries == 1 else f"{self._tries} times"
         return f"{times} in {self._clock() - self._since:.0f} s"
 
