@@ -1,1 +1,1 @@
-"""`python -m launcher report`: what a run took, on a terminal, as JSON, and as one HTML file."""
+"""`python -m launcher report`: the cost and the course of a run, on a terminal, as JSON, or as one HTML file."""

@@ -1,4 +1,4 @@
-"""`python -m launcher report`: what a run took, against what was planned; two runs beside each other."""
+"""`python -m launcher report`: what a run cost, compared with its plan or with another run."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from launcher.runs.run import RunHistory
 
 
-@click.command(short_help="What a run took, or two beside each other.")
+@click.command(short_help="What a run cost, or two runs compared.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [OTHER]", shell_complete=completion.runs)
 @click.option(
     "--html",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="One page, for any browser.",
+    help="Also write one HTML page to FILE.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; of two runs, a list.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; for two runs, a list of two.")
 @click.option(
     "--checkpoints",
     metavar="URI",
-    help="Where the runs are.  [default: where they were started, else settings]",
+    help="Folder or bucket of the runs.  [default: where they were started, else settings]",
 )
 def report(runs: tuple[str, ...], html: Path | None, as_json: bool, checkpoints: str | None) -> None:
-    """Say what RUN took: dollars, hours, goodput, lost work, memory, against what `plan` promised.
+    """Report what RUN cost: dollars, hours, goodput, lost steps and memory, compared with the prediction of `plan`.
 
-    RUN is a run's name or its address, such as s3://bucket/prefix/RUN. With OTHER: the two beside each other.
+    RUN is a run's name or its address, such as s3://bucket/prefix/RUN. With OTHER, the two runs are compared.
     """
     from launcher import render
     from launcher.registry.find import place
     from launcher.runs.account import account
 
     if len(runs) > 2:
-        raise click.UsageError(f"{len(runs)} runs: one is told of, or two are compared")
+        raise click.UsageError(f"{len(runs)} runs were given; `report` takes one or two")
     where = {"state": terminal.state_folder(), "environ": os.environ, "cwd": Path.cwd()}
     found = [place(run, checkpoints, **where).read() for run in runs]  # type: ignore[arg-type]
     accounts = [account(run) for run in found]
@@ -50,8 +50,8 @@ def report(runs: tuple[str, ...], html: Path | None, as_json: bool, checkpoints:
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(_page(found, accounts), encoding="utf-8")
     if as_json:
-        told = [one.as_dict() for one in accounts]
-        click.echo(render.to_json(told[0] if len(told) == 1 else told))
+        objects = [one.as_dict() for one in accounts]
+        click.echo(render.to_json(objects[0] if len(objects) == 1 else objects))
     else:
         _print(accounts)
     if html:
@@ -61,12 +61,12 @@ def report(runs: tuple[str, ...], html: Path | None, as_json: bool, checkpoints:
 def _page(runs: list[RunHistory], accounts: list[Account]) -> str:
     from datetime import UTC, datetime
 
-    from launcher.report import page
+    from launcher.report import html
 
     made = f"as of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     if len(runs) == 1:
-        return page.of_run(runs[0], accounts[0], made=made)
-    return page.of_two((runs[0], runs[1]), (accounts[0], accounts[1]), made=made)
+        return html.run_page(runs[0], accounts[0], made=made)
+    return html.comparison_page((runs[0], runs[1]), (accounts[0], accounts[1]), made=made)
 
 
 def _print(accounts: list[Account]) -> None:

@@ -1,23 +1,86 @@
-"""Panels as pictures: curves with their names, what was redone, where attempts ended."""
+"""Metrics over the optimizer steps: the data of each panel, and its drawing as an SVG picture."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from launcher.report.series import Curve, Panel, Points
 from launcher.report.svg import Markup, Scale, box, chart, joined, line, path, plain, tag, text, ticks
+from launcher.runs.account import RUNNING, how
+from launcher.runs.run import RunHistory, values
+from launcher.runs.time_breakdown import useful_until
+from trainer.events import of_kind
+from trainer.metrics import CURVES, Metric
 
+Points = list[tuple[float, float]]
+"""Steps and values."""
+
+MOST_PANELS = 2
+"""The loss, and the first accuracy that the run has."""
 TOP, BOTTOM, LEFT, RIGHT = 44.0, 44.0, 52.0, 62.0
+"""Margins, pixels."""
 MEAN_FROM = 60
-"""Points from which on a running mean is drawn over them."""
+"""A running mean is drawn over curves of at least this many points."""
 PERIODS = 40
-"""Of the curve, over which the mean is taken one after the other."""
+"""The running mean covers one part in this many of the curve."""
 CHARACTER_PX = 6.6
+"""Width of a character of a label."""
+
+
+class Curve(NamedTuple):
+    """One line of a panel."""
+
+    label: str
+    kind: str
+    """CSS class, which sets colour and dashes."""
+    points: Points
+    marked: bool = False
+    """Whether each point is drawn as a dot, as for evaluations."""
+    noisy: bool = False
+    """Whether a running mean is drawn over the points."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric over the steps, as data."""
+
+    title: str
+    unit: str
+    """Label of the vertical axis."""
+    curves: tuple[Curve, ...]
+    last_step: int
+    redone: tuple[tuple[int, int], ...] = ()
+    """Spans of steps that were taken more than once."""
+    losses: tuple[tuple[int, str], ...] = ()
+    """Steps at which an attempt ended, each with a label such as `1 lost`."""
+
+
+def panels(run: RunHistory) -> list[Panel]:
+    """Return the panels of one run: its loss, and its accuracy if it has one."""
+    found = [_panel(run, metric) for metric in CURVES]
+    return [panel for panel in found if any(curve.points for curve in panel.curves)][:MOST_PANELS]
+
+
+def compared(runs: Sequence[RunHistory], names: Sequence[str]) -> list[Panel]:
+    """Return the same panels with the curves of several runs in each; every run has its own style."""
+    found = []
+    for metric in CURVES:
+        curves = [
+            Curve(f"{name} {label}".strip(), f"{kind} run{nth}", _points(run, key, tested=tested), tested, not tested)
+            for nth, (run, name) in enumerate(zip(runs, names, strict=True))
+            for label, kind, key, tested in (("", "train", metric.key, False), ("test", "test", metric.test_key, True))
+        ]  # fmt: skip
+        last = max((run.total_steps or run.step for run in runs), default=1)
+        if any(curve.points for curve in curves):
+            found.append(Panel(metric.title.capitalize(), metric.unit, tuple(curves), last))
+    return found[:MOST_PANELS]
 
 
 def draw(panel: Panel, width: float, height: float) -> Markup:
-    """The panel as a picture of so many pixels."""
-    low, high, cut = _range(panel)
+    """Return the panel as a picture of `width` by `height` pixels."""
+    low, high, note = _range(panel)
     labels = [curve.label for curve in panel.curves if curve.label and curve.points]
     right = max(RIGHT, max((len(label) for label in labels), default=0) * CHARACTER_PX + 16)
     x = Scale(0, panel.last_step, LEFT, width - right)
@@ -35,33 +98,81 @@ def draw(panel: Panel, width: float, height: float) -> Markup:
     return chart(
         width,
         height,
-        _spoken(panel),
+        _description(panel),
         frame,
         tag("g", *inside, clip_path=f"url(#{clip})"),
         _axes(panel, x, y, width, height),
-        _ends(panel, x, height),
-        _names(panel, x, y, half),
-        text(cut, x.end, height - 8, "note", anchor="end") if cut else None,
+        _attempt_ends(panel, x, height),
+        _curve_names(panel, x, y, half),
+        text(note, x.end, height - 8, "note", anchor="end") if note else None,
     )
 
 
+def half_width(points: int) -> int:
+    """Return how many neighbours on each side the running mean of so many points covers; 0 for a short curve."""
+    return max(1, points // PERIODS // 2) if points >= MEAN_FROM else 0
+
+
+def running_mean(points: Points, half: int) -> Points:
+    """Return the mean of each point and its `half` neighbours on each side."""
+    means = []
+    for at, (step, _) in enumerate(points):
+        near = [value for _, value in points[max(0, at - half) : at + half + 1] if math.isfinite(value)]
+        means.append((step, sum(near) / len(near) if near else math.nan))
+    return means
+
+
+def _panel(run: RunHistory, metric: Metric) -> Panel:
+    lost = []
+    for attempt in run.attempts:
+        after = useful_until(run, attempt)
+        events = [event for event in of_kind(attempt.events, "step") if event["step"] >= after]
+        if attempt.step > after:
+            lost.append(Curve("", "lost", _pairs(*values(events, metric.key))))
+    ended = [attempt for attempt in run.attempts if how(run, attempt) not in ("done", RUNNING)]
+    return Panel(
+        metric.title.capitalize(),
+        metric.unit,
+        (
+            Curve("train", "train", _points(run, metric.key, tested=False), noisy=True),
+            *lost,
+            Curve("test", "test", _points(run, metric.test_key, tested=True), marked=True),
+        ),
+        run.total_steps or max(run.step, 1),
+        tuple((span.after, span.until) for span in run.redone),
+        tuple((attempt.step, f"{attempt.number} {how(run, attempt)}") for attempt in ended),
+    )
+
+
+def _points(run: RunHistory, key: str, *, tested: bool) -> Points:
+    return _pairs(*values(run.evals if tested else run.steps, key))
+
+
+def _pairs(steps: Sequence[int], numbers: Sequence[float]) -> Points:
+    return [(float(step), number) for step, number in zip(steps, numbers, strict=True)]
+
+
 def _range(panel: Panel) -> tuple[float, float, str]:
-    """What the upward axis shows; a few wild values do not flatten all others, and it is said."""
+    """Return the range of the vertical axis, and a note if the highest values are cut off.
+
+    A few outliers would flatten the rest of the curve. They are cut off if they are above the 98.5th percentile by
+    more than 0.8 of the range below it.
+    """
     every = sorted(value for curve in panel.curves for _, value in curve.points if math.isfinite(value))
     if not every:
         return 0.0, 1.0, ""
-    low, high, cut = every[0], every[-1], ""
+    low, high, note = every[0], every[-1], ""
     most = every[int(0.985 * (len(every) - 1))]
     if len(every) >= 200 and high - most > 0.8 * (most - low):
-        cut, high = f"cut off: up to {high:.3g}", most + 0.15 * (most - low)
+        note, high = f"cut off: up to {high:.3g}", most + 0.15 * (most - low)
     margin = 0.04 * (high - low) or abs(high) * 0.1 or 0.5
     if panel.unit.startswith("share"):
-        return max(0.0, low - margin), min(1.0, high + margin), cut
-    return low - margin, high + margin, cut
+        return max(0.0, low - margin), min(1.0, high + margin), note
+    return low - margin, high + margin, note
 
 
 def _curve(curve: Curve, x: Scale, y: Scale, half: int) -> Markup:
-    points = [(x(step), y(value)) for step, value in _fewer(curve.points, int(x.end - x.start))]
+    points = [(x(step), y(value)) for step, value in _thinned(curve.points, int(x.end - x.start))]
     mean = [(x(step), y(value)) for step, value in running_mean(curve.points, half)]
     if curve.kind == "lost":
         return path(mean, "line lost")
@@ -80,31 +191,17 @@ def _dot(px: float, py: float, step: float, value: float, kind: str) -> Markup:
     )
 
 
-def _fewer(points: Points, most: int) -> Points:
-    """At most two for each pixel, the extremes of what lies there."""
+def _thinned(points: Points, most: int) -> Points:
+    """Return at most `most` points: the lowest and the highest of each span of steps."""
     if len(points) <= max(most, 1):
         return points
-    each = math.ceil(len(points) / max(most // 2, 1))
-    spans = [points[at : at + each] for at in range(0, len(points), each)]
+    size = math.ceil(len(points) / max(most // 2, 1))
+    spans = [points[at : at + size] for at in range(0, len(points), size)]
     return [point for span in spans for point in sorted({min(span, key=_value), max(span, key=_value)})]
 
 
 def _value(point: tuple[float, float]) -> float:
     return point[1]
-
-
-def half_width(points: int) -> int:
-    """Neighbours to each side that a mean is taken over: a fortieth of the curve, none of a short one."""
-    return max(1, points // PERIODS // 2) if points >= MEAN_FROM else 0
-
-
-def running_mean(points: Points, half: int) -> Points:
-    """Of each point and so many neighbours to each side."""
-    means = []
-    for at, (step, _) in enumerate(points):
-        near = [value for _, value in points[max(0, at - half) : at + half + 1] if math.isfinite(value)]
-        means.append((step, sum(near) / len(near) if near else math.nan))
-    return means
 
 
 def _redone(panel: Panel, x: Scale, height: float) -> Markup:
@@ -122,7 +219,7 @@ def _redone(panel: Panel, x: Scale, height: float) -> Markup:
 
 
 def _union(spans: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
-    """Spans that overlap become one: what was redone twice was redone."""
+    """Merge spans that overlap, so that steps that were redone twice are hatched once."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(spans):
         if merged and low <= merged[-1][1]:
@@ -148,25 +245,28 @@ def _axes(panel: Panel, x: Scale, y: Scale, width: float, height: float) -> Mark
     ))  # fmt: skip
 
 
-def _ends(panel: Panel, x: Scale, height: float) -> Markup:
-    """Where attempts ended; their words in two rows, as far as they do not overlap."""
+def _attempt_ends(panel: Panel, x: Scale, height: float) -> Markup:
+    """Return a vertical line where each attempt ended, with its label.
+
+    Labels use two rows. A label that would overlap others is shortened to the attempt's number, or left out.
+    """
     marks: list[Markup] = []
     free_from = [LEFT, LEFT]
-    for step, said in sorted(panel.losses):
+    for step, label in sorted(panel.losses):
         at = x(step)
         marks.append(line(at, TOP - 4, at, height - BOTTOM, "end"))
-        places = [(row, words) for words in (said, said.split()[0]) for row in (0, 1)]
-        for row, words in places:
+        choices = [(row, words) for words in (label, label.split()[0]) for row in (0, 1)]
+        for row, words in choices:
             half = len(words) * CHARACTER_PX / 2
             if at - half >= free_from[row]:
-                marks.append(text(words, at, TOP - 9 - 14 * row, "said halo", anchor="middle"))
+                marks.append(text(words, at, TOP - 9 - 14 * row, "label halo", anchor="middle"))
                 free_from[row] = at + half + 6
                 break
     return joined(marks)
 
 
-def _names(panel: Panel, x: Scale, y: Scale, half: int) -> Markup:
-    """Each curve's name at its end, moved apart where they would overlap."""
+def _curve_names(panel: Panel, x: Scale, y: Scale, half: int) -> Markup:
+    """Return each curve's name at its right end; names that would overlap are moved apart."""
     ends = []
     for curve in panel.curves:
         points = running_mean(curve.points, half) if curve.noisy else curve.points
@@ -180,15 +280,14 @@ def _names(panel: Panel, x: Scale, y: Scale, half: int) -> Markup:
     return joined(placed)
 
 
-def _spoken(panel: Panel) -> str:
+def _description(panel: Panel) -> str:
+    """Return the panel in words, for screen readers."""
     words = []
     for curve in panel.curves:
         finite = [value for _, value in curve.points if math.isfinite(value)]
         if curve.label and finite:
             words.append(f"{curve.label} from {finite[0]:.3g} to {finite[-1]:.3g}")
-    lost = (
-        f"; attempts that ended on the way: {', '.join(said for _, said in panel.losses)}"
-        if panel.losses
-        else ""
+    ends = ", ".join(label for _, label in panel.losses)
+    return f"{panel.title} over {panel.last_step} steps: {', '.join(words)}" + (
+        f"; attempts that ended on the way: {ends}" if ends else ""
     )
-    return f"{panel.title} over {panel.last_step} steps: {', '.join(words)}{lost}"

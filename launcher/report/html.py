@@ -1,17 +1,30 @@
-"""What all pages are made of: head, tables, pictures for wide and for narrow screens, patterns."""
+"""The report of a run, and of two runs side by side, as one HTML file that needs no other file.
+
+The file has no scripts, and fetches nothing. Its style is `page.css`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.resources import files
 
+from launcher.render import duration
+from launcher.report import bars, curves, tables
 from launcher.report.svg import Markup, joined, tag
 from launcher.report.tables import ReportTable
+from launcher.runs.account import Account
+from launcher.runs.run import RunHistory
+from launcher.runs.time_breakdown import NAMES
 
 WIDE_PX, NARROW_PX = 940.0, 340.0
-"""Of pictures: of a page's full width, and of a phone of 360 pixels."""
+"""Widths of pictures: the full width of a page, and a phone of 360 pixels."""
 LONGEST_WORD = 15
-"""Letters of a column's name that are not broken in two."""
+"""Letters: a column's name with a longer word, such as a run's name, may be broken anywhere."""
+CURVES_NOTE = (
+    "Bold: running mean over a fortieth of the steps. Dashed vertical line: an attempt ended, with its number and how."
+    " Hatched: steps that were taken again. Dotted: the curve of the steps that were lost."
+)
 PATTERNS = Markup(
     '<svg width="0" height="0" style="position:absolute" aria-hidden="true" focusable="false"><defs>'
     '<pattern id="p-redone" width="7" height="7" patternUnits="userSpaceOnUse"><rect class="pb-red" width="7"'
@@ -34,8 +47,127 @@ PATTERNS = Markup(
 )
 
 
-def page(title: str, head: Markup, sections: Iterable[Markup], foot: str) -> str:
-    """One file that needs nothing else: no scripts, no fonts, no pictures from elsewhere."""
+def run_page(run: RunHistory, account: Account, *, made: str) -> str:
+    """Return the page of one run; `made` is the time of the report as text."""
+    drawn = curves.panels(run)
+    sections = [
+        tag("section", _tiles(tables.figures(account)), aria_label="Key figures"),
+        _section("Curves", *map(_panel, drawn), tag("p", CURVES_NOTE, class_="muted")) if drawn else None,
+        _timeline(account) if account.attempts else None,
+        _section(
+            "Dollars and hours",
+            _table(tables.attempts(account), sums=True, cards=True),
+            _facts(tables.beside(account)),
+        ),
+        _spent(account),
+        _promised(account),
+        _memory(account),
+    ]
+    return _page(f"{run.run_id}: report", _head(account, made), sections)
+
+
+def comparison_page(
+    runs: tuple[RunHistory, RunHistory], accounts: tuple[Account, Account], *, made: str
+) -> str:
+    """Return the page of two runs side by side, called A and B."""
+    names = [f"{letter}: {one.run}" for letter, one in zip("AB", accounts, strict=True)]
+    lines = [tag("p", f"{name} · {one.uri}", class_="sub") for name, one in zip(names, accounts, strict=True)]
+    head = joined((tag("h1", "Two runs compared"), *lines, tag("p", made, class_="sub")))
+    shares = [
+        joined((tag("h3", name), _picture(partial(bars.time_bar, one.hours))))
+        for name, one in zip(names, accounts, strict=True)
+    ]
+    drawn = curves.compared(runs, "AB")
+    legend = tag("p", f"Solid: {names[0]}. Dashed: {names[1]}. Dots: evaluations.", class_="muted")
+    sections = [
+        _section("Facts", _table(tables.compared(accounts))),
+        _section("Curves", *map(_panel, drawn), legend) if drawn else None,
+        _section(
+            "Where the paid time went",
+            *shares,
+            _key((kind, NAMES[name]) for name, kind in bars.KINDS.items()),
+        ),
+    ]
+    for name, one in zip(names, accounts, strict=True):
+        sections.append(_timeline(one, title=f"{name}: when and where") if one.attempts else None)
+        sections.append(
+            _section(f"{name}: dollars and hours", _table(tables.attempts(one), sums=True, cards=True))
+        )
+    return _page(f"{accounts[0].run} and {accounts[1].run}", head, sections)
+
+
+# Sections
+
+
+def _head(account: Account, made: str) -> Markup:
+    shapes = ", ".join(dict.fromkeys(one.shape for one in account.attempts if one.shape))
+    facts = " · ".join(filter(None, (account.method.upper(), account.recipe, shapes, made)))
+    title = tag("h1", account.run, tag("span", account.state, class_="state"))
+    return joined((title, tag("p", facts, class_="sub"), tag("p", account.uri, class_="sub")))
+
+
+def _panel(panel: curves.Panel) -> Markup:
+    def draw(width: float) -> Markup:
+        return curves.draw(panel, width, 300 if width == WIDE_PX else 240)
+
+    return joined((tag("h3", panel.title), _picture(draw)))
+
+
+def _timeline(account: Account, title: str = "When and where") -> Markup:
+    kinds = (
+        ("boot", NAMES["boot_s"]),
+        ("setup", "set-up and restore"),
+        ("useful", "useful steps"),
+        ("redone", "steps lost, redone later"),
+        ("rest", "last upload, export, other"),
+    )
+    waited = (
+        f"Dotted: {duration(account.provisioning_s)} in all without a machine."
+        if account.provisioning_s
+        else None
+    )
+    return _section(title, _picture(partial(bars.timeline, account), waited), _key(kinds))
+
+
+def _spent(account: Account) -> Markup | None:
+    if not account.attempts:
+        return None
+    bar = _picture(partial(bars.time_bar, account.hours))
+    swatches = tuple(bars.KINDS.values())
+    return _section(
+        "Where the paid time went", bar, _table(tables.spent(account), sums=True, swatches=swatches)
+    )
+
+
+def _promised(account: Account) -> Markup | None:
+    rows = tables.promised(account)
+    return _section("What plan promised", _table(rows)) if rows else None
+
+
+def _memory(account: Account) -> Markup | None:
+    """Return GPU and host memory of the attempts that measured the highest peaks."""
+    shown = []
+    for what, memories in (
+        ("GPU", [one.gpu for one in account.attempts]),
+        ("Host", [one.host for one in account.attempts]),
+    ):
+        known = [memory for memory in memories if memory.predicted_gib or memory.measured_gib]
+        if not known:
+            continue
+        highest = max(known, key=lambda memory: memory.measured_gib or 0.0)
+        capacity = f", of {tables.gib(highest.there_gib)} GiB" if highest.there_gib else ""
+        picture = _picture(partial(bars.memory_bar, highest, what))
+        shown += [tag("h3", f"{what}, peak{capacity}"), picture]
+        if highest.terms:
+            terms = ", ".join(f"{name} {tables.gib(gib)}" for name, gib in highest.terms)
+            shown.append(tag("p", f"Predicted, in GiB: {terms}.", class_="muted"))
+    return _section("Memory: the fit and what was measured", *shown) if shown else None
+
+
+# Elements
+
+
+def _page(title: str, head: Markup, sections: Iterable[Markup | None]) -> str:
     style = files("launcher.report").joinpath("page.css").read_text()
     meta = joined((
         Markup('<meta charset="utf-8">'),
@@ -45,31 +177,36 @@ def page(title: str, head: Markup, sections: Iterable[Markup], foot: str) -> str
         tag("title", title),
         tag("style", Markup(style)),
     ))  # fmt: skip
-    body = joined((PATTERNS, tag("header", head), tag("main", *sections), tag("footer", tag("p", foot))))
+    main = tag("main", *(section for section in sections if section))
+    body = joined((PATTERNS, tag("header", head), main, tag("footer", tag("p", tables.NOT_COUNTED))))
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>{meta}</head>\n<body>{body}</body>\n</html>\n'
 
 
-def section(title: str, *children: str | None) -> Markup:
+def _section(title: str, *children: str | None) -> Markup:
     return tag("section", tag("h2", title), *children)
 
 
-def picture(draw: Callable[[float], Markup], caption: str | None = None) -> Markup:
-    """Drawn twice, since letters of a picture that shrinks cannot be read; the page shows one of them."""
+def _picture(draw: Callable[[float], Markup], caption: str | None = None) -> Markup:
+    """Return a picture in two widths, of which the style shows one.
+
+    A single picture that scales would have letters that are too small to read on a phone.
+    """
     below = tag("figcaption", caption) if caption else None
     wide, narrow = tag("div", draw(WIDE_PX), class_="wide"), tag("div", draw(NARROW_PX), class_="narrow")
     return tag("figure", wide, narrow, below)
 
 
-def table(
+def _table(
     rows: ReportTable, *, sums: bool = False, swatches: Sequence[str] = (), cards: bool = False
 ) -> Markup:
-    """A table whose rows become cards on a phone, with `cards`.
+    """Return a table.
 
     Args:
-        rows: the words; the first column names the row.
-        sums: the last row is the sum of the others.
-        swatches: kinds of parts, for the first column of the first rows.
-        cards: it is too wide for a phone. The roles say what it is, which `display` would have it forget.
+        rows: the texts; the first column names the row.
+        sums: whether the last row is the sum of the others.
+        swatches: CSS classes of the samples in the first column of the first rows.
+        cards: whether the rows become cards on a phone, for a table that is too wide for one. The style then sets
+            `display`, which would hide from screen readers that this is a table; the roles tell them.
     """
     names = [name.removeprefix(">") for name in rows.columns]
     kinds = ["n" if name.startswith(">") else None for name in rows.columns]
@@ -78,7 +215,7 @@ def table(
             "th",
             name,
             scope="col",
-            class_=" ".join(filter(None, (kind, _long(name)))) or None,
+            class_=" ".join(filter(None, (kind, _long_class(name)))) or None,
             role="columnheader",
         )
         for name, kind in zip(names, kinds, strict=True)
@@ -103,30 +240,29 @@ def table(
     )
 
 
-def facts(pairs: Iterable[tuple[str, str]]) -> Markup:
+def _facts(pairs: Iterable[tuple[str, str]]) -> Markup:
     return tag("dl", *(joined((tag("dt", name), tag("dd", value))) for name, value in pairs), class_="beside")
 
 
-def tiles(figures: Iterable[tuple[str, str, str]]) -> Markup:
-    """The few numbers that matter most."""
-    each = [
+def _tiles(figures: Iterable[tuple[str, str, str]]) -> Markup:
+    """Return the most important numbers as tiles."""
+    tiles = [
         tag(
             "div",
             tag("dt", name),
-            tag("dd", tag("div", value, class_="value"), tag("div", word, class_="word")),
+            tag("dd", tag("div", value, class_="value"), tag("div", note, class_="word")),
         )
-        for name, value, word in figures
+        for name, value, note in figures
     ]
-    return tag("dl", *each, class_="figures")
+    return tag("dl", *tiles, class_="figures")
 
 
-def key(*entries: tuple[str, str]) -> Markup:
-    """What patterns mean."""
+def _key(entries: Iterable[tuple[str, str]]) -> Markup:
+    """Return the meaning of patterns: CSS class and text of each."""
     return tag("ul", *(tag("li", _swatch(kind), words) for kind, words in entries), class_="key")
 
 
-def _long(name: str) -> str | None:
-    """Of a column whose name may be broken anywhere: a run's, which is no word."""
+def _long_class(name: str) -> str | None:
     return "long" if max(map(len, name.split()), default=0) > LONGEST_WORD else None
 
 

@@ -1,4 +1,4 @@
-"""Markup that is escaped where it is made, and the scales and axes of charts."""
+"""Building blocks of the report: escaped markup, SVG shapes, scales and axis ticks."""
 
 from __future__ import annotations
 
@@ -10,24 +10,32 @@ from typing import NamedTuple
 
 Attribute = str | float | None
 
+MOMENTS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800, 604800)  # fmt: skip
+"""Intervals between the ticks of a time axis, seconds."""
+
 
 class Markup(str):
-    """Text that is markup already; all other text is escaped when it becomes a child."""
+    """Text that is already markup. Any other text is escaped when it becomes a child of an element."""
 
     __slots__ = ()
 
 
 def tag(name: str, *children: str | None, **attributes: Attribute) -> Markup:
-    """An element; `class_` is `class`, `stroke_width` is `stroke-width`, None is left out."""
-    told = "".join(
+    """Return an element.
+
+    Attribute names are changed from Python to HTML: `class_` becomes `class`, `stroke_width` becomes `stroke-width`.
+    Attributes that are None are left out.
+    """
+    written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(number(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return Markup(f"<{name}{told}>{joined(children)}</{name}>")
+    return Markup(f"<{name}{written}>{joined(children)}</{name}>")
 
 
 def joined(children: Iterable[str | None]) -> Markup:
+    """Return the children as one markup, each escaped unless it is markup itself."""
     return Markup(
         "".join(
             child if isinstance(child, Markup) else escape(child) for child in children if child is not None
@@ -36,12 +44,12 @@ def joined(children: Iterable[str | None]) -> Markup:
 
 
 def number(value: str | float) -> str:
-    """As short as a pixel needs."""
+    """Return a number with at most one decimal, which is enough for pixels."""
     return value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0")
 
 
 def chart(width: float, height: float, label: str, *children: str | None) -> Markup:
-    """A picture that scales; `label` says to those who do not see it what it shows."""
+    """Return an SVG picture that scales with the page; `label` describes it to screen readers."""
     return tag(
         "svg", *children, viewBox=f"0 0 {number(width)} {number(height)}", role="img", aria_label=label,
         class_="chart", preserveAspectRatio="xMinYMin meet",
@@ -57,24 +65,24 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
 
 
 def box(x: float, y: float, width: float, height: float, kind: str, hover: str | None = None) -> Markup:
-    """A rectangle that says what it is when the pointer rests on it."""
-    said = tag("title", hover) if hover else None
-    return tag("rect", said, x=x, y=y, width=max(width, 0.5), height=height, class_=kind)
+    """Return a rectangle; the browser shows `hover` while the pointer is over it."""
+    title = tag("title", hover) if hover else None
+    return tag("rect", title, x=x, y=y, width=max(width, 0.5), height=height, class_=kind)
 
 
 def path(points: Sequence[tuple[float, float]], kind: str) -> Markup:
-    """A line through points; it is broken where one is no number."""
-    words: list[str] = []
+    """Return a line through points, interrupted where a value is not a finite number."""
+    commands: list[str] = []
     pen_down = False
     for x, y in points:
         if math.isfinite(y):
-            words.append(f"{'L' if pen_down else 'M'}{number(x)} {number(y)}")
+            commands.append(f"{'L' if pen_down else 'M'}{number(x)} {number(y)}")
         pen_down = math.isfinite(y)
-    return tag("path", d="".join(words), class_=kind)
+    return tag("path", d="".join(commands), class_=kind)
 
 
 class Scale(NamedTuple):
-    """Numbers to pixels."""
+    """A linear map from values to pixels."""
 
     low: float
     high: float
@@ -86,12 +94,12 @@ class Scale(NamedTuple):
         return self.start + (self.end - self.start) * ((value - self.low) / span if span else 0.5)
 
     def within(self, value: float) -> float:
-        """As above, but never off the chart."""
+        """Return the pixel of a value, clipped to the range of the chart."""
         return self(min(max(value, self.low), self.high))
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers (1, 2, 5 times a power of ten) in a range, at most so many."""
+    """Return round numbers (1, 2 or 5 times a power of ten) in a range, at most about `most`."""
     if not high > low:
         return [low]
     rough = (high - low) / max(most, 1)
@@ -101,33 +109,9 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [round(nth * step, 12) for nth in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-MOMENTS_S = (
-    1,
-    2,
-    5,
-    10,
-    15,
-    30,
-    60,
-    120,
-    300,
-    600,
-    900,
-    1800,
-    3600,
-    7200,
-    14400,
-    21600,
-    43200,
-    86400,
-    172800,
-    604800,
-)
-
-
 def moments(high_s: float, most: int) -> list[tuple[float, str]]:
-    """Round times from 0, in seconds, and how they are written."""
-    step = next((each for each in MOMENTS_S if high_s / each <= most), MOMENTS_S[-1])
+    """Return round times from 0 to `high_s` in seconds, at most about `most`, each with its label."""
+    step = next((seconds for seconds in MOMENTS_S if high_s / seconds <= most), MOMENTS_S[-1])
     return [(nth * step, _moment(nth * step, step)) for nth in range(int(high_s // step) + 1)]
 
 
@@ -148,7 +132,7 @@ def _moment(seconds: float, step: float) -> str:
 
 
 def plain(value: float, among: Sequence[float]) -> str:
-    """A tick's number with as many decimals as its neighbours need."""
+    """Return a tick's label with as many decimals as its neighbours need."""
     gaps = [abs(after - before) for before, after in itertools.pairwise(among) if after != before]
     smallest = min(gaps, default=abs(value) or 1.0)
     if smallest < 1e-4 or abs(value) >= 1e6:

@@ -1,4 +1,4 @@
-"""The facts of an account as rows of words: the same on a terminal and on a page."""
+"""The facts of an account as rows of text, for the terminal and for the HTML page."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from launcher.runs.time_breakdown import NAMES
 from trainer.metrics import LOSS, REWARD_ACCURACY, TOKEN_ACCURACY
 
 NOT_COUNTED = (
-    "An attempt is paid from its claim to the last that was heard of it; on a machine that SkyPilot rented within the"
-    " hour before, from that machine's boot. What it costs afterwards, until it is given back, is not in here."
+    "An attempt is counted from its claim to its last event. If SkyPilot rented the machine within the hour before the"
+    " claim, it is counted from the machine's boot. The time from the last event to the machine's release is not counted."
 )
 
 
 class ReportTable(NamedTuple):
-    """A table."""
+    """The texts of a table."""
 
     caption: str
     columns: tuple[str, ...]
-    """Those that begin with `>` hold numbers."""
+    """A name that begins with `>` marks a column of numbers, which is aligned to the right."""
     rows: tuple[tuple[str, ...], ...]
 
 
@@ -35,7 +35,7 @@ def gib(value: float | None) -> str:
 
 
 def figures(account: Account) -> list[tuple[str, str, str]]:
-    """The few numbers that matter most: name, value, and a word on it."""
+    """Return the most important numbers: name, value and a note."""
     plan = account.plan or {}
     of = f"of {account.total_steps:,}" if account.total_steps else ""
     markets = (
@@ -49,10 +49,10 @@ def figures(account: Account) -> list[tuple[str, str, str]]:
         (
             "dollars",
             usd(account.usd),
-            planned + markets if account.usd is not None else "no attempt knows its price",
+            planned + markets if account.usd is not None else "price unknown",
         ),
         ("time", duration(account.wall_s), f"{hours}{duration(account.hours.paid_s)} of it paid"),
-        ("goodput", percent(account.goodput), "useful steps of the paid time"),
+        ("goodput", percent(account.goodput), "share of the paid time spent on useful steps"),
         ("steps", f"{account.step:,}", f"{of}; {account.lost_steps} lost and redone"),
         ("attempts", str(len(account.attempts)), ", ".join(one.how for one in account.attempts[-4:])),
     ]
@@ -65,7 +65,7 @@ def figures(account: Account) -> list[tuple[str, str, str]]:
 
 
 def attempts(account: Account) -> ReportTable:
-    """Hours and dollars by attempt and in all."""
+    """Return hours and dollars of each attempt, and their sum."""
     rows = [_attempt(one) for one in account.attempts]
     every = (
         "all",
@@ -79,7 +79,7 @@ def attempts(account: Account) -> ReportTable:
     )
     columns = ("attempt", "where", "market", ">$/h", ">paid time", ">$", ">steps", ">lost", "end")
     return ReportTable(
-        "Each attempt, from its machine's boot or its claim to the last that was heard of it",
+        "Each attempt, from its machine's boot or its claim to its last event",
         columns,
         (*rows, (*every, account.state)),
     )
@@ -101,7 +101,7 @@ def _attempt(one: AttemptAccount) -> tuple[str, ...]:
 
 
 def spent(account: Account) -> ReportTable:
-    """Where the paid time went."""
+    """Return what the paid time was spent on."""
     paid_s = account.hours.paid_s or 1.0
     rows = []
     for name, title in NAMES.items():
@@ -111,31 +111,31 @@ def spent(account: Account) -> ReportTable:
         )
         dollars = usd(cost) if account.usd is not None else NOTHING
         rows.append((title, duration(seconds), f"{seconds / paid_s:.1%}", dollars))
-    rows.append(("all that is paid", duration(account.hours.paid_s), "", usd(account.usd)))
+    rows.append(("paid in all", duration(account.hours.paid_s), "", usd(account.usd)))
     return ReportTable(
         "Parts of the paid time, over all attempts", ("part", ">time", ">share", ">$"), tuple(rows)
     )
 
 
 def beside(account: Account) -> list[tuple[str, str]]:
-    """What is not part of the paid time, or went on beside it."""
+    """Return what is not a part of the paid time or overlaps it: provisioning, uploads, checkpoints, failures."""
     rate = f", {account.uploaded_bytes / account.upload_s / 1e6:,.0f} MB/s" if account.upload_s else ""
     ups = f"{duration(account.upload_s)} for {size(account.uploaded_bytes)}{rate}"
-    said = [
+    failures = [
         (f"attempt {one.number}", one.message)
         for one in account.attempts
         if one.how == "failed" and one.message
     ]
     return [
-        *said,
+        *failures,
         ("provisioning", f"{duration(account.provisioning_s)} between attempts, without a machine"),
-        ("uploads", f"{ups}; most of it while training went on"),
+        ("uploads", f"{ups}; most of it during training"),
         ("checkpoints", f"{account.commits} committed"),
     ]
 
 
 def promised(account: Account) -> ReportTable | None:
-    """What `plan` promised, and what it was."""
+    """Return the predictions of `plan` beside the measured values; None if the run has no plan."""
     plan = account.plan
     if not plan:
         return None
@@ -144,18 +144,16 @@ def promised(account: Account) -> ReportTable | None:
     host = [one.host.measured_gib for one in account.attempts if one.host.measured_gib]
     hours = account.wall_s / 3600
     facts = (
-        ("hours, in all", plan.get("hours"), hours, "{:.2f}"),
+        ("hours in all", plan.get("hours"), hours, "{:.2f}"),
         ("dollars", plan.get("usd"), account.usd, "{:.2f}"),
-        ("$/h, of paid time", plan.get("usd_per_h"), account.usd / (account.hours.paid_s / 3600) if account.usd else None, "{:.2f}"),
-        ("seconds of a step", plan.get("step_s"), sum(step_s) / len(step_s) if step_s else None, "{:.2f}"),
-        ("GiB of a GPU", plan.get("gpu_gib"), max(gpu, default=None), "{:.1f}"),
-        ("GiB of a host", plan.get("host_gib"), max(host, default=None), "{:.1f}"),
+        ("$/h of paid time", plan.get("usd_per_h"), account.usd / (account.hours.paid_s / 3600) if account.usd else None, "{:.2f}"),
+        ("seconds per step", plan.get("step_s"), sum(step_s) / len(step_s) if step_s else None, "{:.2f}"),
+        ("GiB per GPU", plan.get("gpu_gib"), max(gpu, default=None), "{:.1f}"),
+        ("GiB per host", plan.get("host_gib"), max(host, default=None), "{:.1f}"),
     )  # fmt: skip
     rows = tuple(_against(name, form, then, now) for name, then, now, form in facts if then or now)
-    unfinished = "" if account.state == "done" else f"; the run is {account.state}: so far"
-    return ReportTable(
-        f"The plan, and what it was{unfinished}", ("", ">planned", ">was", ">difference"), rows
-    )
+    unfinished = "" if account.state == "done" else f", so far: the run is {account.state}"
+    return ReportTable(f"Planned and actual{unfinished}", ("", ">planned", ">actual", ">difference"), rows)
 
 
 def _against(name: str, form: str, then: float | None, now: float | None) -> tuple[str, ...]:
@@ -164,7 +162,7 @@ def _against(name: str, form: str, then: float | None, now: float | None) -> tup
 
 
 def compared(accounts: tuple[Account, Account]) -> ReportTable:
-    """The same facts of two runs, side by side, and by how much the second differs."""
+    """Return the facts of two runs side by side, and by how much the second differs."""
     reads: list[tuple[str, Callable[[Account], float | None], Callable[[float | None], str]]] = [
         ("steps", lambda one: one.step, _count),
         ("attempts", lambda one: len(one.attempts), _count),
@@ -177,9 +175,9 @@ def compared(accounts: tuple[Account, Account]) -> ReportTable:
         ("goodput", lambda one: one.goodput, percent),
         ("lost steps", lambda one: one.lost_steps, _count),
         *((title, attrgetter(f"hours.{name}"), _time) for name, title in NAMES.items()),
-        ("train loss", lambda one: one.loss, _form),
-        ("test loss", lambda one: one.test.get(LOSS.test_key), _form),
-        ("test reward accuracy", lambda one: one.test.get(REWARD_ACCURACY.test_key), _form),
+        ("train loss", lambda one: one.loss, _loss),
+        ("test loss", lambda one: one.test.get(LOSS.test_key), _loss),
+        ("test reward accuracy", lambda one: one.test.get(REWARD_ACCURACY.test_key), _loss),
     ]
     first, second = accounts
     rows = [("state", first.state, second.state, "")]
@@ -200,5 +198,5 @@ def _time(seconds: float | None) -> str:
     return NOTHING if seconds is None else duration(seconds)
 
 
-def _form(value: float | None) -> str:
+def _loss(value: float | None) -> str:
     return NOTHING if value is None else format(value, LOSS.format)

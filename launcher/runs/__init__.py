@@ -1,1 +1,1 @@
-"""A run, read from its bucket, and what it came to."""
+"""Runs as their buckets record them: history, cost, limits and summary."""

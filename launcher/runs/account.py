@@ -1,4 +1,4 @@
-"""What a run came to, as numbers: dollars and hours by attempt and in all, what was lost, memory; against the plan."""
+"""The account of a run: dollars, hours, lost steps and memory, by attempt and in all, with the plan's predictions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import reduce
 from operator import add
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -17,30 +17,32 @@ from launcher.runs.time_breakdown import TimeBreakdown, count, hours, total, use
 from trainer.events import of_kind
 from trainer.metrics import TEST_PREFIX
 
-WORDS = {
+RUNNING = "running"
+ENDS = {
     "done": "done",
     "preempted": "preempted",
     "failed": "failed",
     "superseded": "superseded",
     "stopped": "stopped at its limit",
 }
-"""How an attempt ended, by its last event."""
+"""Texts for the kinds of events that end an attempt."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The peak of a GPU or of a host, GiB; None for what is not known."""
+    """The peak memory of a GPU or of a host, GiB; None for unknown values."""
 
     predicted_gib: float | None
     measured_gib: float | None
     there_gib: float | None
+    """Capacity."""
     terms: tuple[tuple[str, float], ...] = ()
-    """Of the prediction, the largest first."""
+    """Terms of the prediction, largest first."""
 
 
 @dataclass(frozen=True)
 class AttemptAccount:
-    """One attempt."""
+    """The account of one attempt."""
 
     number: int
     node: str
@@ -52,26 +54,26 @@ class AttemptAccount:
     usd_per_h: float | None
     usd: float | None
     began: str
-    """From when on it is paid: `hours.boot_s` before its claim. UTC, ISO 8601; so is `ended`, the last that was heard
-    of it."""
+    """Start of the paid time: `hours.boot_s` before the claim. UTC, ISO 8601."""
     ended: str
+    """Time of the latest event, or now for a running attempt. UTC, ISO 8601."""
     how: str
-    """How it ended, in a word or two; `at work`, or `lost` for a machine that vanished."""
+    """How it ended: a text of `ENDS`, `running`, or `lost` for a machine that vanished."""
     message: str
     waited_s: float
-    """From the last that was heard of the attempt before until it began; 0 for the first."""
+    """Seconds from the latest event of the previous attempt to the start of this one; 0 for the first."""
     start_step: int
     last_step: int
     lost_steps: int
     hours: TimeBreakdown
     step_s: float | None
-    """Median."""
+    """Median over the steps."""
     tokens_per_s: float | None
-    """Median, over all GPUs."""
+    """Median over the steps, of all GPUs together."""
     commits: int
     uploaded_bytes: float
     upload_s: float
-    """Of all uploads; most of them while training went on."""
+    """Sum over all uploads, most of which overlap training."""
     gpu: Memory
     host: Memory
 
@@ -83,7 +85,7 @@ class AttemptAccount:
 
 @dataclass(frozen=True)
 class Account:
-    """A run over all its attempts."""
+    """The account of a run over all its attempts."""
 
     run: str
     uri: str
@@ -93,9 +95,9 @@ class Account:
     step: int
     total_steps: int | None
     wall_s: float
-    """From when on the first attempt is paid to the last event."""
+    """Seconds from the start of the first attempt's paid time to the latest event."""
     provisioning_s: float
-    """Between attempts: nobody had a machine."""
+    """Seconds between attempts, without a machine."""
     lost_steps: int
     hours: TimeBreakdown
     goodput: float | None
@@ -107,32 +109,32 @@ class Account:
     uploaded_bytes: float
     commits: int
     plan: dict[str, Any] | None
-    """What `plan` promised: hours, usd, usd_per_h, market, gpu_gib, host_gib, step_s."""
+    """Predictions of `plan`: hours, usd, usd_per_h, market, gpu_gib, host_gib, step_s."""
     limits: dict[str, Any] | None
-    """What it may take at most: budget_usd, deadline_h; as the newest attempt was told."""
+    """The newest attempt's limits: budget_usd, deadline_h."""
     attempts: tuple[AttemptAccount, ...]
     loss: float | None
     test: dict[str, float]
     """The metrics of the last evaluation."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs; seconds, dollars, bytes and GiB as the names say."""
+        """Return the account for JSON output; the keys name the units."""
         return asdict(self)
 
 
 def account(run: RunHistory, *, now: float | None = None) -> Account:
-    """All that the bucket tells of what a run took.
+    """Return the account of a run.
 
     Args:
-        run: as its bucket tells it.
-        now: unix time, seconds, if its newest attempt is at work.
+        run: its history.
+        now: unix time, seconds, if the newest attempt is running.
     """
     newest = run.attempts[-1].number if run.attempts else 0
-    each = tuple(
+    attempts = tuple(
         _attempt(run, attempt, until=now if attempt.number == newest else None) for attempt in run.attempts
     )
     cost = run.cost(now=now)
-    spent = reduce(add, (one.hours for one in each), TimeBreakdown())
+    spent = reduce(add, (one.hours for one in attempts), TimeBreakdown())
     plans = [attempt.claim["plan"] for attempt in run.attempts if attempt.claim.get("plan")]
     last = run.steps[-1] if run.steps else {}
     return Account(
@@ -143,21 +145,21 @@ def account(run: RunHistory, *, now: float | None = None) -> Account:
         recipe=str(run.attempts[-1].claim.get("recipe", "")) if run.attempts else "",
         step=run.step,
         total_steps=run.total_steps,
-        wall_s=cost.seconds + sum(one.waited_s for one in each),
-        provisioning_s=sum(one.waited_s for one in each),
-        lost_steps=sum(one.lost_steps for one in each),
+        wall_s=cost.seconds + sum(one.waited_s for one in attempts),
+        provisioning_s=sum(one.waited_s for one in attempts),
+        lost_steps=sum(one.lost_steps for one in attempts),
         hours=spent,
         goodput=spent.goodput,
         usd=cost.usd,
         spot_usd=cost.spot_usd,
         on_demand_usd=cost.on_demand_usd,
         unpriced_s=cost.unpriced_s,
-        upload_s=sum(one.upload_s for one in each),
-        uploaded_bytes=sum(one.uploaded_bytes for one in each),
+        upload_s=sum(one.upload_s for one in attempts),
+        uploaded_bytes=sum(one.uploaded_bytes for one in attempts),
         commits=len(run.commits),
         plan=dict(plans[0]) if plans else None,
         limits=run.attempts[-1].claim.get("limits") if run.attempts else None,
-        attempts=each,
+        attempts=attempts,
         loss=last.get("loss"),
         test={
             key: value
@@ -167,8 +169,17 @@ def account(run: RunHistory, *, now: float | None = None) -> Account:
     )
 
 
+def how(run: RunHistory, attempt: AttemptHistory) -> str:
+    """Return how an attempt ended, or that it is running; an older attempt without an end event is lost."""
+    if attempt.end:
+        return str(ENDS.get(attempt.end["kind"], attempt.end["kind"]))
+    if attempt is not run.attempts[-1]:
+        return "lost"
+    return "done" if run.finished else RUNNING
+
+
 def _attempt(run: RunHistory, attempt: AttemptHistory, *, until: float | None) -> AttemptAccount:
-    before = [each for each in run.attempts if each.number < attempt.number]
+    earlier = [other for other in run.attempts if other.number < attempt.number]
     claim, cost = attempt.claim, attempt.cost(until)
     began = attempt.began - attempt.boot_s
     price = claim.get("price") or {}
@@ -187,7 +198,7 @@ def _attempt(run: RunHistory, attempt: AttemptHistory, *, until: float | None) -
         ended=_iso(attempt.ended if until is None else until),
         how=how(run, attempt),
         message=str(end.get("message", "")),
-        waited_s=max(0.0, began - before[-1].ended) if before else 0.0,
+        waited_s=max(0.0, began - earlier[-1].ended) if earlier else 0.0,
         start_step=attempt.start,
         last_step=attempt.step,
         lost_steps=attempt.step - useful_until(run, attempt),
@@ -202,29 +213,23 @@ def _attempt(run: RunHistory, attempt: AttemptHistory, *, until: float | None) -
     )
 
 
-def how(run: RunHistory, attempt: AttemptHistory) -> str:
-    """How an attempt ended; a machine that vanished could not say."""
-    if attempt.end:
-        return str(WORDS.get(attempt.end["kind"], attempt.end["kind"]))
-    if attempt is not run.attempts[-1]:
-        return "lost"
-    return "done" if run.finished else "at work"
-
-
-def _memory(attempt: AttemptHistory, of: str) -> Memory:
+def _memory(attempt: AttemptHistory, device: Literal["gpu", "host"]) -> Memory:
     claim = attempt.claim
     terms = [
-        (str(term["name"]), float(term["gib"])) for term in claim.get("fit", {}).get(of, {}).get("terms", [])
+        (str(term["name"]), float(term["gib"]))
+        for term in claim.get("fit", {}).get(device, {}).get("terms", [])
     ]
     peaks = [
-        event[f"{of}_peak_gib"] for event in of_kind(attempt.events, "step") if event.get(f"{of}_peak_gib")
+        event[f"{device}_peak_gib"]
+        for event in of_kind(attempt.events, "step")
+        if event.get(f"{device}_peak_gib")
     ]
     shape = claim.get("shape", {})
     return Memory(
         predicted_gib=sum(gib for _, gib in terms) or None,
         measured_gib=max(peaks, default=None),
-        there_gib=shape.get("memory_gib" if of == "gpu" else "host_memory_gib"),
-        terms=tuple(sorted(terms, key=lambda each: -each[1])),
+        there_gib=shape.get("memory_gib" if device == "gpu" else "host_memory_gib"),
+        terms=tuple(sorted(terms, key=lambda term: -term[1])),
     )
 
 
@@ -236,7 +241,7 @@ def _median(attempt: AttemptHistory, key: str) -> float | None:
 def _shape(claim: dict[str, Any]) -> str:
     from trainer.hardware import Shape
 
-    with suppress(ValidationError):  # of another version
+    with suppress(ValidationError):  # a claim of another version may have other fields
         return str(Shape.model_validate(claim.get("shape")))
     return ""
 

@@ -1,4 +1,4 @@
-"""`python -m launcher runs`: what is in the bucket."""
+"""`python -m launcher runs`: the runs of a bucket."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from launcher import terminal
 if TYPE_CHECKING:
     from launcher.runs.listing import RunListing
 
-COLUMNS = ("run", "state", ">step", ">loss", ">last commit", ">attempts", ">$", "last heard of")
+COLUMNS = ("run", "state", ">step", ">loss", ">last commit", ">attempts", ">$", "last event")
 
 
-@click.command(short_help="The runs in a bucket, whoever started them.")
+@click.command(short_help="List the runs in a bucket.")
 @click.option(
     "--checkpoints",
     metavar="URI",
-    help="Where runs live: gs://…, s3://…, or a folder here.  [default: settings]",
+    help="gs://…, s3://…, or a local folder.  [default: settings]",
 )
-@click.option("--json", "as_json", is_flag=True, help="A JSON list on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def runs(checkpoints: str | None, as_json: bool) -> None:
-    """List the runs that are in the bucket, whoever started them, the latest first."""
+    """List the runs in the bucket, the latest first, including those started from other machines."""
     from launcher import render, settings
     from launcher.runs.listing import listing
     from trainer.bucket.address import canonical
@@ -38,7 +38,7 @@ def runs(checkpoints: str | None, as_json: bool) -> None:
         return
     if not rows:
         terminal.stdout().print(
-            f"no run is in {address} yet; `launcher status` has those that were started from this machine",
+            f"no run is in {address}; `launcher status` lists the runs that were started from this machine",
             markup=False,
         )
         return

@@ -1,4 +1,4 @@
-"""What is in a bucket: a row for each run, read side by side."""
+"""The runs of a bucket, one row each, read concurrently."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from trainer.bucket import list_runs, open_run
 from trainer.errors import UserError
 
 AT_ONCE = 32
-"""Runs: each is a handful of small requests that wait for their answers."""
+"""Runs read at the same time; each needs a few small requests, which mostly wait."""
 SILENT_S = 300.0
-"""After so long without a word a run with no end has lost its machine, or waits for the next."""
+"""Seconds without an event after which a run without an end event counts as `silent`: its machine is probably lost."""
 
 
 @dataclass(frozen=True)
@@ -22,30 +22,30 @@ class RunListing:
 
     run: str
     state: str
-    """As its events tell it; `silent` for one that has no end and was not heard of for a while."""
+    """From its events; `silent` for a run without an end event and without any event in the last `SILENT_S`."""
     method: str
     step: int | None
     total_steps: int | None
     loss: float | None
     committed: int | None
-    """The newest step that a checkpoint was committed of."""
+    """Step of the newest committed checkpoint."""
     attempts: int | None
     usd: float | None
     last: float | None
-    """When it was heard of last (unix time, seconds)."""
+    """Time of its latest event (unix time, seconds)."""
     error: str | None = None
-    """Why nothing is known of it."""
+    """Why it could not be read."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the row for JSON output."""
         return asdict(self)
 
 
 def listing(checkpoints: str, *, now: float) -> list[RunListing]:
-    """Every run below an address, the latest first; folders that hold no run are left out.
+    """Return every run below an address, the latest first; folders without a run are left out.
 
     Args:
-        checkpoints: canonical address of the folder of runs.
+        checkpoints: canonical address of the folder or bucket of the runs.
         now: unix time, seconds.
 
     Raises:
@@ -60,7 +60,7 @@ def listing(checkpoints: str, *, now: float) -> list[RunListing]:
 def _listed(checkpoints: str, run_id: str, now: float) -> RunListing | None:
     try:
         run = Reader(open_run(checkpoints, run_id), run_id).read()
-    except (UserError, ValueError, KeyError) as error:  # one that is damaged does not hide the others
+    except (UserError, ValueError, KeyError) as error:  # a damaged run does not hide the others
         reason = error.message if isinstance(error, UserError) else f"its events cannot be read: {error}"
         return RunListing(run_id, "?", "", None, None, None, None, None, None, None, error=reason)
     return _row(run, now) if run.attempts or run.commits else None

@@ -1,4 +1,4 @@
-"""A run, read from its bucket: what its attempts did, what is committed, what was done twice."""
+"""The history of a run, read from its bucket: attempts, steps, commits, and steps that were taken twice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ End = Literal["preempted", "stopped", "failed", "superseded", "done"]
 
 @dataclass(frozen=True)
 class Redone:
-    """Steps `after + 1` to `until`, which an attempt took although an earlier one had taken them."""
+    """Steps `after + 1` to `until`, which an attempt took again after an earlier attempt."""
 
     after: int
     until: int
@@ -38,14 +38,14 @@ class Redone:
 
 @dataclass(frozen=True)
 class AttemptHistory:
-    """One attempt as its events tell it; a machine that vanished leaves no end."""
+    """One attempt, from its events; a machine that vanished leaves no end event."""
 
     number: int
     events: tuple[Event, ...]
 
     @cached_property
     def began(self) -> float:
-        """When it claimed the run (unix time, seconds)."""
+        """Time of its claim (unix time, seconds)."""
         return accounting.claimed_at(self.events).timestamp()
 
     @cached_property
@@ -55,7 +55,7 @@ class AttemptHistory:
 
     @cached_property
     def claim(self) -> Event:
-        """Its machine, its fit and its price; empty if nothing of it was written."""
+        """The `claimed` event with machine, fit and price; empty if it is missing."""
         return next(iter(of_kind(self.events, "claimed")), {})
 
     @cached_property
@@ -69,24 +69,24 @@ class AttemptHistory:
 
     @cached_property
     def start(self) -> int:
-        """The step that it was restored to; 0 if it began anew."""
+        """The step that it resumed from; 0 if it started from the beginning."""
         return max((int(event.get("step", 0)) for event in of_kind(self.events, "restored")), default=0)
 
     @cached_property
     def step(self) -> int:
-        """The last step that it is known to have taken."""
+        """The last step in its events."""
         return max((int(event["step"]) for event in of_kind(self.events, "step")), default=self.start)
 
     @cached_property
     def end(self) -> Event | None:
-        """The event that ended it."""
+        """The event that ended it, or None."""
         return next(
             iter(reversed(of_kind(self.events, "preempted", "stopped", "failed", "superseded", "done"))), None
         )
 
     @cached_property
     def step_s(self) -> float:
-        """Seconds that a step takes, by the times of its steps; 0 as long as there are not two."""
+        """Mean seconds between its steps, evaluations and saves included; 0 before the second step."""
         steps = of_kind(self.events, "step")
         if len(steps) < 2 or steps[-1]["step"] <= steps[0]["step"]:
             return 0.0
@@ -95,20 +95,20 @@ class AttemptHistory:
 
 @dataclass(frozen=True)
 class RunHistory:
-    """A run over all its attempts."""
+    """The history of a run over all its attempts."""
 
     run_id: str
     uri: str
-    """The run's own address: the bucket's or folder's, then the run id."""
+    """The run's address: the folder or bucket of the runs, then the run id."""
     attempts: tuple[AttemptHistory, ...]
     commits: tuple[int, ...]
     """Steps of the checkpoints ever committed, ascending; retention may have removed some since."""
     finished: str | None = None
-    """When the final model was committed (UTC, ISO 8601); that makes a run done, whoever saw it end."""
+    """When the final model was committed (UTC, ISO 8601). This makes a run done, with or without a `done` event."""
 
     @property
     def state(self) -> State:
-        """As far as the bucket knows: a newest attempt without an end reads as running."""
+        """The state as recorded in the bucket. If the newest attempt has no end event, the run counts as running."""
         if self.finished:
             return "done"
         if not self.attempts:
@@ -123,50 +123,50 @@ class RunHistory:
 
     @cached_property
     def steps(self) -> tuple[Event, ...]:
-        """The step events in step order; for a step taken again, the later attempt's."""
+        """The step events in step order; a step that was taken again has the event of the later attempt."""
         return _merge(of_kind(self.events, "step"))
 
     @cached_property
     def evals(self) -> tuple[Event, ...]:
-        """The evaluations in step order; for one made again, the later attempt's."""
+        """The evaluations in step order; a repeated evaluation has the event of the later attempt."""
         return _merge(of_kind(self.events, "eval"))
 
     @property
     def method(self) -> str:
-        """`dpo` or `sft`, as the newest attempt claimed it; empty if none has yet."""
+        """`dpo` or `sft`, from the newest claim; empty before the first claim."""
         claims = of_kind(self.events, "claimed")
         return str(claims[-1]["method"]) if claims else ""
 
     @property
     def step(self) -> int:
-        """Where training stands: the newest attempt's last step."""
+        """The newest attempt's last step."""
         return self.attempts[-1].step if self.attempts else 0
 
     @cached_property
     def total_steps(self) -> int | None:
-        """Steps of the whole run; None until an attempt has begun to train."""
-        told = [
+        """Steps of the whole run; None before training starts."""
+        totals = [
             event["total_steps"]
             for event in of_kind(self.events, "started", "step")
             if event.get("total_steps")
         ]
-        return int(told[-1]) if told else None
+        return int(totals[-1]) if totals else None
 
     @property
     def preemptions(self) -> int:
-        """Attempts that did not end by themselves; the newest counts only once it has said so."""
+        """Number of attempts that were preempted or lost. The newest counts only if it has a `preempted` event."""
         ends = [attempt.end["kind"] if attempt.end else None for attempt in self.attempts[:-1]]
         gone = sum(end in (None, "preempted") for end in ends)
         return gone + (self.state == "preempted")
 
     @property
     def restores(self) -> tuple[AttemptHistory, ...]:
-        """The attempts that went on from a checkpoint."""
+        """The attempts that resumed from a checkpoint."""
         return tuple(attempt for attempt in self.attempts if attempt.start > 0)
 
     @cached_property
     def redone(self) -> tuple[Redone, ...]:
-        """The spans of lost work, one for each attempt that repeated steps."""
+        """The repeated steps, one span for each attempt that repeated any."""
         spans: list[Redone] = []
         reached = 0
         for attempt in self.attempts:
@@ -178,12 +178,12 @@ class RunHistory:
 
     @property
     def lost_steps(self) -> int:
-        """Steps done more than once, as far as the events tell: the last seconds of a lost machine are unknown."""
+        """Number of steps that were repeated. Steps in the last seconds of a lost machine may not be in its events."""
         return sum(span.until - span.after for span in self.redone)
 
     @property
     def wall_s(self) -> float:
-        """Seconds from the first event to the last, the time between attempts included."""
+        """Seconds from the first event to the last, including the time between attempts."""
         return _seconds(self.events[0], self.events[-1]) if self.events else 0.0
 
     def cost(self, *, now: float | None = None, usd_per_h: float | None = None) -> RunCost:
@@ -194,12 +194,12 @@ class RunHistory:
 
     @property
     def final_uri(self) -> str:
-        """Where the exported model lies once the run is done."""
+        """Address of the exported model."""
         return final_uri(self.uri)
 
 
 class Reader:
-    """Reads one run again and again, and only the files that have grown."""
+    """Reads one run repeatedly; files whose size has not changed are not read again."""
 
     def __init__(self, bucket: Bucket, run_id: str) -> None:
         self._bucket = bucket
@@ -209,15 +209,15 @@ class Reader:
         self._finished: str | None = None
 
     def read(self) -> RunHistory:
-        """The run as it is now; raises BucketError and Unavailable."""
+        """Return the run as it is now; raises BucketError and Unavailable."""
         for entry in self._bucket.list(EVENTS_PREFIX):
             if (number := events_attempt(entry.key)) is not None:
                 self._refresh(number, entry.key, entry.size)
         attempts = tuple(self._attempts[number][1] for number in sorted(self._attempts))
         keys = [entry.key for entry in self._bucket.list(COMMITS_PREFIX)]
-        told = [event for attempt in attempts for event in of_kind(attempt.events, "committed")]
+        committed = [event for attempt in attempts for event in of_kind(attempt.events, "committed")]
         self._commits |= {step for step in map(committed_step, keys) if step is not None}
-        self._commits |= {int(event["step"]) for event in told}
+        self._commits |= {int(event["step"]) for event in committed}
         if self._finished is None and FINAL_COMMIT_KEY in keys:
             self._finished = json.loads(self._bucket.get(FINAL_COMMIT_KEY))["created"]
         return RunHistory(
@@ -231,7 +231,7 @@ class Reader:
 
 
 def values(events: Sequence[Event], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of those events that have the key."""
+    """Return the steps and values of the events that have a number for the key."""
     having = [event for event in events if isinstance(event.get(key), int | float)]
     return [int(event["step"]) for event in having], [float(event[key]) for event in having]
 
@@ -240,7 +240,7 @@ def _merge(events: Iterable[Event]) -> tuple[Event, ...]:
     merged: dict[int, Event] = {}
     for event in events:
         before = merged.get(int(event["step"]), {})
-        same = before.get("attempt") == event.get("attempt")  # one attempt may tell of a step twice
+        same = before.get("attempt") == event.get("attempt")  # an attempt may log two events for one step
         merged[int(event["step"])] = {**before, **event} if same else event
     return tuple(merged[step] for step in sorted(merged))
 

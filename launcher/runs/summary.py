@@ -1,4 +1,4 @@
-"""What a run came to: its facts for a table, its curves as one picture."""
+"""The summary of a run that `submit` prints at its end: facts for a table, and its curves as one picture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAIN, TEST, DEATH, GREY = "#0072B2", "#D55E00", "#000000", "0.55"
-"""Okabe and Ito's colours, told apart by the colour-blind; markers and styles carry it in greyscale."""
+"""Okabe and Ito's colours, which colour-blind readers can distinguish; markers and line styles work in greyscale."""
 DPI = 130
 
 Ends = tuple[float, float]
@@ -26,7 +26,7 @@ Ends = tuple[float, float]
 
 @dataclass(frozen=True)
 class Summary:
-    """The facts of a run, in the units that the names say."""
+    """The facts of a run; the names contain the units."""
 
     run: str
     method: str
@@ -40,21 +40,21 @@ class Summary:
     commits: int
     train_loss: Ends | None
     test: Ends | None
-    """First and last of `test_metric` over the evaluations; None without any."""
+    """First and last value of `test_metric`; None without evaluations."""
     test_metric: str
     wall_s: float
     usd: float | None
-    """None if nobody knows a price."""
+    """None if no price is known."""
     final: str | None
     final_bytes: int | None
     weights_digest: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the facts for JSON output."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Name and value of each, for people."""
+        """Return names and values for a table."""
         of = "" if self.total_steps is None else f" of {self.total_steps}"
         redone = f"{self.lost_steps} redone" if self.lost_steps else "none redone"
         metric = next(metric for metric in (LOSS, REWARD_ACCURACY) if metric.test_key == self.test_metric)
@@ -76,11 +76,11 @@ class Summary:
 
 
 def summary(run: RunHistory, *, usd_per_h: float | None = None) -> Summary:
-    """The facts of a run as its bucket tells them.
+    """Return the facts of a run.
 
     Args:
-        run: as its bucket tells it.
-        usd_per_h: for attempts that do not know their price.
+        run: its history.
+        usd_per_h: price to assume for attempts without one.
     """
     metric = METHODS[run.method].test_metric if run.method in METHODS else LOSS.test_key
     exported = next(iter(reversed(of_kind(run.events, "exported"))), {})
@@ -107,15 +107,15 @@ def summary(run: RunHistory, *, usd_per_h: float | None = None) -> Summary:
 
 
 def picture_path(checkpoints: str, run_id: str, *, home: Path) -> Path:
-    """Beside the run's own files where that is a folder, else at `home`, where this machine keeps what is its own."""
+    """Return where the picture goes: into the run's folder if the runs are in a folder, else into `home`."""
     folder = folder_of(checkpoints)
     return (home if folder is None else folder / run_id) / "report.png"
 
 
 def draw(run: RunHistory, path: Path) -> None:
-    """Write the run's curves to `path` as PNG: loss, accuracy, and what each attempt did.
+    """Write the run's curves to `path` as PNG: loss, accuracy, and the attempts.
 
-    Every attempt that was lost is a dashed line, every restore a triangle, redone steps are shaded.
+    A dashed line marks a lost attempt, a triangle a restore, and shading the repeated steps.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -153,13 +153,13 @@ def _title(figure: Figure, run: RunHistory) -> None:
     ]
     figure.suptitle(
         f"{run.run_id}\n", fontsize=13, fontweight="bold", x=0.012, ha="left"
-    )  # room for a second line
-    below = 1 - 0.34 / figure.get_figheight()  # 0.34 inches: under the first
+    )  # the line break reserves room for the second line
+    below = 1 - 0.34 / figure.get_figheight()  # the second line is 0.34 inches below the top
     figure.text(0.012, below, "  ·  ".join(filter(None, facts)), fontsize=10, color="0.35", va="top")
 
 
 def _draw_attempts(axis: Axes, run: RunHistory) -> None:
-    """A lane for each attempt, from the step it began at to the last one known of it."""
+    """Draw a lane for each attempt, from its first step to its last."""
     for lane, attempt in enumerate(run.attempts):
         axis.plot(
             [attempt.start, attempt.step], [lane, lane], color=TRAIN, linewidth=3.5, solid_capstyle="butt"
@@ -189,7 +189,7 @@ def _draw_loss(axis: Axes, run: RunHistory) -> None:
 
 
 def _draw_quality(axis: Axes, run: RunHistory) -> None:
-    """Reward accuracy, else token accuracy, else the learning rate: the first that the run has."""
+    """Draw reward accuracy, token accuracy or the learning rate: the first that the run has."""
     for metric in (REWARD_ACCURACY, TOKEN_ACCURACY):
         train, test = values(run.steps, metric.key), values(run.evals, metric.test_key)
         if train[0] or test[0]:
@@ -223,7 +223,7 @@ def _curve(axis: Axes, points: tuple[list[int], list[float]], *, label: str, tes
 
 
 def _mark_losses(axis: Axes, run: RunHistory) -> None:
-    """Where attempts were lost, where the next went on from, and what it did again."""
+    """Mark where attempts were lost, where the next ones resumed, and which steps were repeated."""
     for attempt in run.attempts[:-1]:
         axis.axvline(attempt.step, color=DEATH, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.65, zorder=1)
     for span in run.redone:

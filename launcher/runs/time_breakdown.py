@@ -1,4 +1,4 @@
-"""Where an attempt's time went, second by second: parts that add up to what was paid."""
+"""What the paid time of an attempt was spent on. The parts add up to the paid time of `trainer.accounting`."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from launcher.runs.run import AttemptHistory, RunHistory
 from trainer.events import Event, Kind, of_kind
 
 WORKERS: tuple[Kind, ...] = ("started", "step", "eval", "saved", "save_skipped")
-"""Kinds that the workers tell: after the last of them, an attempt only uploads and exports."""
+"""Kinds of events that come from the workers. After the last of them, an attempt only uploads and exports."""
 
 
 @dataclass(frozen=True)
 class TimeBreakdown:
-    """Seconds of an attempt, or of several; together all that was paid."""
+    """Seconds of one or several attempts, by what they were spent on; the sum is the paid time."""
 
     useful_s: float = 0.0
-    """Steps that the run was built on."""
+    """Steps whose result is in the final weights."""
     redone_s: float = 0.0
-    """Steps that were lost with the machine, so that a later attempt had to take them again."""
+    """Steps after the last checkpoint before a loss of the machine; a later attempt took them again."""
     boot_s: float = 0.0
-    """From the machine's boot to the claim: boot, image, installation; 0 where that is not known to be paid."""
+    """From the machine's boot to the claim: boot, image, installation. 0 if the claim does not record the boot."""
     restore_s: float = 0.0
-    """Bringing the checkpoint from the bucket."""
+    """Download of the checkpoint."""
     setup_s: float = 0.0
-    """From the claim to the first step, but for the restore: start of the workers, loading of data and model."""
+    """From the claim to the first step without the restore: start of the workers, loading of data and model."""
     evaluation_s: float = 0.0
     stall_s: float = 0.0
-    """Training stood still while a checkpoint was staged."""
+    """Training waited while a checkpoint was staged."""
     upload_s: float = 0.0
-    """After the last step: what was still to be uploaded, and the export of the model."""
+    """After the last step: the remaining uploads, and the export of the model."""
     other_s: float = 0.0
-    """All else: between a machine's last word and its loss, waiting for ranks."""
+    """The rest, such as waiting for ranks."""
 
     @property
     def paid_s(self) -> float:
@@ -41,7 +41,7 @@ class TimeBreakdown:
 
     @property
     def goodput(self) -> float | None:
-        """Useful of paid time, 0 to 1."""
+        """The useful share of the paid time, 0 to 1; None if nothing was paid."""
         return self.useful_s / self.paid_s if self.paid_s else None
 
     def __add__(self, other: TimeBreakdown) -> TimeBreakdown:
@@ -61,24 +61,26 @@ NAMES = {
     "upload_s": "last upload and export",
     "other_s": "other",
 }
-"""In the order in which they are shown."""
+"""Titles of the parts, in the order of display."""
 
 
 def useful_until(run: RunHistory, attempt: AttemptHistory) -> int:
-    """The last step of an attempt that no later one took again."""
+    """Return the last step of an attempt that no later attempt took again."""
     later = [
-        each.start for each in run.attempts if each.number > attempt.number and of_kind(each.events, "step")
+        other.start
+        for other in run.attempts
+        if other.number > attempt.number and of_kind(other.events, "step")
     ]
     return max(attempt.start, min([attempt.step, *later]))
 
 
 def hours(run: RunHistory, attempt: AttemptHistory, *, until: float | None = None) -> TimeBreakdown:
-    """Where an attempt's time went.
+    """Return what an attempt's paid time was spent on.
 
     Args:
-        run: whose attempt it is; later ones decide what of it was useful.
-        attempt: as its events tell it.
-        until: unix time, seconds: now, if it is at work.
+        run: the run; its later attempts decide which steps were useful.
+        attempt: the attempt.
+        until: unix time, seconds: now, if the attempt is running.
     """
     held_s = attempt.cost(until).seconds - attempt.boot_s
     training = Training(attempt)
@@ -93,13 +95,16 @@ def hours(run: RunHistory, attempt: AttemptHistory, *, until: float | None = Non
         stall_s=total(attempt, "saved", "stall_s"),
         upload_s=_after_training_s(attempt),
     )
-    if parts.paid_s > held_s > 0:  # clocks that disagree by a little: the parts are shares of what was paid
+    if parts.paid_s > held_s > 0:  # two clocks that differ slightly: scale the parts to the paid time
         parts = TimeBreakdown(*(part * held_s / parts.paid_s for part in astuple(parts)))
     return parts + TimeBreakdown(boot_s=attempt.boot_s, other_s=max(0.0, held_s - parts.paid_s))
 
 
 def total(attempt: AttemptHistory, kind: Kind, key: str) -> float:
-    """Of all events of a kind, as the last of them tells it: the log does not keep each."""
+    """Return the sum of a field over all events of a kind.
+
+    The log drops some events, so the newest one carries the sum in `so_far`; logs of older versions do not.
+    """
     events = of_kind(attempt.events, kind)
     if events and key in events[-1].get("so_far", {}):
         return float(events[-1]["so_far"][key])
@@ -107,13 +112,13 @@ def total(attempt: AttemptHistory, kind: Kind, key: str) -> float:
 
 
 def count(attempt: AttemptHistory, kind: Kind) -> int:
-    """How many events of a kind there were, the log keeping them or not."""
+    """Return the number of events of a kind, including those that the log dropped."""
     events = of_kind(attempt.events, kind)
     return int(events[-1]["so_far"]["count"]) if events and "so_far" in events[-1] else len(events)
 
 
 class Training:
-    """How far an attempt's steps had come after how much training."""
+    """Maps steps of an attempt to the seconds of training that they took."""
 
     def __init__(self, attempt: AttemptHistory) -> None:
         self._steps = [attempt.start]
@@ -125,7 +130,7 @@ class Training:
                 self._seconds.append(float(event.get("train_s") or _since(began, event)))
 
     def seconds_until(self, step: int) -> float:
-        """Seconds that all steps up to this one took; between two that are known, in proportion."""
+        """Return the seconds of all steps up to this one, interpolated between the steps of the log."""
         after = bisect_right(self._steps, step)
         if after >= len(self._steps):
             return self._seconds[-1]
@@ -140,15 +145,15 @@ def _setup_s(attempt: AttemptHistory, held_s: float) -> float:
 
 
 def _after_training_s(attempt: AttemptHistory) -> float:
-    """An attempt that vanished was not waiting for anything that we know of."""
-    told = of_kind(attempt.events, *WORKERS)
-    if not told or not (attempt.end or of_kind(attempt.events, "exported")):
+    """Return the seconds after the workers' last event; 0 for a lost attempt, where they are unknown."""
+    from_workers = of_kind(attempt.events, *WORKERS)
+    if not from_workers or not (attempt.end or of_kind(attempt.events, "exported")):
         return 0.0
-    return _since(told[-1], attempt.events[-1])
+    return _since(from_workers[-1], attempt.events[-1])
 
 
-def _since(first: Event | None, then: Event) -> float:
+def _since(first: Event | None, last: Event) -> float:
     if first is None:
         return 0.0
-    moment = datetime.fromisoformat
-    return max(0.0, (moment(then["time"]) - moment(first["time"])).total_seconds())
+    parse = datetime.fromisoformat
+    return max(0.0, (parse(last["time"]) - parse(first["time"])).total_seconds())

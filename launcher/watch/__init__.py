@@ -1,1 +1,1 @@
-"""`python -m launcher watch`: a run as it goes on, without touching it."""
+"""`python -m launcher watch`: follow a run without changing it."""

@@ -1,4 +1,4 @@
-"""Curves on a terminal: two dots across and four down in each character."""
+"""Curves on a terminal in braille characters, each of which has two columns and four rows of dots."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 from rich.text import Text
 
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""Bits of a braille pattern, by row and column: https://www.unicode.org/charts/PDF/U2800.pdf"""
+"""Bit of each dot of a braille character, by row and column: https://www.unicode.org/charts/PDF/U2800.pdf"""
 MARGIN = 8
-"""Characters for the numbers on the left."""
+"""Characters left of the curves, for the numbers of the vertical axis."""
 Points = Sequence[tuple[float, float]]
 
 
 class BrailleCurve(NamedTuple):
-    """A curve, or with `sign` a character at each of its points."""
+    """A curve that is drawn as a line; with `sign`, as that character at each point."""
 
     points: Points
     style: str
@@ -26,23 +26,23 @@ class BrailleCurve(NamedTuple):
 def plot(
     lines: Sequence[BrailleCurve], *, width: int, height: int, last_step: int, ends: Sequence[int] = ()
 ) -> list[Text]:
-    """Rows of text, the lowest with the steps.
+    """Return rows of text; the lowest holds the steps.
 
     Args:
-        lines: later ones are drawn over earlier ones.
-        width: characters, with the numbers on the left.
-        height: rows, with the one of the steps.
-        last_step: the right end; 0 is the left one.
+        lines: the curves; later ones are drawn over earlier ones.
+        width: characters, including the numbers on the left.
+        height: rows, including the row of the steps.
+        last_step: the step at the right end; the left end is step 0.
         ends: steps at which attempts ended.
     """
     columns, rows = max(8, width - MARGIN), max(2, height - 1)
-    every = [value for each in lines for _, value in each.points if math.isfinite(value)]
+    every = [value for curve in lines for _, value in curve.points if math.isfinite(value)]
     low, high = min(every, default=0.0), max(every, default=1.0)
     canvas = Canvas(columns, rows, max(last_step, 1), low, high if high > low else low + 1.0)
     for step in ends:
         canvas.upright(step)
-    for each in lines:
-        canvas.draw(each)
+    for curve in lines:
+        canvas.draw(curve)
     found = []
     for nth, row in enumerate(canvas.rows()):
         value = high if nth == 0 else low if nth == rows - 1 else None
@@ -59,7 +59,7 @@ def _short(value: float) -> str:
 
 
 class Canvas:
-    """Characters of dots, each of one style."""
+    """A grid of characters; each has dots or a sign, and one style."""
 
     def __init__(self, columns: int, rows: int, last_step: int, low: float, high: float) -> None:
         self._columns, self._rows = columns, rows
@@ -83,7 +83,7 @@ class Canvas:
             before = (x, y)
 
     def upright(self, step: float) -> None:
-        """A dashed line, under all that is drawn."""
+        """Draw a dashed vertical line below all curves."""
         column = self._dot(step, self._low)[0] // 2
         for row in range(self._rows):
             self._signs[column, row] = "┊"
@@ -108,7 +108,7 @@ class Canvas:
         return round(across * min(1.0, step / self._last_step)), round(down * (1 - share))
 
     def _join(self, start: tuple[int, int], end: tuple[int, int], style: str) -> None:
-        """Every dot on the way."""
+        """Set every dot between two dots."""
         far = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
         for nth in range(far + 1):
             x = round(start[0] + (end[0] - start[0]) * nth / far)

@@ -1,4 +1,4 @@
-"""`python -m launcher watch`: a run as it goes on."""
+"""`python -m launcher watch`: follow a run."""
 
 from __future__ import annotations
 
@@ -16,64 +16,72 @@ if TYPE_CHECKING:
     from launcher.watch.state import RunSnapshot
 
 
-@click.command(short_help="Progress, curves, dollars of a run at work.")
+@click.command(short_help="Follow a run: progress, curves, dollars.")
 @click.argument("run", shell_complete=completion.runs)
-@click.option("--once", is_flag=True, help="Show how it stands, and come back.")
-@click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
+@click.option("--once", is_flag=True, help="Show the run once and exit.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and exit.")
 @click.option(
     "--every",
     type=click.FloatRange(min=0.2),
     metavar="SECONDS",
-    help="Between two looks.  [default: 1 for a folder, else 5]",
+    help="Seconds between two reads.  [default: 1 for a folder, else 5]",
 )
 @click.option(
-    "--checkpoints", metavar="URI", help="Where the run is.  [default: where it was started, else settings]"
+    "--checkpoints",
+    metavar="URI",
+    help="Folder or bucket of the run.  [default: where it was started, else settings]",
 )
 @click.pass_obj
 def watch(
     cloud: Cloud | None, run: str, once: bool, as_json: bool, every: float | None, checkpoints: str | None
 ) -> None:
-    """Watch RUN: progress, curves, dollars, attempts. It is only read: leaving (q, Ctrl-C) does not touch it.
+    """Follow RUN: progress, curves, dollars, attempts. The run is only read; leaving with q or Ctrl-C does not stop it.
 
-    RUN is a run's name or its address, such as s3://bucket/prefix/RUN. Elsewhere than on a terminal, a line whenever
-    something has changed.
+    RUN is a run's name or its address, such as s3://bucket/prefix/RUN. If the output is not a terminal, a line is
+    printed whenever something has changed.
     """
     from launcher.registry.find import place, started_here
     from launcher.watch import follow
     from launcher.watch.follow import NoKeys, keys
     from launcher.watch.state import Source
-    from launcher.watch.view import RunView
+    from launcher.watch.view import ROWS, RunView
     from trainer.bucket.address import folder_of
 
     found = place(run, checkpoints, state=terminal.state_folder(), environ=os.environ, cwd=Path.cwd())
     if not started_here(found, terminal.state_folder()):
-        found.read()  # a name that nobody knows is refused rather than waited for
+        found.read()  # refuses an unknown name instead of waiting for it
     source = Source(found, lambda: _cloud(cloud), state=terminal.state_folder())
     console = terminal.stdout()
     every_s = every or (5.0 if folder_of(found.checkpoints) is None else 1.0)
     if once or as_json:
-        seen = source.look(time.time())
+        snapshot = source.look(time.time())
     elif console.is_terminal:
         with keys() as pressed:
-            seen = follow.live(source.look, console, pressed, every_s=every_s, clock=time.time)
+            snapshot = follow.live(source.look, console, pressed, every_s=every_s, clock=time.time)
     else:
         follow.lines(source.look, console, NoKeys(), every_s=every_s, clock=time.time)
         return
     if as_json:
-        _print_json(seen)
+        _print_json(snapshot)
     else:
-        console.print(RunView(seen, rows=30))
+        console.print(RunView(snapshot, rows=ROWS))
 
 
-def _print_json(seen: RunSnapshot) -> None:
+def _print_json(snapshot: RunSnapshot) -> None:
     from launcher import render
 
-    about: dict[str, Any] = {"state": seen.state, "at_work": seen.at_work, "held_by": seen.said}
-    moment = {"left_s": seen.left_s, "silent_s": seen.silent_s, "fault": seen.fault}
-    click.echo(render.to_json({**seen.account.as_dict(), **about, **moment}))
+    state: dict[str, Any] = {
+        "state": snapshot.state,
+        "at_work": snapshot.at_work,
+        "held_by": snapshot.held_by,
+        "left_s": snapshot.left_s,
+        "silent_s": snapshot.silent_s,
+        "fault": snapshot.fault,
+    }
+    click.echo(render.to_json({**snapshot.account.as_dict(), **state}))
 
 
-def _cloud(given: Cloud | None) -> Cloud:
+def _cloud(cloud: Cloud | None) -> Cloud:
     from launcher.cloud.skypilot import SkyPilot
 
-    return given or SkyPilot()
+    return cloud or SkyPilot()

@@ -1,4 +1,4 @@
-"""What is known of a run that is watched: its bucket's events, and how SkyPilot or this machine says that it stands."""
+"""The state of a watched run, from its bucket's events and from SkyPilot or this machine's processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from launcher.submit import status
 from trainer.errors import UserError
 
 ASK_EVERY_S = 20.0
-"""Seconds between two questions to SkyPilot, which answers in seconds; the bucket knows all else."""
+"""Seconds between two queries of SkyPilot, which take seconds each; the bucket answers everything else."""
 RECOVERY_S = 60.0
-"""Whoever recovers a run has begun after so long."""
+"""Seconds without an event after which a run that is not running is not waiting for a recovery any more."""
 OVER = ("done", "failed", "superseded", "stopped", "cancelled")
+"""States that no recovery follows."""
+HERE = "this machine"
+ELSEWHERE = "started elsewhere"
 
 
 @dataclass(frozen=True)
@@ -30,31 +33,32 @@ class RunSnapshot:
     run: RunHistory
     account: Account
     state: str
-    """`running`, `done`, `recovering` …: the bucket knows of the end, SkyPilot of the way there."""
+    """`running`, `done`, `recovering` …: the end comes from the bucket, everything before it from SkyPilot."""
     at_work: bool
-    said: str
-    """By whom it is held, in a few words."""
+    """Whether the run is running, or is being started or recovered."""
+    held_by: str
+    """What runs it, such as `this machine, pid 17` or `managed job 3, RUNNING`."""
     now: float
     """Unix time, seconds."""
     known: bool = False
-    """Whether it was started from here, so that somebody can say whether it is still held."""
+    """Whether it was started from this machine, which then knows whether it is still running."""
     fault: str | None = None
-    """What could not be seen this time."""
+    """What could not be read this time."""
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will happen by itself."""
-        left = self.known and self.silent_s > RECOVERY_S
-        return not self.at_work and (self.state in OVER or left)
+        """Whether nothing more will happen without the user."""
+        abandoned = self.known and self.silent_s > RECOVERY_S
+        return not self.at_work and (self.state in OVER or abandoned)
 
     @property
     def silent_s(self) -> float:
-        """Since its last event."""
+        """Seconds since the latest event."""
         return max(0.0, self.now - self.run.attempts[-1].ended) if self.run.attempts else 0.0
 
     @property
     def left_s(self) -> float | None:
-        """Until the last step, at the pace of the newest attempt, its evaluations and saves included."""
+        """Seconds to the last step at the pace of the newest attempt, its evaluations and saves included."""
         run = self.run
         if not self.at_work or not run.attempts or not run.total_steps or not run.attempts[-1].step_s:
             return None
@@ -62,57 +66,61 @@ class RunSnapshot:
 
 
 class Source:
-    """Looks again and again: of the bucket it reads what has grown, of SkyPilot it asks now and then."""
+    """Reads a run repeatedly: from the bucket only what has grown, from SkyPilot every `ASK_EVERY_S`."""
 
     def __init__(self, place: RunPlace, cloud: Callable[[], Cloud], *, state: Path) -> None:
         self._reader = place.reader()
         self._cloud = cloud
         self._known = next(
             (
-                each
-                for each in known.known(state)
-                if (each.record.run_id, each.record.checkpoints) == (place.run_id, place.checkpoints)
+                entry
+                for entry in known.known(state)
+                if (entry.record.run_id, entry.record.checkpoints) == (place.run_id, place.checkpoints)
             ),
             None,
         )
-        self._standing: JobStatus | None = None
+        self._status: JobStatus | None = None
         self._asked_at = -ASK_EVERY_S
         self._fault: str | None = None
 
     def look(self, now: float) -> RunSnapshot:
-        """The run as it is; raises BucketError and Unavailable."""
+        """Return the run as it is now; raises BucketError and Unavailable."""
         run = self._reader.read()
-        state, at_work, said = self._stands(run, now)
-        told = account(run, now=now if at_work and run.state == "running" else None)
-        return RunSnapshot(run, told, state, at_work, said, now, self._known is not None, self._fault)
+        state, at_work, held_by = self._state(run, now)
+        until = now if at_work and run.state == "running" else None
+        return RunSnapshot(
+            run, account(run, now=until), state, at_work, held_by, now, self._known is not None, self._fault
+        )
 
-    def _stands(self, run: RunHistory, now: float) -> tuple[str, bool, str]:
+    def _state(self, run: RunHistory, now: float) -> tuple[str, bool, str]:
+        """Return the state, whether the run is at work, and what runs it."""
         if isinstance(self._known, Local):
-            record = self._known.home.record() or self._known.record  # each recovery is another process
+            record = self._known.home.record() or self._known.record  # a recovery is a new process
             process = record.process()
             if process and run.state != "done":
-                return "running", True, f"this machine, pid {process.pid}"
-            return status.stopped(run), False, "this machine"
+                return "running", True, f"{HERE}, pid {process.pid}"
+            return status.stopped(run), False, HERE
         if isinstance(self._known, Submitted):
             return self._submitted(self._known, run, now)
         silent = not run.attempts or now - run.attempts[-1].ended > SILENT_S
         if run.state == "running" and not silent:
-            return "running", True, "started elsewhere"
-        return status.stopped(run), False, "started elsewhere"
+            return "running", True, ELSEWHERE
+        return status.stopped(run), False, ELSEWHERE
 
-    def _submitted(self, known: Submitted, run: RunHistory, now: float) -> tuple[str, bool, str]:
-        sent = known.record
+    def _submitted(self, entry: Submitted, run: RunHistory, now: float) -> tuple[str, bool, str]:
+        sent = entry.record
         if not sent.over and now - self._asked_at >= ASK_EVERY_S:
             self._asked_at = now
             try:
-                self._standing, self._fault = find(self._cloud(), sent.name, sent.kind), None
-            except UserError as error:  # the bucket still tells of the run
+                self._status, self._fault = find(self._cloud(), sent.name, sent.kind), None
+            except UserError as error:  # the bucket's events can still be shown
                 self._fault = error.message
-        there = self._standing
-        state = status.state_of(there, run, unsure=self._fault is not None)
+        job = self._status
+        state = status.state_of(job, run, unsure=self._fault is not None)
         number = f" {sent.job_id}" if sent.kind == "managed job" and sent.job_id is not None else ""
-        words = f"{sent.kind}{number}" + (f", {there.said}" if there else "")
+        held_by = f"{sent.kind}{number}" + (f", {job.said}" if job else "")
+        # Without an answer from SkyPilot, the bucket decides.
         at_work = run.state != "done" and (
-            there.at_work if there else self._fault is not None and run.state == "running"
+            job.at_work if job else self._fault is not None and run.state == "running"
         )
-        return state, at_work, words
+        return state, at_work, held_by

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.report import page
+from launcher.report import html
 from launcher.runs.account import account
 from launcher.runs.run import Reader, RunHistory
 from tests.e2e.browser import Browser, NotToBeHad, browser
@@ -39,9 +39,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_events(bucket / "plain", attempt_events(1, start=0, last=30, total_steps=40))
     write_events(bucket / "no-step", attempt_events(1, start=0, last=0, total_steps=40))
     runs = {name: read(bucket, name) for name in (LONG, "direct", "at-work", "plain", "no-step")}
-    texts = {name: page.of_run(run, account(run), made="now") for name, run in runs.items()}
+    texts = {name: html.run_page(run, account(run), made="now") for name, run in runs.items()}
     two = (runs[LONG], runs["direct"])
-    texts["two"] = page.of_two(two, (account(two[0]), account(two[1])), made="now")
+    texts["two"] = html.comparison_page(two, (account(two[0]), account(two[1])), made="now")
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text)
     return {name: folder / f"{name}.html" for name in texts}

@@ -16,7 +16,7 @@ from launcher.runs.summary import summary
 from launcher.runs.time_breakdown import NAMES, TimeBreakdown, hours
 from launcher.submit.status import usd_so_far
 from launcher.watch.state import RunSnapshot
-from launcher.watch.text import pairs
+from launcher.watch.view import pairs
 from tests.fakes.journeys import BEGIN, LEGS, PLAN, Leg, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
 from trainer.accounting import Limit, Limits, RunCost, run_cost
@@ -113,7 +113,7 @@ def test_every_output_shows_the_same_hours_and_dollars(tmp_path: Path) -> None:
     run = Reader(open_run(str(tmp_path), "a-run"), "a-run").read()
     of_account = account(run)
     (listed,) = listing(str(tmp_path), now=BEGIN.timestamp() + 3600)
-    watched = RunSnapshot(run, of_account, "done", at_work=False, said="", now=BEGIN.timestamp() + 3600)
+    watched = RunSnapshot(run, of_account, "done", at_work=False, held_by="", now=BEGIN.timestamp() + 3600)
     watch = BudgetWatch(
         Limits(budget_usd=100), Reporting(), claimed=claim(7200, usd_per_h=10.0), earlier=lambda: [events], clock=lambda: 0.0
     )  # fmt: skip

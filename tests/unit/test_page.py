@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.report import bars, curves, page, tables, timeline
+from launcher.report import bars, curves, html, tables
+from launcher.report.curves import Curve, Panel, panels
 from launcher.report.html import PATTERNS
-from launcher.report.series import Curve, Panel, panels
 from launcher.report.svg import moments, plain, tag, ticks
 from launcher.runs.account import account
 from launcher.runs.run import AttemptHistory, Reader, RunHistory
@@ -59,7 +59,7 @@ def checked(text: str) -> Checked:
 
 def test_a_page_is_one_file_without_scripts(run: RunHistory) -> None:
     """Nothing in it is fetched from anywhere."""
-    found = checked(page.of_run(run, account(run), made="now"))
+    found = checked(html.run_page(run, account(run), made="now"))
     assert "script" not in [name for name, _ in found.tags]
     addresses = [
         value for _, attributes in found.tags for key, value in attributes.items() if key in ("src", "href")
@@ -70,7 +70,7 @@ def test_a_page_is_one_file_without_scripts(run: RunHistory) -> None:
 
 def test_what_others_wrote_is_escaped(run: RunHistory) -> None:
     """The message of a failure has brackets and an ampersand, and is shown as it was written."""
-    text = page.of_run(run, account(run), made="<now>")
+    text = html.run_page(run, account(run), made="<now>")
     assert "SIGBUS &lt;on GPU 3&gt; &amp; left" in text
     assert "<on GPU 3>" not in text
     assert any("SIGBUS <on GPU 3> & left" in each for each in checked(text).words)
@@ -79,7 +79,7 @@ def test_what_others_wrote_is_escaped(run: RunHistory) -> None:
 
 def test_pictures_and_tables_say_what_they_are(run: RunHistory) -> None:
     """Every picture has a label, every table a caption, every cell of a card its column."""
-    found = checked(page.of_run(run, account(run), made="now"))
+    found = checked(html.run_page(run, account(run), made="now"))
     charts = [attributes for name, attributes in found.tags if attributes.get("class") == "chart"]
     assert len(charts) == 12
     assert all(each["role"] == "img" and len(each["aria-label"] or "") > 20 for each in charts)
@@ -105,18 +105,18 @@ def test_a_boot_is_shown_as_a_part() -> None:
     leg = LEGS[0]._replace(last=478, end="done", boot_s=600)
     booted = RunHistory("b", "/b", (AttemptHistory(1, tuple(journey((leg,))[0])),), (), "then")
     one = account(booted)
-    drawn = timeline.draw(one, 940)
+    drawn = bars.timeline(one, 940)
     assert "attempt 1: boot until the claim 10 min 00 s" in drawn
     assert 'class="part boot"' in bars.time_bar(one.hours, 940)
     assert ("boot until the claim", "10 min 00 s") in [row[:2] for row in tables.spent(one).rows]
     assert "boot until the claim" in [row[0] for row in tables.compared((one, one)).rows]
-    said = checked(page.of_run(booted, one, made="now")).words
+    said = checked(html.run_page(booted, one, made="now")).words
     assert said.count("boot until the claim") == 2
 
 
 def test_the_timeline_has_a_lane_for_each_place(run: RunHistory) -> None:
     """With its price; and each attempt says how it ended, in words."""
-    drawn = timeline.draw(account(run), 940)
+    drawn = bars.timeline(account(run), 940)
     for leg in LEGS:
         assert leg.infra in drawn
     for said in ("1 ✕ lost", "2 ◆ preempted", "3 ! failed", "4 ✓ done", "on demand · 22.32 $/h"):
@@ -126,7 +126,7 @@ def test_the_timeline_has_a_lane_for_each_place(run: RunHistory) -> None:
 def test_a_timeline_s_parts_fill_each_bar(run: RunHistory) -> None:
     """Their seconds are those of the attempt."""
     for one in account(run).attempts:
-        assert sum(part.seconds for part in timeline.parts(one)) == pytest.approx(one.hours.paid_s)
+        assert sum(part.seconds for part in bars.timeline_spans(one)) == pytest.approx(one.hours.paid_s)
 
 
 def test_curves_show_where_attempts_ended_and_what_was_redone(run: RunHistory) -> None:
@@ -165,16 +165,16 @@ def test_a_run_of_any_length_has_a_page(tmp_path: Path, steps: int) -> None:
     """One that never took a step, one without prices and plan."""
     write_events(tmp_path / "a-run", attempt_events(1, start=0, last=steps, total_steps=40))
     run = Reader(open_run(str(tmp_path), "a-run"), "a-run").read()
-    text = page.of_run(run, account(run), made="now")
+    text = html.run_page(run, account(run), made="now")
     checked(text)
     assert "What plan promised" not in text
-    assert "no attempt knows its price" in text
+    assert "price unknown" in text
 
 
 def test_two_runs_stand_beside_each_other(run: RunHistory) -> None:
     """Facts in columns, curves in one frame."""
     one = account(run)
-    text = page.of_two((run, run), (one, one), made="now")
+    text = html.comparison_page((run, run), (one, one), made="now")
     found = checked(text)
     assert "A test" in text
     assert "B test" in text
@@ -187,7 +187,7 @@ def test_the_plan_and_what_it_was(run: RunHistory) -> None:
     assert rows is not None
     told = {row[0]: row[1:] for row in rows.rows}
     assert told["dollars"] == ("41.00", "21.86", "-47%")
-    assert told["GiB of a GPU"] == ("74.0", "70.4", "-5%")
+    assert told["GiB per GPU"] == ("74.0", "70.4", "-5%")
 
 
 def test_ticks_are_round() -> None:

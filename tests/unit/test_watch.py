@@ -26,8 +26,7 @@ from launcher.registry.submitted import Sent
 from launcher.watch import follow
 from launcher.watch.braille import MARGIN, BrailleCurve, plot
 from launcher.watch.state import ASK_EVERY_S, RunSnapshot, Source
-from launcher.watch.text import line
-from launcher.watch.view import RunView
+from launcher.watch.view import RunView, line
 from tests.fakes.journeys import BEGIN, LEGS, PLAN, Leg, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
 from tests.harness import ROOT, wait_until
@@ -85,8 +84,8 @@ def test_all_that_matters_is_on_the_screen(site: Site) -> None:
     text = drawn(site.look(after_s=30))
     for said in (
         "step 268 of 478", "56%", "left", "gcp/us-east5, spot, 13.18 $/h", "so far", "$41.00 planned", "at the end",
-        "step 250", "ago, 18 steps since", "tokens/s", "GPU memory", "70 GiB at most, 74 predicted, 79 there",
-        "loss", "reward accuracy", "lost", "at work", "gcp/us-central1",
+        "step 250", "ago, 18 steps since", "tokens/s", "GPU memory", "peak 70 GiB, 74 predicted, 79 available",
+        "loss", "reward accuracy", "lost", "running", "gcp/us-central1",
     ):  # fmt: skip
         assert said in text, said
 
@@ -165,7 +164,7 @@ def test_the_run_is_seen_while_skypilot_is_away(site: Site) -> None:
     site.cloud.fault = Unavailable("no API server")
     seen = site.look()
     assert (seen.state, seen.at_work, seen.fault) == ("running", True, "no API server")
-    assert "not all is known: no API server" in drawn(seen)
+    assert "incomplete: no API server" in drawn(seen)
 
 
 def test_a_recovery_on_this_machine_is_at_work(site: Site) -> None:
@@ -193,14 +192,14 @@ def test_a_run_from_elsewhere_that_fell_silent_is_not_at_work(site: Site) -> Non
     assert site.look(after_s=60).at_work
     silent = site.look(after_s=3600)
     assert (silent.state, silent.at_work, silent.over) == ("preempted", False, False)
-    assert "not heard of since" in drawn(silent)
+    assert "no event since" in drawn(silent)
 
 
 def test_a_run_that_has_not_begun_can_be_watched(tmp_path: Path) -> None:
     """The first machine may take its time."""
     seen = Source(RunPlace(str(tmp_path), "new"), FakeCloud, state=tmp_path / "state").look(0.0)
-    assert "nothing was heard of it yet" in drawn(seen)
-    assert "nothing was heard of it yet" in line(seen)
+    assert "no events yet" in drawn(seen)
+    assert "no events yet" in line(seen)
 
 
 def test_only_what_has_grown_is_read_again(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
@@ -291,7 +290,7 @@ def test_lines_are_told_when_something_changes(site: Site) -> None:
         seen = follow.lines(look, console, Pressed(), every_s=0, clock=lambda: float(next(moments)))
     told = captured.get().splitlines()
     assert seen.state == "done"
-    assert told[0].startswith("running  attempt 2 at work  step 268 of 478")
+    assert told[0].startswith("running  attempt 2 running  step 268 of 478")
     assert told[-1].startswith("done  attempt 3 done  step 478 of 478")
 
 
@@ -373,7 +372,7 @@ def test_on_a_terminal_it_is_drawn_and_q_leaves(at_work: Path, environment: dict
     def said() -> bool:
         nonlocal shown
         shown += os.read(ours, 65536)
-        return b"the run goes on" in shown
+        return b"the run continues" in shown
 
     try:
         wait_until(said, "watch to draw", timeout_s=60)
