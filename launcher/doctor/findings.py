@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer.errors import UserError
-from trainer.recipe.secrets import is_secret
+from trainer.recipe.gather import is_secret
 
 Status = Literal["ok", "missing", "failed", "skipped"]
 """`missing`: not set up; `failed`: set up but not working; `skipped`: not needed, or impossible to check."""

@@ -58,8 +58,8 @@ def test_an_sft_file_of_2023_is_packed_though_no_key_says_so() -> None:
         },
     )
     assert (
-        "`max_seq_length` is called `max_length` now; `packing: true`, as the handbook of the time did with "
-        "every file" in notes
+        "`max_seq_length` is now called `max_length`; `packing: true` is set, as the handbook's scripts of that "
+        "time always did" in notes
     )
 
 
@@ -106,7 +106,7 @@ def test_a_lora_file_of_2023_means_what_it_meant() -> None:
             "use_peft": True,
         },
     )
-    assert "`save_strategy: epoch` is ignored: checkpoints are taken every `save_steps`" in notes
+    assert "`save_strategy: epoch` is ignored: a checkpoint is saved every `save_steps` steps" in notes
 
 
 def test_a_dpo_file_of_2025_mixes_its_test_split_in_as_it_says() -> None:

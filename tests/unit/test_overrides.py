@@ -109,11 +109,11 @@ def test_dotted_keys_reach_into_mappings_and_lists(file: Path) -> None:
     ("word", "message"),
     [
         ("tiny.hidden_sise=64", "did you mean `hidden_size`"),
-        ("dataset_mixture.datasets.2.weight=1", "places 0 to 1"),
-        ("dataset_mixture.datasets.one.weight=1", "places 0 to 1"),
-        ("learning_rate.x=1", "nothing below `learning_rate`"),
+        ("dataset_mixture.datasets.2.weight=1", "indices 0 to 1"),
+        ("dataset_mixture.datasets.one.weight=1", "indices 0 to 1"),
+        ("learning_rate.x=1", "`learning_rate` has no keys below it"),
         ("learning_rte.x=1", "unknown key `learning_rte`"),
-        ("dataset_mixture.sede=1", "it has `datasets`, `test_datasets`"),
+        ("dataset_mixture.sede=1", "its keys are `datasets`, `test_datasets`"),
     ],
 )
 def test_a_dotted_key_to_nowhere_is_refused(file: Path, word: str, message: str) -> None:
@@ -135,7 +135,7 @@ def test_a_model_takes_the_place_of_the_tiny_one(file: Path) -> None:
     """`init: tiny` in the file is no contradiction to a model that is asked for."""
     recipe, notes = load(file, ["model_name_or_path=org/model"])
     assert (recipe.model_name_or_path, recipe.init) == ("org/model", None)
-    assert "the file's `init: tiny` gives way to `model_name_or_path: org/model` of the command line" in notes
+    assert "`model_name_or_path: org/model` on the command line overrides `init: tiny`" in notes
 
 
 def test_the_tiny_model_takes_the_place_of_a_given_one(imported: Path) -> None:
@@ -200,17 +200,17 @@ def test_the_splits_of_one_data_set_can_be_named(file: Path) -> None:
         ("dataset_mixture=[]", "names no data"),
         ("dataset_mixture={datasets: null}", "names no data"),
         ("dataset_mixture={datasets: [{config: x}]}", "has no `id`"),
-        ("dataset_mixture={datasets: [[a]]}", "is no mapping"),
+        ("dataset_mixture={datasets: [[a]]}", "is not a mapping"),
         ("dataset_mixture={datasets: [{id: a/b, weigth: 1}]}", "did you mean `weight`"),
-        ("dataset_mixture={datasets: [{id: a/b, fraction: 0.5}]}", "say `weight`"),
+        ("dataset_mixture={datasets: [{id: a/b, fraction: 0.5}]}", "use `weight`"),
         ("dataset_mixture={datasets: [{id: a/b}], seeds: 1}", "unknown key `dataset_mixture.seeds`"),
         ("dataset_mixture={datasets: [{id: a/b}], streaming: true}", "needs the whole data set"),
         ("dataset_mixture={a/b: 2.0}", "less than or equal to 1"),
         ("dataset_name=3", "has no `id`"),
         ("test_dataset=[{split: x}]", "has no `id`"),
         ("dataset_splits=[test_a]", "no split to train on"),
-        ("dataset_splits=3", "no list of splits"),
-        ("dataset_configs=[a]", "is for 2 data sets"),
+        ("dataset_splits=3", "not a list of splits"),
+        ("dataset_configs=[a]", "each of the 2 data sets"),
     ],
 )
 def test_data_in_no_known_form_is_refused(file: Path, word: str, message: str) -> None:
@@ -247,7 +247,8 @@ def test_a_global_batch_takes_the_place_of_an_imported_one(imported: Path) -> No
     recipe, notes = load(imported, ["global_batch_size=16"])
     assert recipe.global_batch_size == 16
     assert any(
-        "`gradient_accumulation_steps: 2` gives way to `global_batch_size: 16`" in note for note in notes
+        "`global_batch_size: 16` on the command line overrides `gradient_accumulation_steps: 2`" in note
+        for note in notes
     )
 
 

@@ -1,4 +1,4 @@
-"""Recipes of the last years: each key is renamed, ignored or refused, and each is told."""
+"""Keys of older recipes are renamed, ignored or refused, each with a note."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def translated(**keys: Any) -> dict[str, Any]:
 
 
 def test_a_dpo_recipe_of_2023_means_what_it_meant() -> None:
-    """Every line of an old file is kept, renamed, or told to be ignored."""
+    """Every key of an old file is kept, renamed, or ignored with a note."""
     recipe, notes = load(FIXTURES / "handbook_dpo_full.yaml")
     assert recipe.method == "dpo"
     assert recipe.global_batch_size == 8 * 2 * 8
@@ -52,7 +52,7 @@ def test_a_dpo_recipe_of_2023_means_what_it_meant() -> None:
         "seed": 42,
         "warmup_steps": 0.1,
     }
-    told = "\n".join(notes)
+    text = "\n".join(notes)
     dropped = (
         "do_eval",
         "hub_model_id",
@@ -62,15 +62,15 @@ def test_a_dpo_recipe_of_2023_means_what_it_meant() -> None:
         "push_to_hub",
         "rpo_alpha",
     )
-    assert [key for key in dropped if f"`{key}" not in told] == []
+    assert [key for key in dropped if f"`{key}" not in text] == []
     assert (
         "`global_batch_size: 128` = per_device_train_batch_size 8 x gradient_accumulation_steps 2 x 8 GPUs"
-        in told
+        in text
     )
 
 
 def test_a_qlora_recipe_of_2024_means_what_it_meant() -> None:
-    """The mixer's weights are for training data only, and `no` is not false."""
+    """The mixer's weights apply to training data only, and YAML's `no` stays the text `no`."""
     recipe, notes = load(FIXTURES / "handbook_sft_qlora.yaml")
     assert recipe.method == "sft"
     assert recipe.global_batch_size == 4 * 8
@@ -85,12 +85,12 @@ def test_a_qlora_recipe_of_2024_means_what_it_meant() -> None:
     assert "dataset_kwargs" not in recipe.trainer_args
     assert recipe.model_args["dtype"] == "bfloat16"
     assert recipe.model_args["load_in_4bit"] is True
-    assert "`save_strategy: no` is ignored: checkpoints are taken every `save_steps`" in notes
+    assert "`save_strategy: no` is ignored: a checkpoint is saved every `save_steps` steps" in notes
     assert "gradient_accumulation_steps 1 x 8 GPUs" in "\n".join(notes)
 
 
 def test_a_mixture_of_2025_means_what_it_meant() -> None:
-    """The handbook's `columns` is a list, which renames nothing."""
+    """The handbook's `columns` is a list. It selects columns and renames none."""
     recipe, notes = load(FIXTURES / "handbook_sft_mixture.yaml")
     assert recipe.dataset_mixture == Mixture(
         datasets=(
@@ -108,7 +108,7 @@ def test_a_mixture_of_2025_means_what_it_meant() -> None:
     )  # fmt: skip
     assert recipe.trainer_args["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
     assert recipe.trainer_args["trust_remote_code"] is True
-    assert "`dataset_num_proc`, `ddp_timeout` are ignored: there is no hardware in a recipe" in "\n".join(
+    assert "`dataset_num_proc`, `ddp_timeout` are ignored: recipes do not describe hardware" in "\n".join(
         notes
     )
 
@@ -143,7 +143,7 @@ def test_a_mixture_of_2025_means_what_it_meant() -> None:
     ids=str,
 )
 def test_an_old_key_becomes_the_new_one(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """The old spelling trains what it trained."""
+    """A recipe with the old key trains the same model as before."""
     assert translated(**old) == new
 
 
@@ -152,49 +152,49 @@ def test_an_old_key_becomes_the_new_one(old: dict[str, Any], new: dict[str, Any]
     [
         ({"rpo_alpha": 1.0}, r"loss_weights: \[1.0, <rpo_alpha>\]"),
         ({"reference_free": True}, "always compares with the reference"),
-        ({"load_best_model_at_end": True}, "older checkpoints leave the machine"),
-        ({"max_completion_length": 512}, "`max_length` limits"),
+        ({"load_best_model_at_end": True}, "older checkpoints are deleted"),
+        ({"max_completion_length": 512}, "use `max_length`"),
         ({"label_pad_token_id": 0}, "-100"),
         (
             {"tokenizer_name_or_path": "other", "model_name_or_path": "m"},
-            "the tokenizer comes with the model",
+            "the tokenizer is loaded from the model's folder",
         ),
-        ({"warmup_ratio": 1.5}, "from 0 to below 1"),
-        ({"warmup_ratio": "some"}, "from 0 to below 1"),
-        ({"system_prompt": "Be kind."}, "no prompt is added"),
+        ({"warmup_ratio": 1.5}, "at least 0 and below 1"),
+        ({"warmup_ratio": "some"}, "at least 0 and below 1"),
+        ({"system_prompt": "Be kind."}, "no system prompt is added"),
         ({"eos_token": "<|im_end|>"}, "set it in the model's tokenizer"),
     ],
     ids=str,
 )
 def test_what_would_train_another_model_is_refused(keys: dict[str, Any], message: str) -> None:
-    """A key that cannot be honoured is never dropped when it asked for something."""
+    """A key with an effect that TRL no longer supports is an error, not a note."""
     with pytest.raises(RecipeError, match=message) as caught:
         translated(**keys)
     assert str(caught.value).startswith("a.yaml: `")
 
 
 @pytest.mark.parametrize("key", sorted(GONE))
-def test_a_gone_key_that_asks_for_nothing_is_told_and_dropped(key: str) -> None:
-    """Old files state many defaults."""
+def test_a_removed_key_with_a_harmless_value_is_ignored_with_a_note(key: str) -> None:
+    """Old files write out many defaults."""
     keys, notes = translate({key: GONE[key].harmless[0]}, source="a.yaml")
     assert keys == {}
     assert len(notes) == 1
 
 
 def test_false_is_not_zero_to_a_gone_key() -> None:
-    """`label_pad_token_id: -100` is harmless; `reference_free: 0` is a mistake to look at."""
+    """`reference_free: false` is harmless. `reference_free: 0` has the wrong type and is refused."""
     with pytest.raises(RecipeError):
         translated(reference_free=0)
 
 
 def test_the_same_thing_under_two_names_must_agree() -> None:
-    """Which of the two was meant is not ours to guess."""
-    with pytest.raises(RecipeError, match="`torch_dtype: float16` and `dtype: bfloat16` are the same key"):
+    """Two different values under the old and the new name are an error."""
+    with pytest.raises(RecipeError, match="`torch_dtype: float16` and `dtype: bfloat16` set the same key"):
         translated(torch_dtype="float16", dtype="bfloat16")
 
 
 def test_keys_ignored_for_one_reason_share_a_note() -> None:
-    """Ten Hub keys are one line to read."""
+    """Several ignored keys with one reason give one note."""
     notes = translate({"push_to_hub": True, "hub_model_id": "a/b", "output_dir": "x"}, source="a.yaml").notes
     assert [note.partition(":")[0] for note in notes] == [
         "`push_to_hub`, `hub_model_id` are ignored", "`output_dir` is ignored",
@@ -203,14 +203,14 @@ def test_keys_ignored_for_one_reason_share_a_note() -> None:
 
 @pytest.mark.parametrize("old", sorted(RENAMED))
 def test_a_new_name_is_one_that_trl_knows(old: str) -> None:
-    """A renamed key leads to a key of the pinned TRL, and the old name is none of its own."""
+    """The new name is a key of the pinned TRL, and the old name is not."""
     known = {*of("sft"), *of("dpo"), *of("model")}
     assert RENAMED[old] in known
     assert old not in known
 
 
-def test_no_key_has_two_fates() -> None:
-    """A key is renamed, ignored or gone."""
+def test_every_old_key_is_in_one_table() -> None:
+    """A key is either renamed, ignored, or removed."""
     assert len(UNDERSTOOD) >= len(RENAMED) + len(IGNORED) + len(GONE)
     assert not set(RENAMED) & set(IGNORED)
     assert not {*RENAMED, *IGNORED} & set(GONE)

@@ -1,4 +1,4 @@
-"""The keys that the pinned TRL takes, with their types; read from `fields.json`, so that no TRL is needed."""
+"""The keys that the pinned TRL accepts, with their types. They are read from `fields.json`, so TRL is not needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIGS = {**{name: method.config_class for name, method in METHODS.items()}, "m
 
 
 class Field(NamedTuple):
-    """One key: its type as text (`str | None`), its default, and the values it is limited to."""
+    """One key: its type as text (`str | None`), its default, and the only values it may have, if it is limited to some."""
 
     type: str
     default: Any = None
@@ -28,7 +28,7 @@ class Field(NamedTuple):
 
 @cache
 def of(config: str) -> Mapping[str, Field]:
-    """The keys of `sft`, `dpo` or `model`."""
+    """Return the keys of a training method, such as `dpo`, or of `model`."""
     entries = json.loads(PATH.read_text())[CONFIGS[config]]
     return {
         name: Field(entry["type"], entry.get("default"), tuple(entry.get("choices", ())))
@@ -37,14 +37,17 @@ def of(config: str) -> Mapping[str, Field]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like this one, if any is like it at all."""
+    """Return the known word that is most similar to this one, or None if none is similar."""
     return next(iter(difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)), None)
 
 
 def convert(value: Any, field: Field) -> Any:
-    """The value in the field's type, with what YAML misreads set right.
+    """Return the value in the field's type, with YAML's misreadings corrected.
 
-    PyYAML reads `2e-5` as text and `no` as false. Raises ValueError that says what is expected.
+    PyYAML reads `2e-5` as text and `no` as false.
+
+    Raises:
+        ValueError: the value does not have the type, or is not an allowed one. The message names what is expected.
     """
     if value is False and "no" in field.choices:
         value = "no"
@@ -62,14 +65,14 @@ def convert(value: Any, field: Field) -> Any:
 
 
 def expected(field: Field) -> str:
-    """The type in words."""
+    """Return the type in words, for messages."""
     if field.choices:
         return "one of " + ", ".join(f"`{choice}`" for choice in field.choices)
     return " or ".join(_in_words(name) for name in _alternatives(field.type) if name != "None")
 
 
 def _alternatives(type_text: str) -> list[str]:
-    """The members of the outer union; `dict[str, int | str] | None` has two."""
+    """Return the members of the outer union: `dict[str, int | str] | None` has two."""
     return re.split(r" \| (?![^\[]*\])", type_text)
 
 
@@ -81,7 +84,7 @@ def _in_words(name: str) -> str:
 
 
 def _exact(value: Any, name: str) -> Any:
-    """The value, if it is of the type already."""
+    """Return the value if it already has the type; raise ValueError otherwise."""
     plain_types: dict[str, tuple[type, ...]] = {
         "None": (type(None),),
         "bool": (bool,),
@@ -100,9 +103,9 @@ def _exact(value: Any, name: str) -> Any:
 
 
 def _lenient(value: Any, name: str) -> Any:
-    """The value in the type, where what is meant is certain."""
+    """Return the value converted to the type if its meaning is certain; raise ValueError otherwise."""
     if name.startswith("list[") and isinstance(value, str | int | float):
-        # A string as on a command line: `q_proj,v_proj`.
+        # A string on a command line may be a list: `q_proj,v_proj`.
         items = value.split(",") if isinstance(value, str) else [value]
         return [convert(item, Field(name[5:-1])) for item in items]
     if name not in ("int", "float") or isinstance(value, bool) or not isinstance(value, str | float):
@@ -114,7 +117,7 @@ def _lenient(value: Any, name: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Nested values as JSON can hold them, `1e-6` a number; raises ValueError."""
+    """Return nested values in a form that JSON can hold, with text such as `1e-6` as a number; raise ValueError if impossible."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ValueError("the keys of a mapping must be text")
@@ -132,5 +135,5 @@ def _check_choice(value: Any, choices: tuple[str, ...]) -> None:
     for item in value if isinstance(value, list) else [value]:
         if choices and isinstance(item, str) and item not in choices:
             near = nearest(item, choices)
-            mean = f"; did you mean `{near}`?" if near else ""
-            raise ValueError("must be one of " + ", ".join(f"`{choice}`" for choice in choices) + mean)
+            suggestion = f"; did you mean `{near}`?" if near else ""
+            raise ValueError("must be one of " + ", ".join(f"`{choice}`" for choice in choices) + suggestion)

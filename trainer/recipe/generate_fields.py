@@ -17,7 +17,7 @@ from trainer.recipe.fields import CONFIGS, PATH
 
 
 def describe() -> dict[str, Any]:
-    """What `fields.json` holds for the installed TRL; imports TRL, so it takes seconds."""
+    """Return the content of `fields.json` for the installed TRL. Importing TRL takes seconds."""
     import trl
 
     return {
@@ -27,7 +27,7 @@ def describe() -> dict[str, Any]:
 
 
 def text() -> str:
-    """The whole file: one line a field, so that a new TRL shows in a diff."""
+    """Return the text of `fields.json`: one line per field, so that a diff shows what a new TRL changes."""
     sections = []
     for section, entries in describe().items():
         lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]
@@ -36,6 +36,7 @@ def text() -> str:
 
 
 def _fields_of(config: type[Any]) -> dict[str, dict[str, Any]]:
+    """Return the entries of a config class, by field name."""
     hints = typing.get_type_hints(config)
     return {
         field.name: _entry(field, hints[field.name]) for field in dataclasses.fields(config) if field.init
@@ -56,7 +57,7 @@ def _entry(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
 
 
 def _parts(hint: Any) -> list[str]:
-    """The plain types of a union: `str | None` gives ["str", "None"]; an enum or a Literal is a str."""
+    """Return the plain types of a union: `str | None` gives ["str", "None"]. An enum and a Literal count as str."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         parts = dict.fromkeys(part for member in typing.get_args(hint) for part in _parts(member))
@@ -83,7 +84,7 @@ def _choices(hint: Any) -> list[str]:
 
 
 def _choices_in(help_text: str) -> list[str]:
-    """The values that a help text lists: DPO's `loss_type` says them nowhere else."""
+    """Return the values that a help text lists. DPO's `loss_type` lists its values only there."""
     _, found, rest = help_text.partition("Possible values are: ")
     return re.findall(r"`'?(\w+)'?`", rest.split(". ")[0]) if found else []
 

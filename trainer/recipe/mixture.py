@@ -1,4 +1,4 @@
-"""The data of a recipe in all the forms that recipes have it in, read as one."""
+"""The data keys of a recipe, in every form that recipes use, translated to one `dataset_mixture`."""
 
 from __future__ import annotations
 
@@ -9,30 +9,36 @@ from trainer.errors import RecipeError
 from trainer.recipe.translate import show
 
 MAIN = ("dataset_mixture", "dataset_mixer", "dataset_name", "datasets")
-"""Keys that say which data; only one of them is given."""
+"""Keys that name the data. A recipe has exactly one of them."""
 MORE = ("dataset_splits", "dataset_configs", "dataset_config", "dataset_train_split", "dataset_test_split",
         "test_dataset", "test_split_size")  # fmt: skip
-"""Keys that say more of it."""
+"""Keys that add details: splits, configurations and test data."""
 KEYS = (*MAIN, *MORE)
 FILES = (".jsonl", ".json", ".parquet")
-_OWN = {"datasets", "test_datasets", "test_split_size", "seed", "streaming"}
+_MIXTURE_KEYS = {"datasets", "test_datasets", "test_split_size", "seed", "streaming"}
+"""The keys of `dataset_mixture`. `streaming` is accepted only if it is false."""
 _SOURCE_NAMES = {"path": "id", "name": "config"}
+"""TRL's names for keys of a data source, and ours."""
 
 
 def read(group: Mapping[str, Any], *, source: str, test_source: str) -> tuple[dict[str, Any], list[str]]:
-    """The data keys of a recipe as a `dataset_mixture` in full, and a note for each form translated.
+    """Return the full `dataset_mixture` that a recipe's data keys mean, and a note for each form that was translated.
 
-    `source` is where the data to train on is said, `test_source` where `test_dataset` is.
+    Args:
+        group: the data keys of the recipe.
+        source: where the training data are set (a file or the command line), for messages.
+        test_source: where `test_dataset` is set.
 
     Raises:
-        RecipeError: no data, or two keys that each say which.
+        RecipeError: no key names the data, or two keys do.
     """
     given = [key for key in MAIN if key in group]
     if len(given) != 1:
         raise RecipeError(
-            f"{source}: " + (f"{' and '.join(f'`{key}`' for key in given)} both say" if given else "no key says")
-            + " what data to train on",
-            hint="give `dataset_mixture`" + (" only" if given else ": a Hub id, a file, or `datasets: [...]`"),
+            f"{source}: " + (f"{' and '.join(f'`{key}`' for key in given)} both name" if given else "no key names")
+            + " the training data",
+            hint="keep only `dataset_mixture`" if given
+            else "add `dataset_mixture`: a Hub id, a file, or `datasets: [...]`",
         )  # fmt: skip
     main = given[0]
     mixture = _full(main, group[main], group, source)
@@ -47,25 +53,26 @@ def read(group: Mapping[str, Any], *, source: str, test_source: str) -> tuple[di
 
 
 def is_file(source_id: str) -> bool:
-    """Whether a data source is one file, which has no splits."""
+    """Return whether a data source is a single file, which has no splits."""
     return source_id.lower().endswith(FILES)
 
 
 def _full(main: str, value: Any, group: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The mixture with `datasets` as a list of mappings."""
+    """Return the mixture with `datasets` as a list of mappings."""
     if main == "dataset_name":
         config, split = group.get("dataset_config"), group.get("dataset_train_split", "train")
         return {"datasets": [_source({"id": value, "config": config, "split": split}, source)]}
     if main == "dataset_mixture" and isinstance(value, Mapping) and "datasets" in value:
         mixture = {key: item for key, item in value.items() if key != "streaming" or item}
-        if unknown := [key for key in mixture if key not in _OWN]:
+        if unknown := [key for key in mixture if key not in _MIXTURE_KEYS]:
             raise RecipeError(
                 f"{source}: unknown key `dataset_mixture.{unknown[0]}` (value {show(mixture[unknown[0]])})",
-                hint="it has `datasets`, `test_datasets`, `test_split_size` and `seed`",
+                hint="its keys are `datasets`, `test_datasets`, `test_split_size` and `seed`",
             )
         if mixture.pop("streaming", None):
             raise RecipeError(
-                f"{source}: `dataset_mixture.streaming: true`: an exact resume needs the whole data set"
+                f"{source}: `dataset_mixture.streaming: true` is not supported: an exact resume needs the whole data set",
+                hint="remove `streaming`",
             )
         mixture["datasets"] = _sources(mixture["datasets"], "datasets", source)
         if mixture.get("test_datasets") is not None:
@@ -77,7 +84,7 @@ def _full(main: str, value: Any, group: Mapping[str, Any], source: str) -> dict[
 
 
 def _sources(value: Any, key: str, source: str) -> list[dict[str, Any]]:
-    """A list of sources from one id, a mapping of ids to weights, or a list."""
+    """Return the list of sources that one id, a mapping of ids to weights, or a list means."""
     if isinstance(value, str):
         return [{"id": value}]
     if isinstance(value, Mapping) and ("id" in value or isinstance(value.get("path"), str)):
@@ -88,20 +95,20 @@ def _sources(value: Any, key: str, source: str) -> list[dict[str, Any]]:
         return [{"id": item} if isinstance(item, str) else _source(item, source) for item in value]
     raise RecipeError(
         f"{source}: `{key}: {show(value)}` names no data",
-        hint="it is a Hub id or a file, a mapping of those to weights, or `datasets:` with a list of `id: ...`",
+        hint="give a Hub id or a file, a mapping of those to weights, or `datasets:` with a list of `id: ...`",
     )
 
 
 def _source(entry: Any, source: str) -> dict[str, Any]:
-    """One source under our names; TRL's `path: json` with `data_files` is the file itself."""
+    """Return one source with our names for its keys. TRL's `path: json` with `data_files` becomes the file itself."""
     if not isinstance(entry, Mapping):
         raise RecipeError(
-            f"{source}: the data source {show(entry)} is no mapping", hint="write `id: <Hub id or file>`"
+            f"{source}: the data source {show(entry)} is not a mapping", hint="write `id: <Hub id or file>`"
         )
     if "fraction" in entry:
         raise RecipeError(
-            f"{source}: `fraction: {show(entry['fraction'])}` of a data source is a share of TRL's mixture",
-            hint="say `weight`, the part of the data set's own rows",
+            f"{source}: `fraction: {show(entry['fraction'])}` of a data source is not supported: it is a share of TRL's mixture",
+            hint="use `weight`, the share of the data set's own rows",
         )
     known: dict[str, Any] = {_SOURCE_NAMES.get(key, str(key)): item for key, item in entry.items()}
     if known.get("id") in ("json", "parquet") and isinstance(known.get("data_files"), str):
@@ -116,19 +123,23 @@ def _source(entry: Any, source: str) -> dict[str, Any]:
 
 
 def _tests(value: Any, source: str) -> list[dict[str, Any]]:
-    """Test sources; the split is `test` where splits there are and none is named."""
+    """Return the test sources. The split is `test` if the source has splits and none is named."""
     sources = _sources(value, "test_datasets", source)
     return [entry if is_file(str(entry["id"])) else {"split": "test", **entry} for entry in sources]
 
 
 def _add_splits(mixture: dict[str, Any], main: str, group: Mapping[str, Any], source: str) -> list[str]:
-    """What the old handbook's `dataset_splits` and `dataset_configs`, and TRL's test split, say of the sources."""
+    """Apply the old handbook's `dataset_splits` and `dataset_configs`, and TRL's test split, to the sources.
+
+    Return notes for the user.
+    """
     configs = group.get("dataset_configs")
     if configs is not None:
         if not isinstance(configs, list) or len(configs) != len(mixture["datasets"]):
             raise RecipeError(
-                f"{source}: `dataset_configs: {show(configs)}` is for {len(mixture['datasets'])} data sets",
-                hint="give one for each",
+                f"{source}: `dataset_configs: {show(configs)}` must be a list with one entry for each of the "
+                f"{len(mixture['datasets'])} data sets",
+                hint="add or remove entries",
             )
         mixture["datasets"] = [
             {**entry, "config": config} for entry, config in zip(mixture["datasets"], configs, strict=True)
@@ -144,25 +155,34 @@ def _add_splits(mixture: dict[str, Any], main: str, group: Mapping[str, Any], so
 
 
 def _sorted(splits: Any, source: str) -> tuple[list[str], list[str]]:
-    """Splits to train on, and splits to evaluate on, by their names."""
+    """Return the splits to train on and the splits to evaluate on. A split's name decides which it is."""
     names = [splits] if isinstance(splits, str) else splits
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RecipeError(f"{source}: `dataset_splits: {show(splits)}` is no list of splits")
+        raise RecipeError(
+            f"{source}: `dataset_splits: {show(splits)}` is not a list of splits",
+            hint="write `[train, test]`",
+        )
     tests = [name for name in names if "test" in name or "valid" in name or "eval" in name]
     trains = [name for name in names if name not in tests]
     if not trains:
-        raise RecipeError(f"{source}: `dataset_splits: {show(splits)}` has no split to train on")
+        raise RecipeError(
+            f"{source}: `dataset_splits: {show(splits)}` has no split to train on",
+            hint="add one whose name has none of `test`, `valid` and `eval`",
+        )
     return trains, tests
 
 
 def _split(mixture: dict[str, Any], trains: list[str], tests: list[str]) -> list[str]:
-    """Every source in every split; all rows of those to evaluate on. One file has no splits to choose from."""
+    """Replace every source by one per split. Test splits are used whole; a single file has no splits.
+
+    Return notes for the user.
+    """
     whole = [entry for entry in mixture["datasets"] if is_file(str(entry["id"]))]
     parts = [entry for entry in mixture["datasets"] if not is_file(str(entry["id"]))]
     mixture["datasets"] = whole + [{**entry, "split": name} for name in trains for entry in parts]
     mixture["test_datasets"] = [{**entry, "split": name, "weight": 1.0} for name in tests for entry in parts]
-    told = f"trained on the split {', '.join(trains)}"
-    return [f"{told}; evaluated on all of {', '.join(tests)}" if tests and parts else told]
+    note = f"trained on the split {', '.join(trains)}"
+    return [f"{note}; evaluated on all of {', '.join(tests)}" if tests and parts else note]
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The recipe as a value: what to train, with no word of hardware, and what makes two of them the same."""
+"""The recipe as a value: what to train, without any hardware, and the digest that decides whether two are the same."""
 
 from __future__ import annotations
 
@@ -37,39 +37,63 @@ BOOKKEEPING = frozenset(
         "eval_accumulation_steps",
     }
 )
-"""Keys of TRL's that change what is told, kept, or how fast it goes, and never what is trained."""
+"""Keys of TRL that change what is logged or saved, or the speed, and never what is trained. The digest skips them."""
 LEAST_CHECKPOINTS = 2
-"""The newest may turn out damaged; then the one before it is what is left."""
+"""If the newest checkpoint is damaged, a run resumes from the one before it."""
+REFERENCE_FIELDS = {
+    "model_name_or_path",
+    "init",
+    "dataset_mixture",
+    "max_prompt_length",
+    "truncation_side",
+    "chat_template",
+    "auto_insert_empty_system_msg",
+    "max_train_samples",
+}
+"""Keys of this project that `reference_key` covers."""
+REFERENCE_ARGUMENTS = (
+    "max_length",
+    "truncation_mode",
+    "ld_alpha",
+    "model_revision",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+)
+"""Keys of TRL that `reference_key` covers."""
 
 
 class _Frozen(BaseModel):
+    """An immutable value that rejects unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class DataSource(_Frozen):
-    """One data set, or a part of it."""
+    """One data set, or a share of its rows."""
 
     id: str = Field(min_length=1)
-    """Hub id; path of a .jsonl, .json or .parquet file or a folder of them; such a file's URI in a bucket; `generated:chats` or `generated:preferences`."""
+    """A Hub id; the path of a .jsonl, .json or .parquet file, or of a folder of them; the URI of such a file in a bucket;
+    `generated:chats` or `generated:preferences`."""
     config: str | None = None
-    """The Hub's name of the data set's variant."""
+    """The name of the data set's configuration on the Hub."""
     split: str = "train"
     columns: dict[str, str] = {}
-    """Columns renamed: the name in the data set, and the name that training knows."""
+    """Columns to rename: the name in the data set, and the name that training expects."""
     weight: float = Field(default=1.0, gt=0, le=1)
-    """Part of the data set's rows that is taken, after a shuffle."""
+    """Share of the data set's rows that is used, after a shuffle."""
     revision: str | None = None
     binarise: Literal["mean_rating"] | None = None
-    """Pairs made of UltraFeedback's rated answers, by the mean of an answer's ratings; None takes the rows as they are."""
+    """Build pairs from UltraFeedback's rated answers, by the mean of an answer's ratings. None uses the rows unchanged."""
 
 
 class Mixture(_Frozen):
-    """The data sets to train on, mixed, and those to evaluate on."""
+    """The mixture of data sets to train on, and the data sets to evaluate on."""
 
     datasets: tuple[DataSource, ...] = Field(min_length=1)
     test_datasets: tuple[DataSource, ...] = ()
     test_split_size: int | float | None = Field(default=None, gt=0)
-    """Rows, or below 1 the part, split off the mixture to evaluate on."""
+    """Rows of the mixture that are set apart for evaluation. A value below 1 is a share of them."""
     seed: int = 42
 
     @model_validator(mode="after")
@@ -78,13 +102,13 @@ class Mixture(_Frozen):
             raise RecipeError(
                 f"dataset_mixture has {len(self.test_datasets)} test_datasets and test_split_size "
                 f"{self.test_split_size}: two sources of test data",
-                hint="drop one of them",
+                hint="remove one of them",
             )
         return self
 
 
 class TinyModel(_Frozen):
-    """A Mistral model with random weights, for trials of everything but the model: 1.3 M parameters."""
+    """A Mistral model with random weights and 1.3 M parameters, to try out everything except the model."""
 
     hidden_size: int = Field(default=128, gt=0)
     intermediate_size: int = Field(default=384, gt=0)
@@ -102,43 +126,44 @@ class TinyModel(_Frozen):
         ):
             if getattr(self, whole) % getattr(self, part):
                 raise RecipeError(
-                    f"tiny.{whole} {getattr(self, whole)} is no multiple of tiny.{part} {getattr(self, part)}"
+                    f"tiny.{whole} {getattr(self, whole)} is not a multiple of tiny.{part} {getattr(self, part)}",
+                    hint=f"change tiny.{whole} or tiny.{part}",
                 )
         return self
 
 
 class Recipe(_Frozen):
-    """What to train. The same recipe trains the same model on every shape."""
+    """What to train. A recipe trains the same model on every shape."""
 
     name: str = Field(min_length=1)
     method: str
     """A name in the table `trainer.method.METHODS`."""
     model_name_or_path: str | None = None
-    """Hub id, local folder, GGUF file, or the URI of a run's exported model; None with `init`."""
+    """A Hub id, a local folder, a GGUF file, or the URI of a run's exported model. None with `init`."""
     init: Literal["tiny"] | None = None
-    """Train a new model with random weights instead of a given one."""
+    """`tiny` trains a new model with random weights instead of an existing one."""
     tiny: TinyModel = TinyModel()
     dataset_mixture: Mixture
     global_batch_size: int = Field(gt=0)
-    """Sequences (SFT) or pairs (DPO) per optimizer step over all GPUs; a shape never changes it."""
+    """Rows (chats in SFT, pairs in DPO) per optimizer step over all GPUs. A shape never changes it."""
     micro_batch_size: int | None = Field(default=None, gt=0)
-    """The most that one process takes at a time; None leaves it to the fit."""
+    """The most rows that one process computes at a time. None lets the fit choose."""
     engine: Literal["ddp", "zero2", "zero3", "fsdp2"] | None = None
-    """What shares the state out to processes; None leaves it to the fit."""
+    """How the training state is distributed over processes. None lets the fit choose."""
     offload: Literal["none", "optimizer", "all"] | None = None
-    """What is kept in the host's memory: the optimizer, or all with the parameters; None leaves it to the fit."""
+    """What is kept in the host's memory: the optimizer state, or also the parameters. None lets the fit choose."""
     max_prompt_length: int | None = Field(default=None, gt=0)
-    """Tokens that a DPO prompt is cut to, on `truncation_side`; None cuts no prompts."""
+    """Tokens that a prompt is cut to, on `truncation_side`. None does not cut prompts. Only some methods read it."""
     truncation_side: Literal["left", "right"] = "left"
     chat_template: str | None = None
-    """Jinja text; None keeps the tokenizer's own."""
+    """Jinja text. None uses the tokenizer's own template."""
     auto_insert_empty_system_msg: bool = True
     max_train_samples: int | None = Field(default=None, gt=0)
     max_test_samples: int | None = Field(default=None, gt=0)
     trainer_args: dict[str, Any] = {}
-    """Keys of TRL's SFTConfig or DPOConfig, without those that the fit or the run decides."""
+    """Keys of the method's class in TRL (SFTConfig, DPOConfig), without those that the fit or the run decides."""
     model_args: dict[str, Any] = {}
-    """Keys of TRL's ModelConfig, without the model itself."""
+    """Keys of TRL's ModelConfig, without the model's name."""
 
     @field_validator("method")
     @classmethod
@@ -161,35 +186,35 @@ class Recipe(_Frozen):
             raise RecipeError(
                 f"recipe {self.name} has {'both' if both else 'neither'} `model_name_or_path` "
                 f"{'and' if both else 'nor'} `init`",
-                hint="drop one of them"
+                hint="remove one of them"
                 if both
                 else "add `model_name_or_path: <Hub id or folder>`, or `init: tiny`",
             )
         if self.model_args.get("load_in_4bit") and self.model_args.get("load_in_8bit"):
             raise RecipeError(
-                f"recipe {self.name} loads the model in 4 and in 8 bits", hint="drop one of them"
+                f"recipe {self.name} has both `load_in_4bit` and `load_in_8bit`", hint="remove one of them"
             )
         if self.is_quantised and not self.is_lora:
             raise RecipeError(
-                f"recipe {self.name}: `load_in_{self.quantised_bits}bit: true` freezes the model, and no LoRA is trained on it",
+                f"recipe {self.name}: `load_in_{self.quantised_bits}bit: true` freezes the model, and no LoRA adapter is trained",
                 hint="add `use_peft: true`",
             )
 
     def _check_engine(self) -> None:
-        """What no machine could run."""
+        """Raise if no machine could run this combination of engine, quantisation and offload."""
         if self.engine is None:
             return
         if self.is_quantised and self.engine != "ddp":
             raise RecipeError(
-                f"recipe {self.name}: `engine: {self.engine}` cuts weights, and with `load_in_{self.quantised_bits}bit: true` they are "
-                "packed by bitsandbytes, which nothing cuts",
-                hint=f"leave out `engine`, or `load_in_{self.quantised_bits}bit`",
+                f"recipe {self.name}: `engine: {self.engine}` shards weights, and the weights that bitsandbytes packs for "
+                f"`load_in_{self.quantised_bits}bit: true` cannot be sharded",
+                hint=f"remove `engine` or `load_in_{self.quantised_bits}bit`",
             )
         wanted = {"optimizer": ("zero2", "zero3"), "all": ("zero3",)}.get(self.offload or "none")
         if wanted and self.engine not in wanted:
             raise RecipeError(
-                f"recipe {self.name}: `engine: {self.engine}` does not do `offload: {self.offload}`",
-                hint=f"take `engine: {wanted[-1]}`, or leave out one of them",
+                f"recipe {self.name}: `engine: {self.engine}` does not support `offload: {self.offload}`",
+                hint=f"use `engine: {wanted[-1]}`, or remove one of them",
             )
 
     def _check_batch(self) -> None:
@@ -197,22 +222,22 @@ class Recipe(_Frozen):
             raise RecipeError(
                 f"recipe {self.name}: micro_batch_size {self.micro_batch_size} does not divide "
                 f"global_batch_size {self.global_batch_size}",
-                hint="drop `micro_batch_size` to let the fit choose",
+                hint="remove `micro_batch_size` to let the fit choose",
             )
 
     def _check_trainer_args(self) -> None:
         longest = self.trainer_args.get("max_length")
         if self.max_prompt_length and longest and self.max_prompt_length >= longest:
             raise RecipeError(
-                f"recipe {self.name}: max_prompt_length {self.max_prompt_length} leaves no room for an answer in "
+                f"recipe {self.name}: max_prompt_length {self.max_prompt_length} leaves no tokens for an answer within "
                 f"max_length {longest}",
-                hint="TRL drops such pairs without a word; raise `max_length`",
+                hint="raise `max_length`; TRL would drop such pairs silently",
             )
         order = self.trainer_args.get("train_sampling_strategy", "random")
         if order in ("group_by_length", "batch_rebalance"):
             raise RecipeError(
-                f"recipe {self.name}: `train_sampling_strategy: {order}` makes the order of samples depend on the GPUs",
-                hint="drop it; the order is random, and the same on every shape",
+                f"recipe {self.name}: `train_sampling_strategy: {order}` makes the order of samples depend on the number of GPUs",
+                hint="remove it; the order is then random, and the same on every shape",
             )
 
     @property
@@ -249,28 +274,28 @@ class Recipe(_Frozen):
 
     @property
     def seed(self) -> int:
-        """Of the weights that training adds, of dropout, and of the order of samples."""
+        """The seed of the weights that training adds, of dropout, and of the order of samples."""
         return int(self.trainer_args.get("seed", 42))
 
     @property
     def reports(self) -> tuple[str, ...]:
-        """What `report_to` names; none if it is silent."""
+        """The experiment trackers that `report_to` names; empty if unset."""
         named = self.trainer_args.get("report_to") or "none"
-        return tuple(each for each in ([named] if isinstance(named, str) else named) if each != "none")
+        return tuple(name for name in ([named] if isinstance(named, str) else named) if name != "none")
 
     def with_data(self, place: Callable[[str], str]) -> Recipe:
-        """The same recipe with each of its data sets at another place."""
+        """Return the recipe with `place` applied to the id of every data set."""
 
-        def placed(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
-            return tuple(each.model_copy(update={"id": place(each.id)}) for each in sources)
+        def moved(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+            return tuple(source.model_copy(update={"id": place(source.id)}) for source in sources)
 
         mixture = self.dataset_mixture
-        update = {"datasets": placed(mixture.datasets), "test_datasets": placed(mixture.test_datasets)}
+        update = {"datasets": moved(mixture.datasets), "test_datasets": moved(mixture.test_datasets)}
         return self.model_copy(update={"dataset_mixture": mixture.model_copy(update=update)})
 
     @property
     def keep_checkpoints(self) -> int:
-        """How many committed checkpoints the bucket keeps."""
+        """The number of committed checkpoints that the bucket keeps."""
         return max(LEAST_CHECKPOINTS, int(self.trainer_args.get("save_total_limit") or LEAST_CHECKPOINTS))
 
     def as_flat(self) -> dict[str, Any]:
@@ -279,21 +304,22 @@ class Recipe(_Frozen):
         return {**keys, **self.model_args, **self.trainer_args}
 
     def digest(self) -> str:
-        """XXH3 (128 bits, hex) of all that decides what is trained; bookkeeping is left out."""
+        """Return the XXH3 hash (128 bits, hex) of everything that decides what is trained, without bookkeeping keys."""
         return xxhash.xxh3_128_hexdigest(
             json.dumps(self._trajectory(), sort_keys=True, separators=(",", ":")).encode()
         )
 
     def differences(self, other: Recipe) -> list[str]:
-        """What `digest` sees otherwise in `other` (here) than in this one (there), a key each."""
-        there, here = _flat(self._trajectory()), _flat(other._trajectory())
+        """Return the keys for which `digest` differs between this recipe (there) and `other` (here), one line each."""
+        mine, others = _flat(self._trajectory()), _flat(other._trajectory())
         return [
-            f"{key}: {there.get(key, 'unset')} there, {here.get(key, 'unset')} here"
-            for key in dict.fromkeys((*there, *here))
-            if there.get(key) != here.get(key) or (key in there) != (key in here)
+            f"{key}: {mine.get(key, 'unset')} there, {others.get(key, 'unset')} here"
+            for key in dict.fromkeys((*mine, *others))
+            if mine.get(key) != others.get(key) or (key in mine) != (key in others)
         ]
 
     def _trajectory(self) -> dict[str, Any]:
+        """Return everything that decides what is trained, in a form that is equal for equal recipes."""
         unused = {
             "name", "micro_batch_size", "engine", "offload", "max_test_samples", "trainer_args", "model_args",
         }  # fmt: skip
@@ -301,7 +327,7 @@ class Recipe(_Frozen):
         data["model_name_or_path"] = _portable(self.model_name_or_path)
         for source in (*data["dataset_mixture"]["datasets"], *data["dataset_mixture"]["test_datasets"]):
             source["id"] = _portable(source["id"])
-            if source["binarise"] is None:  # then the digest is the one from before there was such a key
+            if source["binarise"] is None:  # keeps the digest of recipes from before this key existed
                 del source["binarise"]
         arguments = {key: value for key, value in self.trainer_args.items() if key not in BOOKKEEPING}
         result: dict[str, Any] = _canonical({**data, **arguments, **self.model_args})
@@ -309,12 +335,12 @@ class Recipe(_Frozen):
 
 
 def _portable(path: str | None) -> str | None:
-    """A local path without its folder, which differs between machines; the data digest knows the content."""
+    """Return a local path without its folder, which differs between machines. The data's fingerprint covers the content."""
     return PurePath(path).name if path and PurePath(path).is_absolute() else path
 
 
 def _canonical(value: Any) -> Any:
-    """`1` and `1.0` alike."""
+    """Return nested values with whole floats as integers, so that `1` and `1.0` give one digest."""
     if isinstance(value, dict):
         return {key: _canonical(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -323,7 +349,7 @@ def _canonical(value: Any) -> Any:
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists of them under dotted keys."""
+    """Return nested mappings, and lists of mappings, under dotted keys."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         nested = item
@@ -350,38 +376,19 @@ def may_sort(recipe: Recipe) -> bool:
     return method.micro_batch_losses.isdisjoint([losses] if isinstance(losses, str) else losses)
 
 
-FIELDS = {
-    "model_name_or_path",
-    "init",
-    "dataset_mixture",
-    "max_prompt_length",
-    "truncation_side",
-    "chat_template",
-    "auto_insert_empty_system_msg",
-    "max_train_samples",
-}
-ARGUMENTS = (
-    "max_length",
-    "truncation_mode",
-    "ld_alpha",
-    "model_revision",
-    "dtype",
-    "load_in_4bit",
-    "load_in_8bit",
-)
-
-
 def reference_key(recipe: Recipe) -> str:
-    """XXH3 (128 bits, hex) of what decides model and training data. Where it is too coarse, a changed file say, the
-    worker's fingerprint tells the difference; where too fine, something is computed twice.
+    """Return the XXH3 hash (128 bits, hex) of the settings that decide the model and the training data.
+
+    Runs with equal keys look for each other's log-probabilities of the reference. If a key is too coarse (a file's
+    content changed), the worker's fingerprint still detects the difference. If it is too fine, something is computed twice.
     """
-    said: dict[str, Any] = recipe.model_dump(mode="json", include=FIELDS)
-    said["dataset_mixture"].pop("test_datasets")
+    settings: dict[str, Any] = recipe.model_dump(mode="json", include=REFERENCE_FIELDS)
+    settings["dataset_mixture"].pop("test_datasets")
     if recipe.init:
-        said |= {"tiny": recipe.tiny.model_dump(), "seed": recipe.seed}
-    for source in (*said["dataset_mixture"]["datasets"],):
+        settings |= {"tiny": recipe.tiny.model_dump(), "seed": recipe.seed}
+    for source in settings["dataset_mixture"]["datasets"]:
         source["id"] = _portable(source["id"])
-    said["model_name_or_path"] = _portable(said["model_name_or_path"])
+    settings["model_name_or_path"] = _portable(settings["model_name_or_path"])
     arguments = {**recipe.trainer_args, **recipe.model_args}
-    said |= {name: arguments.get(name) for name in ARGUMENTS}
-    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
+    settings |= {name: arguments.get(name) for name in REFERENCE_ARGUMENTS}
+    return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""What to train: a recipe, read from flat YAML with TRL's and Transformers' own key names."""
+"""Load a recipe from flat YAML with the key names of TRL and Transformers: check every key, and build a `Recipe`."""
 
 from __future__ import annotations
 
@@ -40,13 +40,18 @@ OURS = {
     "max_train_samples": Field("int | None"),
     "max_test_samples": Field("int | None"),
 }
+"""The keys of this project, beside those of TRL's classes."""
 NESTED = (*TinyModel.model_fields, *Mixture.model_fields, *DataSource.model_fields)
+"""Names of nested keys, for suggestions."""
 IMPORTED_GPUS = 8
-"""What the recipes of the alignment-handbook were written for."""
+"""GPUs that the recipes of the alignment-handbook were written for."""
 BUCKETS = ("s3://", "gs://")
 SAVE_STEPS = 50
 LONGEST_NAME = 90
-"""Characters of a recipe's name that its run's has."""
+"""Characters of the recipe's name that a default run id contains."""
+LOCAL_ENDINGS = (".jsonl", ".json", ".parquet", ".gguf")
+LOCAL_STARTS = ("./", "../", "/", "~")
+"""Names with these endings or starts can only be paths, never Hub ids."""
 STATED = (
     "seed",
     "learning_rate",
@@ -57,24 +62,24 @@ STATED = (
     "beta",
     "loss_type",
 )
-"""Keys whose defaults changed over the releases of TRL and Transformers: always written out."""
+"""Keys whose defaults changed between releases of TRL and Transformers. A loaded recipe always states them."""
 
 
 class Loaded(NamedTuple):
-    """A recipe, and what was read otherwise than it is written, a line each."""
+    """A recipe, and notes about everything that the reader changed or ignored, one line each."""
 
     recipe: Recipe
     notes: tuple[str, ...]
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Loaded:
-    """The recipe of a file, or of a name such as `zephyr-tiny/dpo`, with `key=value` overrides.
+    """Load a recipe from a file, or by a name such as `zephyr-tiny/dpo`, and apply `key=value` overrides.
 
     Raises:
-        RecipeError: no such recipe, a key that nobody knows, a value of the wrong type, keys that
-            cannot go together, or a secret.
-        DataError: a local data file that is not there.
-        ModelError: a local model that is not there.
+        RecipeError: there is no such recipe, a key is unknown, a value has the wrong type, keys contradict each other,
+            or a value is a secret.
+        DataError: a local data file does not exist.
+        ModelError: a local model does not exist.
     """
     path = yaml_file.find(source)
     given = gather(path, yaml_file.parse(overrides))
@@ -90,13 +95,13 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def default_run_id(recipe: Recipe) -> str:
-    """A run's name for who gives none: the recipe's, and enough of its digest to keep others apart."""
+    """Return the id of a run whose user names none: the recipe's name, and a part of its digest to distinguish recipes."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.name).lstrip("-._")[:LONGEST_NAME] or recipe.method
     return f"{name}-{recipe.digest()[:8]}"
 
 
 def _method(given: RecipeKeys, path: Path) -> str:
-    """The method that is said; else the one that the file's place or its keys can only mean."""
+    """Return the recipe's method. Without the key, infer it from the file's name or folder, or from its other keys."""
     if "method" in given.keys:
         return str(_convert("method", given.keys["method"], OURS["method"], given))
     by_place = {part for part in (path.stem, path.parent.name) if part in METHODS}
@@ -117,7 +122,7 @@ def _keys_of_only(method: str) -> set[str]:
 
 
 def _known(method: str) -> dict[str, Field]:
-    """Every key that a recipe of the method can have."""
+    """Return every key that a recipe of the method can have."""
     foreign = {key for other in METHODS.values() if other.name != method for key in other.recipe_keys}
     foreign -= set(METHODS[method].recipe_keys)
     ours = {key: field for key, field in OURS.items() if key not in foreign}
@@ -125,7 +130,7 @@ def _known(method: str) -> dict[str, Field]:
 
 
 def _check_names(given: RecipeKeys, method: str) -> None:
-    """All the keys that nobody knows, in one error."""
+    """Raise one error that names all unknown keys."""
     known = _known(method)
     unknown = [key for key in given.keys if key not in known]
     if not unknown:
@@ -144,6 +149,7 @@ def _check_names(given: RecipeKeys, method: str) -> None:
 
 
 def _hint_for(key: str, known: dict[str, Field], method: str) -> str:
+    """Return a hint for an unknown key; empty if there is none."""
     others = [other for other in METHODS if other != method and key in _known(other)]
     if others:
         return f"it is a key of {' and '.join(others)}, and this recipe is {method}"
@@ -164,12 +170,12 @@ def _convert(key: str, value: Any, field: Field, given: RecipeKeys) -> Any:
 
 
 def _check_numbers(keys: Keys, given: RecipeKeys) -> None:
-    """Those with which training would end at its first step, or with nothing."""
+    """Raise if a number would make training fail at its first step, or train nothing."""
     by_steps = (keys.get("max_steps") or 0) > 0
     below = {
         "learning_rate": (0, "is below zero"),
         "max_length": (1, "leaves no tokens"),
-        "save_steps": (sys.float_info.min, "would keep nothing before the end"),
+        "save_steps": (sys.float_info.min, "would save no checkpoint before the end"),
         "num_train_epochs": (-math.inf if by_steps else sys.float_info.min, "trains nothing"),
     }
     for key, (least, why) in below.items():
@@ -178,35 +184,42 @@ def _check_numbers(keys: Keys, given: RecipeKeys) -> None:
 
 
 def _global_batch(keys: Keys, given: RecipeKeys) -> int:
-    """The global batch as said, or as an imported recipe means it; takes its keys out."""
+    """Return the global batch size, and remove TRL's keys for it.
+
+    An imported recipe has a batch per GPU instead. It was written for `IMPORTED_GPUS` GPUs.
+    """
     imported = {key: keys.pop(key) for key in BATCH if key in keys}
     if "global_batch_size" in keys:
         if imported:
-            said = " and ".join(f"`{key}` ({given.source(key)})" for key in imported)
+            others = " and ".join(f"`{key}` ({given.source(key)})" for key in imported)
             raise RecipeError(
-                f"{given.source('global_batch_size')}: `global_batch_size` is given, and so is {said}",
+                f"{given.source('global_batch_size')}: `global_batch_size` is given, and so is {others}",
                 hint=f"drop {' and '.join(f'`{key}`' for key in imported)}; `micro_batch_size` limits one process",
             )
         return int(keys["global_batch_size"])
     if BATCH[0] not in imported:
         raise RecipeError(
-            f"{given.file} does not say its batch", hint="add `global_batch_size: 128`, or what you want"
+            f"{given.file} has no `global_batch_size`", hint="add one, such as `global_batch_size: 128`"
         )
-    each, accumulation = imported[BATCH[0]], imported.get(BATCH[1], 1)
-    whole = int(each * accumulation * IMPORTED_GPUS)
+    per_device, accumulation = imported[BATCH[0]], imported.get(BATCH[1], 1)
+    size = int(per_device * accumulation * IMPORTED_GPUS)
     given.notes.append(
-        f"`global_batch_size: {whole}` = {BATCH[0]} {each} x {BATCH[1]} {accumulation} x {IMPORTED_GPUS} GPUs; "
-        "say `global_batch_size` if it was meant for other than 8"
+        f"`global_batch_size: {size}` = {BATCH[0]} {per_device} x {BATCH[1]} {accumulation} x {IMPORTED_GPUS} GPUs; "
+        f"set `global_batch_size` if the recipe was written for another number of GPUs than {IMPORTED_GPUS}"
     )
-    return whole
+    return size
 
 
 def _place_files(keys: Keys, given: RecipeKeys, folder: Path) -> None:
-    """Make local paths absolute: those of the file from its own folder first, a command line's from here."""
+    """Make local paths absolute.
+
+    A path in the file is looked up in the file's folder first, one on the command line in the current folder first.
+    """
 
     def resolve(key: str, name: str, error: type[DataError | ModelError]) -> str:
-        here = [Path.cwd(), folder] if given.source(key) == COMMAND_LINE else [folder, Path.cwd()]
-        return resolve_path(name, folders=here, error=error)
+        is_typed = given.source(key) == COMMAND_LINE
+        folders = [Path.cwd(), folder] if is_typed else [folder, Path.cwd()]
+        return resolve_path(name, folders=folders, error=error)
 
     if isinstance(keys.get("model_name_or_path"), str):
         keys["model_name_or_path"] = resolve("model_name_or_path", keys["model_name_or_path"], ModelError)
@@ -218,28 +231,28 @@ def _place_files(keys: Keys, given: RecipeKeys, folder: Path) -> None:
 
 
 def _check_uri(data: str) -> None:
-    """Of data elsewhere than here and on the Hub only a file in a bucket can be read."""
+    """Raise if a URI is anything but a data file in a bucket. All other data are local or on the Hub."""
     if "://" in data and not (data.startswith(BUCKETS) and mixture.is_file(data)):
         raise DataError(
-            f"{data} is no data file in a bucket",
-            hint="as in s3://BUCKET/pairs.jsonl or gs://BUCKET/pairs.parquet; or a Hub id, or a file here",
+            f"{data} is not a data file in a bucket",
+            hint="give one such as s3://BUCKET/pairs.jsonl or gs://BUCKET/pairs.parquet, a Hub id, or a local file",
         )
 
 
 def _settle(keys: Keys, method: str, notes: list[str]) -> None:
-    """State what a run relies on, and set right what it could not go by."""
+    """Write out the defaults that a run relies on, and correct values that a run cannot use."""
     known = fields.of(method)
     for key in STATED:
         if key in known:
             keys.setdefault(key, known[key].default)
     keys.setdefault("save_steps", SAVE_STEPS)
     keys.setdefault("dtype", fields.of("model")["dtype"].default)
-    kept = keys.get("save_total_limit") or LEAST_CHECKPOINTS
-    if kept < LEAST_CHECKPOINTS:
+    limit = keys.get("save_total_limit") or LEAST_CHECKPOINTS
+    if limit < LEAST_CHECKPOINTS:
         notes.append(
-            f"`save_total_limit: {kept}` is read as {LEAST_CHECKPOINTS}: the newest may turn out damaged"
+            f"`save_total_limit: {limit}` is raised to {LEAST_CHECKPOINTS}: the newest checkpoint may be damaged"
         )
-    keys["save_total_limit"] = max(kept, LEAST_CHECKPOINTS)
+    keys["save_total_limit"] = max(limit, LEAST_CHECKPOINTS)
     if keys.get("truncation_side", "") is None:
         del keys["truncation_side"]
     data = keys["dataset_mixture"]
@@ -249,11 +262,11 @@ def _settle(keys: Keys, method: str, notes: list[str]) -> None:
         keys["eval_strategy"] = "no"
     lora = [f"`{key}`" for key in keys if key.startswith("lora_")]
     if lora and not keys.get("use_peft"):
-        notes.append(f"without `use_peft: true` no LoRA is trained: {', '.join(lora)} without effect")
+        notes.append(f"{', '.join(lora)} without effect: no LoRA is trained without `use_peft: true`")
 
 
 def _name(path: Path, method: str) -> str:
-    """By where the file lies: `zephyr-tiny/dpo`, or `zephyr-7b-beta/dpo_qlora` in the handbook's folders."""
+    """Return a recipe's name from its path: `zephyr-tiny/dpo`, or `zephyr-7b-beta/dpo_qlora` in the handbook's folders."""
     if path.parent.name == method:
         variant = path.stem.removeprefix("config").strip("_")
         return f"{path.parent.parent.name}/{method}" + (f"_{variant}" if variant else "")
@@ -261,7 +274,7 @@ def _name(path: Path, method: str) -> str:
 
 
 def _build(keys: Keys, given: RecipeKeys) -> Recipe:
-    """The recipe; what only its models check becomes an error with the file's name."""
+    """Build the recipe. An error that pydantic finds is raised again with the file's name."""
     model = {key: keys.pop(key) for key in fields.of("model") if key in keys and key not in OURS}
     ours = {key: keys.pop(key) for key in OURS if key in keys}
     try:
@@ -278,15 +291,11 @@ def _build(keys: Keys, given: RecipeKeys) -> Recipe:
         ) from None
 
 
-LOCAL_ENDINGS = (".jsonl", ".json", ".parquet", ".gguf")
-LOCAL_STARTS = ("./", "../", "/", "~")
-
-
 def resolve_path(name: str, *, folders: Sequence[Path], error: type[UserError]) -> str:
-    """The absolute path of a file or folder that exists in one of `folders`, else the name itself.
+    """Return the absolute path of a file or folder that exists in one of `folders`, else the name itself.
 
     Raises:
-        UserError: of class `error`, if the name can only be a path, and nothing is there.
+        UserError: of class `error`, if the name can only be a path, and nothing exists there.
     """
     if "://" in name or name.startswith("generated:"):
         return name

@@ -1,4 +1,4 @@
-"""Recipes as text: the YAML files, the shipped ones by name, and `key=value` of a command line."""
+"""The text of recipes: YAML files, the shipped ones found by name, and the `key=value` words of a command line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
 DATA = (".jsonl", ".parquet")
 COMMAND_LINE = "command line"
 FAMILY = "zephyr-7b"
-"""Whose recipes are found by their method alone: `dpo_full` is `zephyr-7b/dpo_full`."""
+"""Recipes of this family can be named without it: `dpo_full` is `zephyr-7b/dpo_full`."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that takes no key twice, and leaves dates as the text they are written as."""
+    """A safe YAML loader that rejects duplicate keys and reads dates as plain text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         first: dict[str, int] = {}
@@ -41,7 +41,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class Overrides(NamedTuple):
-    """`key=value` of a command line."""
+    """The `key=value` words of a command line."""
 
     flat: dict[str, Any]
     dotted: dict[tuple[str, ...], Any]
@@ -49,21 +49,22 @@ class Overrides(NamedTuple):
 
 
 def names() -> list[str]:
-    """The shipped recipes, such as `zephyr-tiny/dpo`."""
+    """Return the names of the shipped recipes, such as `zephyr-tiny/dpo`."""
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("*/*.yaml"))
 
 
 def find(source: str | Path) -> Path:
-    """The file of a recipe, given by its path or its name.
+    """Return the file of a recipe, given its path or its name.
 
     Raises:
-        RecipeError: there is none; names the nearest.
+        RecipeError: there is no such recipe. The hint has the nearest name.
     """
     path = Path(source).expanduser()
     shipped = RECIPES / f"{source}.yaml"
     if path.suffix.lower() in DATA:
         raise RecipeError(
-            f"{source} is data, and no recipe", hint=f"as in `zephyr-7b/dpo_full dataset_mixture={source}`"
+            f"{source} is a data file, not a recipe",
+            hint=f"name a recipe first: `zephyr-7b/dpo_full dataset_mixture={source}`",
         )
     if path.is_file():
         return path.resolve()
@@ -72,17 +73,15 @@ def find(source: str | Path) -> Path:
     if f"{FAMILY}/{source}" in names():
         return RECIPES / FAMILY / f"{source}.yaml"
     if path.is_dir():
-        raise RecipeError(f"recipe {source} is a folder", hint=_suggest(str(source)))
-    raise RecipeError(
-        f"there is no recipe {source}, neither as a file nor by name", hint=_suggest(str(source))
-    )
+        raise RecipeError(f"recipe {source} is a folder, not a file", hint=_suggest(str(source)))
+    raise RecipeError(f"no recipe {source}: no such file, and no shipped recipe", hint=_suggest(str(source)))
 
 
 def read(path: Path, *, label: str) -> dict[str, Any]:
-    """The keys of a file, called `label` in errors.
+    """Return the keys of a file. Errors call the file `label`.
 
     Raises:
-        RecipeError: no YAML (with line and column), or no mapping.
+        RecipeError: the file is not YAML (the message has line and column), or not a mapping.
     """
     try:
         keys = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
@@ -96,20 +95,20 @@ def read(path: Path, *, label: str) -> dict[str, Any]:
         raise RecipeError(f"{label} cannot be read: {error.strerror}") from None
     if keys is None:
         raise RecipeError(
-            f"{label} is empty", hint="a recipe has at least a model, data and a global batch size"
+            f"{label} is empty", hint="a recipe needs at least a model, data and a global batch size"
         )
     if not isinstance(keys, dict):
         raise RecipeError(
-            f"{label} holds a {type(keys).__name__}", hint="a recipe is a mapping: `key: value` lines"
+            f"{label} contains a {type(keys).__name__}, not a mapping", hint="write `key: value` lines"
         )
     return {str(key): value for key, value in keys.items()}
 
 
 def parse(overrides: Sequence[str]) -> Overrides:
-    """The keys of `key=value` words, the value in YAML; later ones win.
+    """Parse `key=value` words, with each value in YAML. A later word overrides an earlier one.
 
     Raises:
-        RecipeError: a word that is not `key=value`, or a value that is not YAML.
+        RecipeError: a word is not `key=value`, or a value is not YAML.
     """
     flat: dict[str, Any] = {}
     dotted: dict[tuple[str, ...], Any] = {}
@@ -117,7 +116,7 @@ def parse(overrides: Sequence[str]) -> Overrides:
         key, equals, text = word.partition("=")
         if not equals or not key or key.startswith("-"):
             raise RecipeError(
-                f"{COMMAND_LINE}: {word!r} is not `key=value`", hint="as in `learning_rate=2e-5`"
+                f"{COMMAND_LINE}: {word!r} is not `key=value`", hint="write it as `learning_rate=2e-5`"
             )
         value = _value(key, text)
         if "." in key:
@@ -128,26 +127,32 @@ def parse(overrides: Sequence[str]) -> Overrides:
 
 
 def set_dotted(keys: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Set `value` at a dotted key, in place; a number is a place in a list, a missing mapping is made.
+    """Set `value` at a dotted key, in place. A number is an index into a list. Missing mappings are created.
 
     Raises:
-        RecipeError: the path leads through what is neither a mapping nor a list, or past a list's end.
+        RecipeError: the path leads through a plain value, or past the end of a list.
     """
     dotted = ".".join(path)
-    here: Any = keys
+    parent: Any = keys
     for part, following in zip(path, (*path[1:], None), strict=True):
-        place: Any = int(part) if isinstance(here, list) and part.isdecimal() else part
-        if isinstance(here, list) and (place == part or place >= len(here)):
-            raise RecipeError(f"{COMMAND_LINE}: `{dotted}`: the list has the places 0 to {len(here) - 1}")
-        if not isinstance(here, dict | list):
-            raise RecipeError(f"{COMMAND_LINE}: `{dotted}`: there is nothing below `{_above(path, part)}`")
+        key: Any = int(part) if isinstance(parent, list) and part.isdecimal() else part
+        if isinstance(parent, list) and (key == part or key >= len(parent)):
+            raise RecipeError(
+                f"{COMMAND_LINE}: `{dotted}`: {part} is not an index of `{_above(path, part)}`",
+                hint=f"it is a list with the indices 0 to {len(parent) - 1}",
+            )
+        if not isinstance(parent, dict | list):
+            raise RecipeError(
+                f"{COMMAND_LINE}: `{dotted}`: `{_above(path, part)}` has no keys below it",
+                hint=f"set `{_above(path, part)}` itself, or check the key's name",
+            )
         if following is None:
-            here[place] = value
-        elif isinstance(here, dict):
-            here[place] = {} if here.get(place) is None else here[place]
-            here = here[place]
+            parent[key] = value
+        elif isinstance(parent, dict):
+            parent[key] = {} if parent.get(key) is None else parent[key]
+            parent = parent[key]
         else:
-            here = here[place]
+            parent = parent[key]
 
 
 def _above(path: tuple[str, ...], part: str) -> str:
@@ -159,7 +164,7 @@ def _value(key: str, text: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         raise RecipeError(
-            f"{COMMAND_LINE}: the value of `{key}` is not YAML: {text}", hint="quote it"
+            f"{COMMAND_LINE}: the value of `{key}` is not YAML: {text}", hint="put it in quotes"
         ) from None
 
 
@@ -170,5 +175,7 @@ def _suggest(source: str) -> str:
     if near:
         return f"did you mean `{near}`?"
     return (
-        "shipped are " + ", ".join(f"`{name}`" for name in known) if known else "give the path of a YAML file"
+        "shipped recipes: " + ", ".join(f"`{name}`" for name in known)
+        if known
+        else "give the path of a YAML file"
     )
