@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PRICES = "AEOLUS_PRICES"
-"""What the plan's machines cost, wherever one may stand; its form: `trainer.supervisor.price.Listed`."""
+"""What the plan's machines cost, wherever one may stand; its form: `trainer.supervisor.price.ListedPrice`."""
 PLAN = "AEOLUS_PLAN"
 """What the plan promised of the run, as a JSON object."""
 USD_PER_H = "AEOLUS_USD_PER_H"

@@ -99,7 +99,7 @@ def test_a_checkpoint_of_fsdp_is_exported(runs: Path, tmp_path: Path) -> None:
     [
         (["run-1", "--step", "3"], "it has: 40, 20"),
         (["nobody"], "there is no run at"),
-        (["run-1", "--into", "."], "is there already"),
+        (["run-1", "--into", "."], "exists already"),
     ],
 )
 def test_what_cannot_be_exported_is_said(

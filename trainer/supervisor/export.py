@@ -1,4 +1,7 @@
-"""`python -m trainer export URI`: a committed checkpoint as a model for others, here or on the Hub."""
+"""`python -m trainer export URI`: turns a committed checkpoint into a model folder, and uploads it to the Hub on request.
+
+It also writes the model card beside the final model of a run.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from trainer.fit import fit
 from trainer.hardware import Shape
 from trainer.job import Job, Outcome, Publish
 from trainer.recipe import Recipe
-from trainer.supervisor.model_card import card, merged_of
+from trainer.supervisor.model_card import card, is_merged
 from trainer.supervisor.transfers import fetch_model
 from trainer.supervisor.workers import PACKAGE_ROOT, worker_python
 
@@ -36,46 +39,51 @@ PROGRAM = "trainer.worker.publish_model"
 
 
 class ExportRequest(NamedTuple):
-    """What is to become of a checkpoint."""
+    """Which checkpoint to export, and how."""
 
     step: int | None = None
-    """None for the final model, or the newest checkpoint of a run that has none yet."""
+    """None: the final model, or the newest checkpoint if the run has no final model yet."""
     merge: bool = False
+    """Merge the adapter into its base model."""
     into: Path | None = None
+    """The folder to create. None: a folder named after the run and the checkpoint."""
     push: str | None = None
+    """The repository of the Hub to upload the model to."""
     private: bool = False
+    """Make the repository private if it has to be created."""
 
 
-def export(uri: str, wish: ExportRequest) -> Path:
-    """The folder of the model, which has appeared.
+def export(uri: str, request: ExportRequest) -> Path:
+    """Export a checkpoint and return the folder of the model.
 
     Args:
-        uri: of a run, or of its `final`.
-        wish: what is asked for.
+        uri: address of a run, or of its `final`.
+        request: which checkpoint to export, and how.
 
     Raises:
-        UserError: there is no such run or checkpoint, it does not verify, the folder is there already, or it cannot be
-            put together, merged or pushed.
+        UserError: the run or checkpoint does not exist or does not verify, the folder exists already, or the model
+            cannot be assembled, merged or uploaded.
     """
-    bucket = _run_at(uri)
+    bucket = _open_run_at(uri)
     python = worker_python()
-    manifest = _chosen(bucket, wish.step)
-    into = (wish.into or Path(f"{bucket.run_id}-{_name(manifest)}")).absolute()
+    manifest = _choose(bucket, request.step)
+    into = (request.into or Path(f"{bucket.run_id}-{_name(manifest)}")).absolute()
     if into.exists():
-        raise UserError(f"{into} is there already", hint="name another folder with --into")
+        raise UserError(f"the folder {into} exists already", hint="choose another folder with --into")
     recipe = run_record.read(bucket).recipe
     with tempfile.TemporaryDirectory(prefix="aeolus-export-") as scratch:
-        task = _task(bucket, manifest, recipe, wish, into=into, work=Path(scratch))
+        task = _publish_job(bucket, manifest, recipe, request, into=into, work=Path(scratch))
         log.info("%s of %s: %.1f MB", _name(manifest), bucket.uri, manifest.size / 1e6)
         fetch(bucket, manifest, task.source)
-        _run(python, task)
+        _run_publisher(python, task)
     return into
 
 
-def _task(
-    bucket: Bucket, manifest: Manifest, recipe: Recipe, wish: ExportRequest, *, into: Path, work: Path
+def _publish_job(
+    bucket: Bucket, manifest: Manifest, recipe: Recipe, request: ExportRequest, *, into: Path, work: Path
 ) -> Publish:
-    laptop = Shape(
+    # The export uses the CPU only, and loads the whole model, so host memory is not limited here.
+    cpu = Shape(
         accelerator=None,
         count=0,
         memory_gib=None,
@@ -87,64 +95,72 @@ def _task(
         run_id=bucket.run_id,
         attempt=manifest.attempt,
         recipe=recipe,
-        fit=fit(recipe, laptop, None),
+        fit=fit(recipe, cpu, None),
         work=work,
-        model=fetch_model(recipe.model_name_or_path, work / "input-model") if wish.merge else None,
+        model=fetch_model(recipe.model_name_or_path, work / "input-model") if request.merge else None,
         resume_from=None,
     )
     return Publish(
         job=job,
         source=work / "source",
         step=manifest.step,
-        merge=wish.merge,
-        card=card_of(bucket, recipe, manifest, name=wish.push or bucket.run_id, merged=wish.merge),
+        merge=request.merge,
+        card=card_of(bucket, recipe, manifest, name=request.push or bucket.run_id, merged=request.merge),
         into=into,
-        push=wish.push,
-        private=wish.private,
+        push=request.push,
+        private=request.private,
     )
 
 
 def card_of(bucket: Bucket, recipe: Recipe, manifest: Manifest, *, name: str, merged: bool = False) -> str:
-    """Told by all attempts' events that are in the bucket."""
+    """Return the model card of a commit, from the events of all attempts in the bucket."""
     events: list[Event] = [
         event
-        for each in bucket.list(EVENTS_PREFIX)
-        if events_attempt(each.key)
-        for event in parse(bucket.get(each.key))
+        for item in bucket.list(EVENTS_PREFIX)
+        if events_attempt(item.key)
+        for event in parse(bucket.get(item.key))
     ]
-    return card(recipe, events, name=name, step=manifest.step, merged=merged or merged_of(recipe, manifest))
+    return card(recipe, events, name=name, step=manifest.step, merged=merged or is_merged(recipe, manifest))
 
 
 def complete(bucket: Bucket, manifest: Manifest) -> None:
-    """Put the card beside a final model that has none: not under its manifest, since all attempts write the same
-    model, but each would tell of other hours. A run is done without it too.
+    """Write the model card beside the final model, if it has none.
+
+    The manifest does not list the card. All attempts write the same final model, but their cards would differ in the
+    hours. If the card cannot be written, a warning is logged and the run is still done.
     """
     try:
         if bucket.get_or_none(MODEL_CARD_KEY) is None:
             recipe = run_record.read(bucket).recipe
             bucket.put(MODEL_CARD_KEY, card_of(bucket, recipe, manifest, name=bucket.run_id).encode())
     except (UserError, FileNotFoundError, ValueError) as error:
-        log.warning("the final model has no card: %s", error)
+        log.warning("cannot write the model card of the final model: %s", error)
 
 
-def _run_at(uri: str) -> Bucket:
+def _open_run_at(uri: str) -> Bucket:
     address = run_of_final(uri) or uri.rstrip("/")
     runs, _, run_id = address.rpartition("/")
     if not run_id:
-        raise BucketError(f"{uri} names no run", hint="it ends with /<run id>, or with /<run id>/final")
+        raise BucketError(
+            f"{uri} is not the address of a run", hint="it must end with /<run id> or /<run id>/final"
+        )
     bucket = open_run(runs or ("/" if address.startswith("/") else "."), run_id)
     if bucket.get_or_none(RUN_KEY) is None:
-        raise BucketError(f"there is no run at {bucket.uri}", hint=f"it has a {RUN_KEY}")
+        raise BucketError(
+            f"there is no run at {bucket.uri}", hint=f"check the address; a run's folder has a {RUN_KEY}"
+        )
     return bucket
 
 
-def _chosen(bucket: Bucket, step: int | None) -> Manifest:
+def _choose(bucket: Bucket, step: int | None) -> Manifest:
     if step is not None:
         found = read(bucket, commit_key(step))
         if isinstance(found, Manifest):
             return found
-        there = ", ".join(str(each.step) for each in committed(bucket)) or "none"
-        raise UserError(f"run {bucket.run_id} has no checkpoint of step {step}", hint=f"it has: {there}")
+        steps = ", ".join(str(manifest.step) for manifest in committed(bucket)) or "none"
+        raise UserError(
+            f"run {bucket.run_id} has no checkpoint of step {step}", hint=f"committed steps: {steps}"
+        )
     newest = final(bucket) or next(iter(committed(bucket)), None)
     if newest is None:
         raise UserError(
@@ -157,8 +173,8 @@ def _name(manifest: Manifest) -> str:
     return "final" if manifest.kind == "final" else f"step-{manifest.step}"
 
 
-def _run(python: str, task: Publish) -> None:
-    """In the Python that has torch; its words go to this process' stderr."""
+def _run_publisher(python: str, task: Publish) -> None:
+    """Run the publishing program in the Python that has torch. Its log goes to this process' stderr."""
     file = task.job.work / "publish.json"
     file.write_text(task.model_dump_json())
     path = os.pathsep.join([str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -167,7 +183,7 @@ def _run(python: str, task: Publish) -> None:
         [python, "-m", PROGRAM, str(file)], env={**os.environ, "PYTHONPATH": path}, check=False
     ).returncode
     if not task.outcome.exists():
-        raise RuntimeError(f"{PROGRAM} died with exit code {code}")
+        raise RuntimeError(f"{PROGRAM} crashed (exit code {code}); its traceback is above")
     outcome = Outcome.model_validate_json(task.outcome.read_text())
     if outcome.status != "done":
         raise UserError(outcome.message, hint=outcome.hint)

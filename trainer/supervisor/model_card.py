@@ -1,4 +1,4 @@
-"""The model card of a run: what it was trained from, on what, where, how long, and what was lost on the way; pure."""
+"""Builds the model card of a run: base model, data, hardware, hours, recoveries, curves and recipe. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from trainer.recipe import Recipe
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 POINTS = 12
-"""Rows of the table of losses."""
+"""The most rows that the table of losses has."""
 COLUMNS = {
     **{metric.key: metric.title for metric in CURVES},
     **{metric.test_key: f"test {metric.title}" for metric in (LOSS, REWARD_ACCURACY)},
 }
-"""Keys and titles of the table of losses; a run shows those that it has."""
+"""Keys and titles of the table of losses. A card shows those that the run has."""
 
 
 def card(
     recipe: Recipe, events: Sequence[Event], *, name: str, step: int, merged: bool, uri: str = ""
 ) -> str:
-    """README.md for the Hub: YAML between two lines of dashes, then Markdown.
+    """Return the text of README.md for the Hub: YAML between two lines of dashes, then Markdown.
 
     Args:
-        recipe: of the run.
-        events: of all attempts, in their order.
-        name: of the model.
-        step: that the weights are of; later steps are left out.
-        merged: whether an adapter has been added to its base.
-        uri: where the run lies; empty to leave it out.
+        recipe: the recipe of the run.
+        events: the events of all attempts, in order.
+        name: name of the model.
+        step: step of the weights. Later steps are left out.
+        merged: whether an adapter has been merged into its base model.
+        uri: address of the run. Empty: the card does not name it.
     """
     header = yaml.safe_dump(front_matter(recipe, merged=merged), sort_keys=False, allow_unicode=True)
     kind = "an adapter for" if _is_adapter(recipe, merged=merged) else "trained from"
@@ -52,24 +52,24 @@ def card(
 
 
 def front_matter(recipe: Recipe, *, merged: bool) -> dict[str, Any]:
-    """What the Hub reads (https://huggingface.co/docs/hub/model-cards)."""
+    """Return the metadata that the Hub reads (https://huggingface.co/docs/hub/model-cards)."""
     adapter = _is_adapter(recipe, merged=merged)
-    found: dict[str, Any] = {
+    header: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["trl", recipe.method, "aeolus", *(["lora"] if recipe.is_lora else [])],
     }
     model = recipe.model_name_or_path
     if model and _is_hub_id(model):
-        found |= {
+        header |= {
             "base_model": model,
             "base_model_relation": "adapter" if adapter else "finetune",
             "license": "other",
             "license_name": "as-the-base-model",
             "license_link": f"https://huggingface.co/{model}",
         }
-    data = [each.id for each in recipe.dataset_mixture.datasets if _is_hub_id(each.id)]
-    return found | ({"datasets": list(dict.fromkeys(data))} if data else {})
+    data = [source.id for source in recipe.dataset_mixture.datasets if _is_hub_id(source.id)]
+    return header | ({"datasets": list(dict.fromkeys(data))} if data else {})
 
 
 def _is_hub_id(name: str) -> bool:
@@ -91,18 +91,18 @@ def _base(recipe: Recipe) -> str:
 def _data(recipe: Recipe) -> str:
     mixture = recipe.dataset_mixture
     lines = [
-        f"- `{each.id}`, split `{each.split}`"
-        + (f", {each.weight:.0%} of its rows" if each.weight < 1 else "")
-        + (f", revision `{each.revision}`" if each.revision else "")
+        f"- `{source.id}`, split `{source.split}`"
+        + (f", {source.weight:.0%} of its rows" if source.weight < 1 else "")
+        + (f", revision `{source.revision}`" if source.revision else "")
         + use
-        for use, sources in (("", mixture.datasets), (", to evaluate on", mixture.test_datasets))
-        for each in sources
+        for use, sources in (("", mixture.datasets), (", for evaluation", mixture.test_datasets))
+        for source in sources
     ]
     return "\n".join(lines)
 
 
 def _attempts(events: Sequence[Event]) -> str:
-    """A row for each attempt: machine, steps, hours, and how it ended."""
+    """Return a table with the machine, steps, hours and end of each attempt."""
     attempts: dict[int, list[Event]] = {}
     for event in events:
         attempts.setdefault(event["attempt"], []).append(event)
@@ -142,29 +142,38 @@ def _end(events: Sequence[Event]) -> str:
 
 
 def _curves(events: Sequence[Event], step: int) -> str:
-    """Some of the steps; of those that were taken twice the later telling, which is the same."""
-    told: dict[int, dict[str, Any]] = {}
+    """Return a table of the metrics at some of the steps.
+
+    A step that was repeated after a recovery appears once. Both times have the same values.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
     for event in of_kind(events, "step", "eval"):
         if event["step"] <= step:
-            told.setdefault(event["step"], {}).update(event)
-    names = [name for name in COLUMNS if any(isinstance(one.get(name), int | float) for one in told.values())]
-    steps = _spread(sorted(told), [at for at in sorted(told) if LOSS.test_key in told[at]])
+            by_step.setdefault(event["step"], {}).update(event)
+    names = [
+        name
+        for name in COLUMNS
+        if any(isinstance(metrics.get(name), int | float) for metrics in by_step.values())
+    ]
+    steps = _spread(sorted(by_step), [at for at in sorted(by_step) if LOSS.test_key in by_step[at]])
     if not names or not steps:
-        return "None are known."
+        return "No metrics were recorded."
     lines = [
         "| step | " + " | ".join(COLUMNS[name] for name in names) + " |",
         "|--:" * (len(names) + 1) + "|",
     ]
-    lines += [f"| {at} | " + " | ".join(_number(told[at].get(name)) for name in names) + " |" for at in steps]
+    lines += [
+        f"| {at} | " + " | ".join(_number(by_step[at].get(name)) for name in names) + " |" for at in steps
+    ]
     return "\n".join(lines)
 
 
 def _spread(steps: list[int], evaluated: list[int]) -> list[int]:
-    """First, last, and some between, of evaluated ones if there are."""
-    wanted = sorted({*steps[:1], *evaluated, *steps[-1:]}) if evaluated else steps
-    if len(wanted) <= POINTS:
-        return wanted
-    return [wanted[round(at * (len(wanted) - 1) / (POINTS - 1))] for at in range(POINTS)]
+    """Choose at most `POINTS` steps, evenly spread, with the first and the last. Prefer evaluated steps."""
+    candidates = sorted({*steps[:1], *evaluated, *steps[-1:]}) if evaluated else steps
+    if len(candidates) <= POINTS:
+        return candidates
+    return [candidates[round(at * (len(candidates) - 1) / (POINTS - 1))] for at in range(POINTS)]
 
 
 def _number(value: Any) -> str:
@@ -180,6 +189,6 @@ def _count(number: int, thing: str, things: str = "") -> str:
     return f"{number} {thing if number == 1 else things or thing + 's'}"
 
 
-def merged_of(recipe: Recipe, manifest: Manifest) -> bool:
-    """Whether a committed model is whole, though an adapter was trained."""
+def is_merged(recipe: Recipe, manifest: Manifest) -> bool:
+    """Return whether a commit has a complete model although an adapter was trained."""
     return recipe.is_lora and not any(file.path == "adapter_config.json" for file in manifest.files)
