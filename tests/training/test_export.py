@@ -97,7 +97,7 @@ def test_a_checkpoint_of_fsdp_is_exported(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run-1", "--step", "3"], "it has: 40, 20"),
+        (["run-1", "--step", "3"], "committed steps: 40, 20"),
         (["nobody"], "there is no run at"),
         (["run-1", "--into", "."], "exists already"),
     ],
