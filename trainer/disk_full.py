@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.errors import NoRoom
+from trainer.errors import NoRoom, error_chain
 from trainer.job import Job, Outcome
 from trainer.staged import STAGED_SUFFIX
 
@@ -26,15 +26,11 @@ HINT = "what was committed is safe; free some space, give `--work` a larger disk
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error, or what it came of, says that there is no room."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.errno in FULL:
-            return True
-        if any(sign in str(link) for sign in SIGNS):
-            return True
-        link = link.__cause__ or link.__context__
-    return False
+    """Return whether an error or one of its causes means a full disk or an exhausted quota."""
+    return any(
+        (isinstance(link, OSError) and link.errno in FULL) or any(sign in str(link) for sign in SIGNS)
+        for link in error_chain(error)
+    )
 
 
 def no_room(job: Job, error: BaseException) -> Outcome | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 
 
@@ -74,3 +75,10 @@ class Superseded(UserError):
     """A newer attempt has claimed the run; this one must neither commit nor delete."""
 
     exit_code = ExitCode.SUPERSEDED
+
+
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, then its cause or context, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.training.jobs import SMALL, make_job, train
-from trainer.worker.failures import broken
+from trainer.worker.failures import outcome_of
 
 ECC = "CUDA error: uncorrectable ECC error encountered"
 
@@ -16,11 +16,13 @@ ECC = "CUDA error: uncorrectable ECC error encountered"
 @pytest.mark.parametrize(
     "message", [ECC, "CUDA error: unspecified launch failure", "CUDA error: unknown error"]
 )
-def test_a_failing_gpu_is_known_by_its_error(message: str) -> None:
-    """However deep; the advice that CUDA adds is left out."""
+def test_a_failing_gpu_is_recognised_by_its_error(message: str, tmp_path: Path) -> None:
+    """The error may be a cause of another one. The advice that CUDA adds is left out."""
     error = ValueError("while saving")
     error.__cause__ = torch.AcceleratorError(f"{message}\nSearch for `cudaErrorX` in the documentation")
-    assert broken(error) == message
+    outcome = outcome_of(error, make_job(tmp_path / "job", "zephyr-tiny/sft", *SMALL))
+    assert outcome is not None
+    assert (outcome.status, outcome.message) == ("unavailable", f"a GPU failed: {message}")
 
 
 @pytest.mark.parametrize(
@@ -32,15 +34,15 @@ def test_a_failing_gpu_is_known_by_its_error(message: str) -> None:
         OSError(ECC),
     ],
 )
-def test_a_fault_of_the_program_is_none_of_the_gpus(error: Exception) -> None:
-    """It would fail on every machine alike."""
-    assert broken(error) is None
+def test_an_error_of_the_program_is_not_blamed_on_the_gpu(error: Exception, tmp_path: Path) -> None:
+    """It would fail on every machine."""
+    assert outcome_of(error, make_job(tmp_path / "job", "zephyr-tiny/sft", *SMALL)) is None
 
 
 def test_an_attempt_whose_gpu_fails_asks_for_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what CUDA says; as a bug the run would wait for a person."""
+    """The message quotes CUDA. A bug would end the run instead of recovering it."""
 
     def fails(*_: object, **__: object) -> None:
         raise torch.AcceleratorError(ECC)

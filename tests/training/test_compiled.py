@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT, wait_until
-from trainer.worker.deepspeed_ops import _turn
+from trainer.worker.engine import _compile_lock
 
 COMPILES = """
 import sys, time
-from trainer.worker.deepspeed_ops import _turn
-with _turn("an_op"):
+from trainer.worker.engine import _compile_lock
+with _compile_lock("an_op"):
     print("mine", flush=True)
     open(sys.argv[1], "w").close()  # as torch does
     time.sleep(600)
@@ -26,7 +26,7 @@ with _turn("an_op"):
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where torch says that somebody compiles."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    with _turn("an_op"):
+    with _compile_lock("an_op"):
         [folder] = tmp_path.rglob("an_op")
     return folder / "lock"
 
@@ -36,20 +36,20 @@ def test_a_killed_compilation_stops_nobody(lock: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", COMPILES, str(lock)], cwd=ROOT) as killed:
         wait_until(lock.exists, "the compilation")
         killed.send_signal(signal.SIGKILL)
-    with _turn("an_op"):
+    with _compile_lock("an_op"):
         assert not lock.exists()
 
 
 def test_another_programs_compilation_is_left_to_it(lock: Path) -> None:
     """It takes its mark away itself, and would fail if that were gone."""
     lock.touch()
-    with _turn("an_op"):
+    with _compile_lock("an_op"):
         assert lock.exists()
 
 
 def test_one_compiles_at_a_time(lock: Path) -> None:
     """Whoever holds the turn is waited for, mark or no mark."""
-    with _turn("an_op"):
+    with _compile_lock("an_op"):
         waiting = subprocess.Popen(
             [sys.executable, "-c", COMPILES, str(lock)], cwd=ROOT, stdout=subprocess.PIPE
         )

@@ -11,8 +11,8 @@ import torch
 
 from tests.training.jobs import SMALL, make_job, train
 from trainer.recipe import load
-from trainer.worker import determinism
-from trainer.worker.determinism import compute_alike
+from trainer.worker.arguments import compute_deterministically
+from trainer.worker.failures import outcome_of
 
 SFT = "zephyr-tiny/sft"
 
@@ -28,7 +28,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_every_kernel_adds_in_one_order() -> None:
-    compute_alike(load(SFT, ()).recipe)
+    compute_deterministically(load(SFT, ()).recipe)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled(), "a warning leaves attention as it is"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -36,7 +36,7 @@ def test_every_kernel_adds_in_one_order() -> None:
 
 
 def test_a_recipe_can_take_the_fastest() -> None:
-    compute_alike(load(SFT, ("full_determinism=false",)).recipe)
+    compute_deterministically(load(SFT, ("full_determinism=false",)).recipe)
     assert not torch.are_deterministic_algorithms_enabled()
     assert "FLASH_ATTENTION_DETERMINISTIC" not in os.environ
 
@@ -55,5 +55,6 @@ def test_what_has_no_such_kernel_is_said_with_the_way_out(
     assert "`full_determinism: false`" in outcome.hint
 
 
-def test_any_other_failure_stays_a_bug() -> None:
-    assert determinism.refused(RuntimeError("CUDA error: device-side assert triggered")) is None
+def test_any_other_failure_stays_a_bug(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "work", SFT, *SMALL)
+    assert outcome_of(RuntimeError("CUDA error: device-side assert triggered"), job) is None

@@ -28,8 +28,8 @@ from tests.training.ranks import finish, ranks_job, run, run_started, start, wai
 from trainer.job import Job, Outcome
 from trainer.staged import pending
 from trainer.supervisor.workers import Workers
-from trainer.worker.consolidate import consolidate
-from trainer.worker.reference_files import VALUES
+from trainer.worker.publish_model import consolidate
+from trainer.worker.reference_logps import VALUES
 
 SFT, DPO = "zephyr-tiny/sft", "zephyr-tiny/dpo"
 ENGINES: dict[str, dict[str, Any]] = {

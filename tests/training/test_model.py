@@ -14,7 +14,7 @@ from tests.training.jobs import LORA, SMALL, Trained, make_job, without_test_dat
 from trainer.errors import ModelError
 from trainer.job import Job
 from trainer.worker import failures, model, model_source, sources
-from trainer.worker.chat import load_tokenizer
+from trainer.worker.chat_template import load_tokenizer
 
 
 def located(job: Job) -> model_source.Base:

@@ -12,7 +12,7 @@ import pytest
 from tests.training.jobs import LORA, SMALL, Trained, make_job, train
 from trainer.recipe import load, names
 from trainer.worker import ultrafeedback
-from trainer.worker.chat import ZEPHYR_TEMPLATE
+from trainer.worker.chat_template import ZEPHYR_TEMPLATE
 from trainer.worker.synthetic import preferences
 
 LARGE = [name for name in names() if name.partition("/")[0].endswith("-7b")]

@@ -21,7 +21,7 @@ from tests.training.jobs import LORA, SMALL, Trained, make_job, train
 from trainer.job import Job
 from trainer.worker import reference_logps
 from trainer.worker.data import TokenizedDataset
-from trainer.worker.reference_files import VALUES
+from trainer.worker.reference_logps import VALUES
 from trainer.worker.supervisor_channel import Channel
 
 DPO = "zephyr-tiny/dpo"

@@ -10,8 +10,8 @@ import pytest
 
 from trainer.errors import DataError
 from trainer.recipe import Recipe
-from trainer.worker import chat, data
-from trainer.worker.chat import ZEPHYR_TEMPLATE, Renderer
+from trainer.worker import chat_template, data
+from trainer.worker.chat_template import ZEPHYR_TEMPLATE, Renderer
 from trainer.worker.model_source import _train_tokenizer
 from trainer.worker.row_formats import Malformed
 from trainer.worker.synthetic import chats, preferences
@@ -244,8 +244,8 @@ def test_a_template_that_refuses_a_chat_is_the_recipes_fault(tokenizer: Any) -> 
     """A template's own exception is told with the roles it refused."""
     template, tokenizer.chat_template = tokenizer.chat_template, GEMMA_LIKE
     try:
-        renderer = chat.Renderer(tokenizer, insert_system=False)
-        with pytest.raises(chat.RecipeError, match="refuses a chat of system, user"):
+        renderer = chat_template.Renderer(tokenizer, insert_system=False)
+        with pytest.raises(chat_template.RecipeError, match="refuses a chat of system, user"):
             renderer.chat([{"role": "system", "content": "x"}, ASK], assistant_only=False)
     finally:
         tokenizer.chat_template = template

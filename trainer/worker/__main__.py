@@ -1,6 +1,7 @@
-"""The process that trains: `python -m trainer.worker JOB_JSON`.
+"""The training process of one rank: `python -m trainer.worker JOB_JSON`.
 
-Exits 0 when it is done or preempted, else 1; the truth is in `outcome.json`, and a bug leaves none.
+It exits with 0 when the training is done or preempted, else with 1. The details are in `outcome.json`; a bug leaves no
+such file.
 """
 
 from __future__ import annotations
@@ -14,54 +15,52 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.disk_full import no_room
-from trainer.errors import Unavailable, UserError
 from trainer.job import Job, Outcome
 from trainer.parent_death import die_with_parent
-from trainer.worker import determinism, failures
+from trainer.worker.arguments import compute_deterministically
+from trainer.worker.failures import outcome_of
 from trainer.worker.imports import QUIET, train_function, uncollected
 from trainer.worker.supervisor_channel import Channel, ChannelHandler
 
-RANK_VARIABLE, LOCAL_RANK_VARIABLE = "RANK", "LOCAL_RANK"  # set by the supervisor where there are several
+RANK_VARIABLE, LOCAL_RANK_VARIABLE = "RANK", "LOCAL_RANK"  # set by the supervisor if there are several ranks
 
 NOISE = (
     "torch.utils.checkpoint",
-    "Token indices sequence length is longer",  # we cut sequences ourselves, after this is said
-    "The tokenizer has new PAD/BOS/EOS tokens",  # Transformers writes ours into the model's config, as wanted
+    "Token indices sequence length is longer",  # data.py cuts sequences after this warning
+    "The tokenizer has new PAD/BOS/EOS tokens",  # intended: Transformers copies ours into the model's config
     "Loss will be computed",
     "PyTorch is not compiled with",
-    "The following arguments do not match the ones in the `trainer_state.json`",  # the recipe's hold: on_train_begin
+    "The following arguments do not match the ones in the `trainer_state.json`",  # intended: the recipe's values are used, see `Progress.on_train_begin`
     "`use_cache=True` is incompatible",
     "`tie_word_embeddings`",
     "Failed to load CPU gemm_4bit_forward",  # an optional kernel
     "torch_dtype` is deprecated",
     "No device id is provided via `init_process_group`",
-    "Could not find a config file in",  # PEFT asks the Hub about the base, which may be a GGUF file
-    "Gradient accumulation steps mismatch",  # Accelerate's plugin is told 1, as the Trainer accumulates itself
-    "prefer `fsdp_config['activation_checkpointing']`",  # FSDP 2 gathers a layer once for both, see `fsdp.config`
+    "Could not find a config file in",  # PEFT looks up the base on the Hub, but it may be a GGUF file
+    "Gradient accumulation steps mismatch",  # Accelerate's plugin gets 1, because the Trainer accumulates itself
+    "prefer `fsdp_config['activation_checkpointing']`",  # intended, see `fsdp.config`
     "lr_scheduler.step()` before `optimizer.step()",
 )
-"""Beginnings or parts of messages of the stack's packages that a user can do nothing about."""
+"""Parts of messages of the training packages that a user cannot act on; such messages are dropped."""
 
 
-class _NotNoise(logging.Filter):
+class _NoiseFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
         return not any(noise in message for noise in NOISE)
 
 
-def tame(channel: Channel) -> None:
-    """Our own words go to the supervisor; the stack's warnings, less the known noise, to stderr; no bars."""
+def configure_logging(channel: Channel) -> None:
+    """Send our own log records to the supervisor, and other packages' warnings to stderr; disable progress bars."""
     os.environ.update(QUIET)
     stderr = logging.StreamHandler()
-    stderr.addFilter(_NotNoise())
+    stderr.addFilter(_NoiseFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[stderr], format="%(name)s: %(message)s")
     logging.captureWarnings(capture=True)
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: record.levelno >= logging.ERROR
-    )  # it sets its level
+    # DeepSpeed sets the level of its logger itself, so a filter is needed.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     ours = logging.getLogger("trainer")
     ours.setLevel(logging.INFO)
     ours.propagate = False
@@ -78,26 +77,20 @@ def tame(channel: Channel) -> None:
 
 
 def run(job: Job, channel: Channel) -> Outcome:
-    """Train as the job says; what a user can mend, or a full disk, becomes an outcome;
-    anything else is a bug and is raised.
+    """Train, and return the outcome.
+
+    Errors that `failures.outcome_of` recognises become an outcome. All other errors are bugs and are raised.
     """
     import torch
 
-    torch.set_num_threads(job.fit.threads)  # sums split over other numbers of threads differ in the last bits
-    determinism.compute_alike(job.recipe)
+    # A sum that is split over another number of threads differs in its last bits.
+    torch.set_num_threads(job.fit.threads)
+    compute_deterministically(job.recipe)
     try:
         return train_function(job.recipe.method)(job, channel)
-    except Unavailable as error:
-        return Outcome(status="unavailable", message=error.message, hint=error.hint)
-    except UserError as error:
-        return Outcome(status="user_error", message=error.message, hint=error.hint)
-    except Exception as error:  # a full disk and a broken GPU show as many kinds; all else is raised
-        if full := no_room(job, error):
-            return full
-        if gone := failures.broken(error):
-            return Outcome(status="unavailable", message=f"a GPU failed: {gone}", hint=failures.HINT)
-        if refused := determinism.refused(error):
-            return Outcome(status="user_error", message=refused.message, hint=refused.hint)
+    except Exception as error:  # a full disk or a broken GPU surfaces as an error of almost any type
+        if outcome := outcome_of(error, job):
+            return outcome
         raise
 
 
@@ -109,13 +102,13 @@ def main() -> None:
     channel.listen()
     try:
         with uncollected():
-            tame(channel)
+            configure_logging(channel)
             train_function(job.recipe.method)
         outcome = run(job, channel)
-    except BaseException:  # whatever it is, the other ranks must not wait for this one
+    except BaseException:  # the other ranks must not wait for this one, whatever the error is
         if job.fit.processes == 1:
             raise
-        traceback.print_exc()  # a rank that failed ends now: cleaning up could wait for the others
+        traceback.print_exc()  # exit at once: a cleanup could wait for the other ranks
         sys.stderr.flush()
         os._exit(1)
     channel.conclude(outcome)
@@ -123,8 +116,11 @@ def main() -> None:
 
 
 def leave(job: Job, code: int) -> NoReturn:
-    """End this process; a rank that ends well takes leave of the others, one that does not waits for nobody."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # all is said; Python's last steps know no handlers
+    """End this process. A successful rank leaves the process group first; a failed rank exits without waiting."""
+    for number in (
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # the outcome is written, and Python's shutdown runs without our handlers
         signal.signal(number, signal.SIG_IGN)
     if job.fit.processes > 1 and code == 0:
         import torch.distributed as dist

@@ -1,37 +1,64 @@
-"""The recipe's settings as TRL takes them, and those that are the run's to decide."""
+"""The arguments of a TRL trainer: from the recipe, from the fit, and fixed ones; and PyTorch's determinism settings."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from trainer.errors import RecipeError
 from trainer.fit import Fit
 from trainer.fit.recipe_choices import checkpointing_of
 from trainer.job import Job
+from trainer.recipe import Recipe
 from trainer.worker import engine
 
 REFUSED = {
-    "load_best_model_at_end": "checkpoints leave the machine as soon as they are committed",
-    "save_only_model": "a checkpoint without the optimizer cannot be resumed exactly",
-    "auto_find_batch_size": "the micro batch is decided before the start, with the accumulation",
+    "load_best_model_at_end": "checkpoints are removed from the machine as soon as they are committed",
+    "save_only_model": "a checkpoint without the optimizer state cannot be resumed exactly",
+    "auto_find_batch_size": "the micro batch and the accumulation are fixed before the start",
     "chat_template_path": "write the template itself, as `chat_template`",
-    "eos_token": "data are tokenised before TRL could change it; set it in the model's tokenizer",
-    "sync_ref_model": "the moving reference is in no checkpoint, so a recovery would not be exact",
+    "eos_token": "data are tokenized before TRL could change it; set it in the model's tokenizer",
+    "sync_ref_model": "no checkpoint holds the moving reference, so a recovery would not be exact",
 }
-"""Settings of TRL that cannot be kept here, and why."""
+"""Settings of TRL that cannot be used, and why."""
+
+
+def compute_deterministically(recipe: Recipe) -> None:
+    """Make PyTorch compute the same bits on the same machine; call it before the first computation.
+
+    Many of the fastest GPU kernels add in a random order
+    (https://docs.pytorch.org/docs/stable/notes/randomness.html). The one that every step runs is the backward pass of
+    attention. Here each operation gets a kernel that adds in a fixed order, and an operation without one raises
+    `RuntimeError`.
+
+    With `full_determinism: true` Transformers also waits for each kernel. With `full_determinism: false` this
+    function does nothing: the run uses the fastest kernels, and a recovered run may differ slightly from an
+    undisturbed one.
+    """
+    if recipe.trainer_args.get("full_determinism") is False:
+        return
+    import torch
+
+    # cuBLAS reads this when it starts. With a workspace of fixed size its results do not vary (see the address above).
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # read by Transformers, for the package flash-attn
+    # With `warn_only`, attention would keep its fast kernel: https://github.com/pytorch/pytorch/pull/182551
+    torch.use_deterministic_algorithms(mode=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # our code never reads uninitialized memory
+    torch.backends.cudnn.benchmark = False
 
 
 def training_arguments(config_class: Any, job: Job) -> Any:
-    """An `SFTConfig` or `DPOConfig`.
+    """Return the `SFTConfig` or `DPOConfig` of a job, and start the engine that it names.
 
     Raises:
-        RecipeError: TRL does not take the recipe's settings, or a recovery could not keep them.
-        UserError: the engine cannot be had on this machine.
+        RecipeError: TRL rejects the recipe's settings, or a setting would make recoveries inexact.
+        UserError: the engine cannot run on this machine.
     """
     settings = dict(job.recipe.trainer_args)
     for key, reason in REFUSED.items():
         if settings.get(key):
-            raise RecipeError(f"`{key}` cannot be used: {reason}", hint=f"take `{key}` out of the recipe")
+            raise RecipeError(f"`{key}` cannot be used: {reason}", hint=f"remove `{key}` from the recipe")
     config = engine.config(job.recipe, job.fit, has_bf16=has_bf16(job.fit))
     settings = {**_defaults(settings, job.fit), **_fitted(job), **settings, **_owned(job)}
     settings |= engine.settings(config, job.fit)
@@ -39,44 +66,47 @@ def training_arguments(config_class: Any, job: Job) -> Any:
     try:
         arguments = config_class(**settings)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"TRL refuses the recipe's settings: {error}") from error
+        raise RecipeError(f"TRL rejects the recipe's settings: {error}") from error
     if arguments.world_size != job.fit.processes:
-        raise RuntimeError(  # would train with another global batch than the recipe's, in silence
+        raise RuntimeError(  # the global batch would silently differ from the recipe's
             f"{arguments.world_size} processes were started, not the {job.fit.processes} of the fit"
         )
     return arguments
 
 
 def _defaults(settings: dict[str, Any], fit: Fit) -> dict[str, Any]:
-    """Where the recipe is silent. TRL's own default is bf16, even where the hardware has none."""
+    """Return our defaults, which the recipe overrides. TRL's own default is bf16, even on hardware without it."""
     return {
         "bf16": has_bf16(fit) and not settings.get("fp16"),
         "report_to": "none",
         "per_device_eval_batch_size": fit.micro_batch,
-        "ddp_find_unused_parameters": False,  # Transformers looks for them at every step without checkpointing
-        "logging_nan_inf_filter": False,  # it would write the loss of a broken step as 0
+        "ddp_find_unused_parameters": False,  # Transformers would search for them at every step if checkpointing is off
+        "logging_nan_inf_filter": False,  # it would log a loss of NaN as 0
     }
 
 
 def _fitted(job: Job) -> dict[str, Any]:
-    """What the fit chose where the recipe is silent."""
+    """Return the fit's choices for settings that the recipe leaves open."""
     if checkpointing_of(job.recipe) is not None:
         return {}
     return {"gradient_checkpointing": job.fit.activation_checkpointing}
 
 
 def _owned(job: Job) -> dict[str, Any]:
-    """What no recipe decides. Every step is logged: averages over more do not come out of a resume equal."""
+    """Return the arguments that override the recipe.
+
+    Every step is logged, because an average over several steps would differ after a resume between them.
+    """
     owned = {
         "output_dir": str(job.staging),
         "per_device_train_batch_size": job.fit.micro_batch,
         "gradient_accumulation_steps": job.fit.accumulation,
         "save_strategy": "steps",
-        "save_total_limit": None,  # retention is the bucket's
+        "save_total_limit": None,  # the supervisor applies retention in the bucket
         "logging_strategy": "steps",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "enable_jit_checkpoint": False,  # it saves in mid-step, and no two ranks agree on which
+        "enable_jit_checkpoint": False,  # it saves in the middle of a step, and ranks would save at different steps
     }
     if job.fit.use_cpu:
         owned["dataloader_pin_memory"] = False
@@ -88,7 +118,7 @@ def _owned(job: Job) -> dict[str, Any]:
 
 
 def has_bf16(fit: Fit) -> bool:
-    """Whether the device computes in bfloat16 at full speed; a CPU is never asked to unless the recipe says so."""
+    """Return whether the device computes in bfloat16 at full speed. For a CPU it is False: bfloat16 is slow there."""
     import torch
 
     return (

@@ -17,7 +17,7 @@ import xxhash
 from trainer.errors import DataError
 from trainer.method import TrainingMethod
 from trainer.recipe import Recipe
-from trainer.worker.chat import Renderer, Text, Tokenizer
+from trainer.worker.chat_template import Renderer, Text, Tokenizer
 from trainer.worker.row_formats import (
     Chat,
     Malformed,

@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 from trainer.job import Job, Outcome
 from trainer.worker import (
-    chat,
+    chat_template,
     data,
     fsdp,
     model,
@@ -24,11 +24,11 @@ from trainer.worker import (
 from trainer.worker.arguments import training_arguments
 from trainer.worker.checkpoint_identity import identity
 from trainer.worker.engine import ShardedCheckpointMixin
-from trainer.worker.interruptible_evaluation import InterruptibleEvaluation
 from trainer.worker.reference_logps import Reference
 from trainer.worker.reshard.trainer_mixin import ReshardingMixin
 from trainer.worker.sampling import DeterministicOrderMixin
 from trainer.worker.supervisor_channel import Channel
+from trainer.worker.train_and_export import InterruptibleEvaluation
 
 
 class PreparedDPOTrainer(
@@ -119,7 +119,7 @@ def train(job: Job, channel: Channel) -> Outcome:
     rows = sources.read(recipe)
     train_and_export.check_test_rows(job, rows)
     base = model_source.locate(job, rows.train)
-    tokenizer = chat.load_tokenizer(base.path, recipe)
+    tokenizer = chat_template.load_tokenizer(base.path, recipe)
     train_tokens = data.for_dpo(rows.train, tokenizer, recipe, "training")
     test_tokens = data.for_dpo(rows.test, tokenizer, recipe, "test") if rows.test else None
     del rows  # of a file they are all in memory, of every rank, and none is looked at again

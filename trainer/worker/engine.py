@@ -1,20 +1,23 @@
-"""What a fit makes of DeepSpeed and FSDP: a config as a value, the settings that bring it in, and sharded state.
+"""Sets up DeepSpeed or FSDP as the fit says: config, trainer settings, compiled host code, sharded state.
 
-Processes and their environment are the supervisor's (`trainer.supervisor.workers`). One process and DDP need nothing
-here: Accelerate finds the ranks' variables, and takes nccl on GPUs and gloo on the CPU.
+The supervisor starts the processes and sets their environment (`trainer.supervisor.workers`). One process and DDP need
+nothing here: Accelerate reads the rank variables, and uses nccl on GPUs and gloo on the CPU.
 """
 
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import UserError
 from trainer.files import write_atomically
 from trainer.fit import Fit
 from trainer.job import Job
@@ -23,38 +26,40 @@ from trainer.memory.resident import DEFAULT_OPTIMIZER
 from trainer.memory.transients import MAX_LIVE, PREFETCH, REDUCE_BUCKET, SUB_GROUP
 from trainer.recipe import Recipe
 from trainer.worker import fsdp
-from trainer.worker.deepspeed_ops import compile_host_adam, compile_host_communication
 
 log = logging.getLogger(__name__)
-NEVER_CUT = 10**5
-"""Elements below which ZeRO 3 leaves a parameter whole, as `trainer.memory.resident` counts them."""
-ON_THE_HOST = {"adamw_torch", "adamw_torch_fused", "adamw_hf", "adagrad"}
-"""`optim` that DeepSpeed has vectorised code for on the host. Accelerate puts DeepSpeed's Adam in place of every
-other one too, in silence (https://github.com/huggingface/accelerate/blob/main/src/accelerate/utils/deepspeed.py,
-`map_pytorch_optim_to_deepspeed`), unless `zero_force_ds_cpu_optimizer` is false: then torch steps them there."""
+PERSISTENCE_THRESHOLD = 10**5
+"""ZeRO 3 keeps parameters with fewer elements whole; `trainer.memory.resident` counts them like this."""
+HOST_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "adamw_hf", "adagrad"}
+"""Values of `optim` for which DeepSpeed has vectorised host code.
+
+Accelerate silently replaces every other optimizer by DeepSpeed's Adam too
+(https://github.com/huggingface/accelerate/blob/main/src/accelerate/utils/deepspeed.py,
+`map_pytorch_optim_to_deepspeed`), unless `zero_force_ds_cpu_optimizer` is false. Then torch runs them on the host.
+"""
 DEFAULT_MAX_GRAD_NORM = 1.0
-"""Of TrainingArguments (https://huggingface.co/docs/transformers)."""
+"""The default of TrainingArguments (https://huggingface.co/docs/transformers)."""
 NEVER = 10**9
-"""Steps between two lines that DeepSpeed prints of itself."""
+"""Steps between two status lines of DeepSpeed."""
 
 
 def config(recipe: Recipe, fit: Fit, *, has_bf16: bool) -> dict[str, Any] | None:
-    """Of DeepSpeed, or of FSDP; None where whole replicas train."""
+    """Return the config of DeepSpeed or of FSDP; None if every rank holds a whole replica."""
     if fit.engine == "fsdp2":
         return fsdp.config(fit)
     return deepspeed_config(recipe, fit, has_bf16=has_bf16)
 
 
 def config_name(fit: Fit) -> str:
-    """`deepspeed` or `fsdp`: in events and manifests; with `.json`, its file."""
+    """Return `deepspeed` or `fsdp`: the key in events and manifests, and with `.json` the file name."""
     return "fsdp" if fit.engine == "fsdp2" else "deepspeed"
 
 
 def deepspeed_config(recipe: Recipe, fit: Fit, *, has_bf16: bool) -> dict[str, Any] | None:
-    """DeepSpeed's whole config (https://www.deepspeed.ai/docs/config-json/); None without ZeRO.
+    """Return DeepSpeed's whole config (https://www.deepspeed.ai/docs/config-json/); None without ZeRO.
 
-    Sizes are those that `trainer.memory` counts with. There is no `optimizer`: it is made by Transformers, so that
-    norms and biases keep their own group without weight decay.
+    Sizes are those that `trainer.memory` counts with. There is no key `optimizer`: Transformers makes the optimizer,
+    so that norms and biases keep their own group without weight decay.
     """
     if not fit.is_zero:
         return None
@@ -71,7 +76,7 @@ def deepspeed_config(recipe: Recipe, fit: Fit, *, has_bf16: bool) -> dict[str, A
         "zero_optimization": _zero3(fit) if fit.engine == "zero3" else _zero2(),
         "steps_per_print": NEVER,
     }
-    if fit.nodes > 1:  # no folder is shared: the bucket is
+    if fit.nodes > 1:  # nodes share no folder, only the bucket
         config["checkpoint"] = {"use_node_local_storage": True}
     if fit.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = _host(fit)
@@ -82,60 +87,32 @@ def deepspeed_config(recipe: Recipe, fit: Fit, *, has_bf16: bool) -> dict[str, A
 
 
 def steps_on_host(recipe: Recipe) -> bool:
-    """Whether DeepSpeed's own code steps an offloaded optimizer; else torch's, on the host too."""
-    return str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER)) in ON_THE_HOST
-
-
-def _zero2() -> dict[str, Any]:
-    return {
-        "stage": 2,
-        "contiguous_gradients": True,
-        "overlap_comm": False,  # a second bucket, which the memory has not counted
-        "reduce_scatter": True,
-        "reduce_bucket_size": REDUCE_BUCKET,
-        "allgather_bucket_size": REDUCE_BUCKET,
-    }
-
-
-def _zero3(fit: Fit) -> dict[str, Any]:
-    return {
-        "stage": 3,
-        "contiguous_gradients": True,
-        "overlap_comm": not fit.use_cpu,
-        "reduce_bucket_size": REDUCE_BUCKET,
-        "sub_group_size": SUB_GROUP,
-        "stage3_max_live_parameters": MAX_LIVE,
-        "stage3_max_reuse_distance": MAX_LIVE,
-        "stage3_prefetch_bucket_size": PREFETCH,
-        "stage3_param_persistence_threshold": NEVER_CUT,
-        "stage3_gather_16bit_weights_on_model_save": False,  # a checkpoint has every rank's part; the export gathers
-    }
-
-
-def _host(fit: Fit) -> dict[str, Any]:
-    """Pinned, so that copies run beside the computation; there is nothing to pin for on the CPU."""
-    return {"device": "cpu", "pin_memory": not fit.use_cpu}
+    """Return whether DeepSpeed's own code runs an offloaded optimizer; if not, torch runs it on the host."""
+    return str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER)) in HOST_OPTIMIZERS
 
 
 def settings(config: dict[str, Any] | None, fit: Fit) -> dict[str, Any]:
-    """What of TRL's arguments brings the engine in.
+    """Return the arguments for TRL that enable the engine.
 
-    On the CPU (in tests) Accelerate knows neither, so its state is made before: `start`.
+    On the CPU (in tests) Accelerate supports neither engine, so `start` makes Accelerate's state beforehand.
     """
     if config is None:
         return {"use_cpu": fit.use_cpu}
     if fit.engine == "fsdp2":
-        return {"use_cpu": fit.use_cpu, **copy.deepcopy(config)}  # Transformers writes into it
+        return {
+            "use_cpu": fit.use_cpu,
+            **copy.deepcopy(config),
+        }  # a copy, because Transformers writes into it
     if not fit.use_cpu:
         return {"use_cpu": False, "deepspeed": config}
     return {"use_cpu": False, "deepspeed": config, "accelerator_config": {"use_configured_state": True}}
 
 
 def start(job: Job, config: dict[str, Any] | None) -> None:
-    """Before TRL's arguments are made: write the config where the attempt's other files lie, compile what it needs.
+    """Write the config to the attempt's folder, and compile what the engine needs; call before TRL's arguments exist.
 
     Raises:
-        UserError: DeepSpeed's code for the host cannot be compiled here.
+        UserError: DeepSpeed's host code cannot be compiled on this machine.
     """
     if config is None:
         return
@@ -154,9 +131,36 @@ def start(job: Job, config: dict[str, Any] | None) -> None:
         compile_host_adam(job.recipe)
 
 
+def compile_host_adam(recipe: Recipe) -> None:
+    """Compile DeepSpeed's optimizer for the host into $TORCH_EXTENSIONS_DIR; other ranks wait for the first one.
+
+    Raises:
+        UserError: there is no compiler, or it fails.
+    """
+    from deepspeed.ops.op_builder.cpu import CPUAdagradBuilder, CPUAdamBuilder
+
+    builder = CPUAdagradBuilder() if recipe.trainer_args.get("optim") == "adagrad" else CPUAdamBuilder()
+    try:
+        _compile(builder)
+    except (RuntimeError, OSError, ImportError) as error:
+        raise UserError(
+            f"DeepSpeed's {builder.NAME}, which steps an offloaded optimizer, cannot be compiled here: "
+            f"{str(error).strip().splitlines()[-1]}",
+            hint="install g++ and ninja, or train without offload: `offload: none`",
+        ) from error
+
+
+def compile_host_communication() -> None:
+    """Compile the operation that DeepSpeed needs for ranks on the CPU."""
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    _compile(ShareMemCommBuilder())
+
+
 def whole_weights(trainer: Any, fit: Fit) -> dict[str, Any] | None:
-    """Where parameters are cut: the trained model's weights on the host of rank 0, gathered a parameter at a time; every
-    rank has to call it. None where the model has its weights itself.
+    """Gather the weights of a sharded model on the host of rank 0, one parameter at a time; every rank must call this.
+
+    Returns None if the model holds its own weights, and an empty dict on the other ranks.
     """
     if not fit.cuts_parameters:
         return None
@@ -170,26 +174,28 @@ def whole_weights(trainer: Any, fit: Fit) -> dict[str, Any] | None:
     gathered: dict[str, Any] | None = trainer.deepspeed._zero3_consolidated_16bit_state_dict(  # noqa: SLF001
         exclude_frozen_parameters=adapter
     )
-    unset_hf_deepspeed_config()  # whatever is loaded from here on is loaded whole
+    unset_hf_deepspeed_config()  # models that are loaded after this are not partitioned
     return gathered or {}
 
 
 def load_only(trainer: Any, folder: Path, fit: Fit, *, steps: int) -> None:
-    """Bring the weights of a run's last checkpoint, after so many steps, into the trainer's model; none is taken."""
+    """Load the weights of a run's last checkpoint, of step `steps`, into the trainer's model, without training."""
     if fit.is_sharded or trainer.converted:
-        trainer._prepare_for_training(  # noqa: SLF001 (what `train` begins with: its model is whole only in parts)
-            steps, trainer.get_train_dataloader(), str(folder)
-        )
+        # The beginning of `train()`: a sharded model is only loaded together with its engine.
+        trainer._prepare_for_training(steps, trainer.get_train_dataloader(), str(folder))  # noqa: SLF001
     else:
         trainer._load_from_checkpoint(str(folder))  # noqa: SLF001
 
 
 class ShardedCheckpointMixin:
-    """For a TRL trainer: a checkpoint of DeepSpeed's or FSDP's is its ranks' parts, and no model beside them."""
+    """A mixin for a TRL trainer: a checkpoint of DeepSpeed or FSDP holds the ranks' parts, and no separate model."""
 
     def _prepare_for_training(self: Any, max_steps: int, loader: Any, folder: str | None) -> Any:
-        maps = folder and self.is_deepspeed_enabled and not self.converted  # a conversion maps by itself
-        with loads() if maps else nullcontext():
+        """Prepare as Transformers does, but map DeepSpeed's files while they are loaded, and check FSDP's sharding."""
+        maps = (
+            folder and self.is_deepspeed_enabled and not self.converted
+        )  # a conversion maps the files itself
+        with load_with_mmap() if maps else nullcontext():
             prepared = super()._prepare_for_training(max_steps, loader, folder)  # type: ignore[misc]
         if maps:
             own_memory(self.deepspeed.optimizer.optimizer)
@@ -198,7 +204,7 @@ class ShardedCheckpointMixin:
         return prepared
 
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Transformers would save all parts here, and again with the optimizer."""
+        """Write only configs and tokenizer at a checkpoint, because the parts are saved with the optimizer."""
         if not (_internal_call and (self.is_deepspeed_enabled or self.is_fsdp_enabled)):
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         elif self.args.should_save:
@@ -208,8 +214,8 @@ class ShardedCheckpointMixin:
 
 
 @contextmanager
-def loads() -> Iterator[None]:
-    """`torch.load` of a path maps the file: its pages are the system's, which takes them back."""
+def load_with_mmap() -> Iterator[None]:
+    """Make `torch.load` of a path map the file, so that the kernel can evict its pages."""
     from torch.utils.serialization import config
 
     before = config.load.mmap
@@ -221,8 +227,9 @@ def loads() -> Iterator[None]:
 
 
 def own_memory(optimizer: Any) -> None:
-    """Where a state on the host is the file's own pages, which a file on tmpfs would hold for as long as it is used, it
-    becomes memory, a tensor at a time; what is loaded into other tensors is of no file.
+    """Copy optimizer states on the host from mapped files to memory, one tensor at a time.
+
+    A file on tmpfs would stay allocated as long as a mapped state is used. States on a GPU were copied already.
     """
     import torch
 
@@ -230,3 +237,69 @@ def own_memory(optimizer: Any) -> None:
         for name, value in state.items():
             if torch.is_tensor(value) and value.device.type == "cpu":
                 state[name] = value.clone()
+
+
+def _zero2() -> dict[str, Any]:
+    return {
+        "stage": 2,
+        "contiguous_gradients": True,
+        "overlap_comm": False,  # it needs a second bucket, which `trainer.memory` does not count
+        "reduce_scatter": True,
+        "reduce_bucket_size": REDUCE_BUCKET,
+        "allgather_bucket_size": REDUCE_BUCKET,
+    }
+
+
+def _zero3(fit: Fit) -> dict[str, Any]:
+    return {
+        "stage": 3,
+        "contiguous_gradients": True,
+        "overlap_comm": not fit.use_cpu,
+        "reduce_bucket_size": REDUCE_BUCKET,
+        "sub_group_size": SUB_GROUP,
+        "stage3_max_live_parameters": MAX_LIVE,
+        "stage3_max_reuse_distance": MAX_LIVE,
+        "stage3_prefetch_bucket_size": PREFETCH,
+        "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+        "stage3_gather_16bit_weights_on_model_save": False,  # only the export gathers, see `whole_weights`
+    }
+
+
+def _host(fit: Fit) -> dict[str, Any]:
+    """Return DeepSpeed's offload target; pinned memory lets a GPU copy while it computes."""
+    return {"device": "cpu", "pin_memory": not fit.use_cpu}
+
+
+def _compile(builder: Any) -> None:
+    """Compile and load one of DeepSpeed's operations, one process of the machine at a time."""
+    beside_python = str(Path(sys.executable).parent)  # ninja may be installed only there
+    if beside_python not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] += os.pathsep + beside_python
+    with _compile_lock(builder.name):
+        builder.load()
+
+
+@contextmanager
+def _compile_lock(name: str) -> Iterator[None]:
+    """Hold a lock while an operation is compiled, and remove the lock file of a process of ours that was killed.
+
+    Torch marks a compilation by a file (`torch.utils.file_baton`). A killed process leaves the file behind, and every
+    later process would wait for ever. Our lock ends with the process that holds it. If the last holder was killed, its
+    mark is still in our file, and the next holder removes torch's file. Without the mark torch's file stays, because
+    another program may be compiling.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(name, verbose=False))
+    with (folder / "aeolus.lock").open("a+") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        ours.seek(0)
+        if ours.read():
+            (folder / "lock").unlink(missing_ok=True)
+        else:
+            ours.write("mine until this is cleared")
+            ours.flush()
+        try:
+            yield
+        finally:
+            ours.truncate(0)

@@ -13,21 +13,38 @@ from typing import Any, NamedTuple
 import platformdirs
 import xxhash
 
-from trainer.errors import ModelError, RecipeError, UserError
+from trainer.errors import ModelError, RecipeError
 from trainer.job import Job
 from trainer.recipe import Recipe
+from trainer.worker.failures import explained
 from trainer.worker.sources import Row
 
+log = logging.getLogger(__name__)
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"  # Mistral's special tokens
 TINY_INITIALIZER_RANGE = 0.08
-"""About 1 / sqrt(hidden size). With the usual 0.02, made for models 30 times as wide, a tiny one learns for minutes."""
+"""About 1 / sqrt(hidden size). The usual 0.02 suits models 30 times as wide; a tiny one would learn for minutes."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt")
+"""Patterns of an adapter's and its tokenizer's files on the Hub; checkpoints and logs beside them are not fetched."""
+BLOCK_BYTES = 1 << 22
+
+
+class Base(NamedTuple):
+    """The model that the policy and the reference are loaded from, at every attempt."""
+
+    path: str
+    """Local folder or Hub id."""
+    name: str | None
+    """The name under which others can find it; None if it exists only in this attempt's folder."""
 
 
 def locate(job: Job, rows: Iterable[Row]) -> Base:
-    """Find the recipe's model, or make the one it describes; `rows` teach a tiny model's tokenizer.
+    """Find the recipe's model, or make the tiny one that it describes; `rows` train a tiny model's tokenizer.
 
     Raises:
-        ModelError: it is not there.
+        ModelError: the model does not exist or cannot be read.
+        RecipeError: the recipe names no model.
+        Unavailable: the Hub does not answer.
     """
     recipe = job.recipe
     if recipe.init == "tiny":
@@ -47,28 +64,35 @@ def locate(job: Job, rows: Iterable[Row]) -> Base:
     return Base(path, name)
 
 
-def _folder(folder: Path, name: str | None, job: Job) -> Base:
-    if (folder / "adapter_config.json").is_file():
-        return Base(str(make_once(job.work / "merged", lambda into: merge(folder, into))), None)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json", hint="name a folder that `save_pretrained` wrote")
-    return Base(str(folder), name)
+def hub_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the keyword arguments of `from_pretrained` that choose a revision and allow remote code."""
+    return {
+        "revision": recipe.model_args.get("model_revision", "main"),
+        "trust_remote_code": bool(
+            recipe.model_args.get("trust_remote_code", recipe.trainer_args.get("trust_remote_code", False))
+        ),
+    }
+
+
+def dtype_name(recipe: Recipe) -> str:
+    """Return the dtype to load the model in, `auto` included."""
+    return str(recipe.model_args.get("dtype") or "float32")  # TRL's default
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made by `make` unless it is there: whole or not at all, by one rank of a node while the others wait.
+    """Return `folder`; if it does not exist, `make` fills it, and it appears only when complete.
 
-    All at once would each hold a model for it.
+    One rank of a node makes it while the others wait, because all ranks at once would each hold a model in memory.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel frees it with the process that holds it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when the process that holds it ends
         if folder.is_dir():
             return folder
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             make(partial)
-            partial.chmod(0o755)  # mkdtemp makes it for us alone
+            partial.chmod(0o755)  # mkdtemp makes it readable by this user only
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -76,7 +100,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def make_tiny(into: Path, recipe: Recipe, rows: Iterable[Row]) -> None:
-    """A small Mistral with random weights, and a byte-level BPE of the training rows' text."""
+    """Write a small Mistral with random weights, and a byte-level BPE tokenizer trained on the rows' text."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -93,6 +117,76 @@ def make_tiny(into: Path, recipe: Recipe, rows: Iterable[Row]) -> None:
         torch.manual_seed(recipe.seed)
         MistralForCausalLM(config).save_pretrained(into)
     tokenizer.save_pretrained(into)
+
+
+def from_hub(name: str, revision: str, *, cache: Path | None = None) -> Path | None:
+    """Download the adapter `name` and return its folder; return None if `name` is a whole model.
+
+    Raises:
+        ModelError: it does not exist, or is gated.
+        Unavailable: the Hub does not answer.
+    """
+    from huggingface_hub import (  # type: ignore[import-not-found,unused-ignore]
+        hf_hub_download,
+        snapshot_download,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.errors import (  # type: ignore[import-not-found,unused-ignore]
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+    )
+
+    try:
+        hf_hub_download(name, ADAPTER_CONFIG, revision=revision, cache_dir=cache)
+        folder = snapshot_download(
+            name, revision=revision, cache_dir=cache, allow_patterns=ADAPTER_FILES, ignore_patterns="*/*"
+        )
+    except LocalEntryNotFoundError as error:
+        # The Hub is unreachable, but a whole model may be in the cache.
+        if isinstance(try_to_load_from_cache(name, "config.json", cache, revision), str):
+            return None
+        raise explained(name, error) from error
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise explained(name, error) from error
+    return Path(folder)
+
+
+def converted(file: Path, dtype: str) -> Path:
+    """Return the folder that a GGUF file was unpacked to, in `dtype`; unpacking takes a minute or two, once a machine.
+
+    Raises:
+        ModelError: the file does not exist, or Transformers cannot read it.
+    """
+    if not file.is_file():
+        raise ModelError(f"there is no file {file}")
+    folder = platformdirs.user_cache_path("aeolus") / "models" / f"{_checksum(file)}-{dtype}"
+    return make_once(folder, lambda into: _convert(file.resolve(), dtype, into))
+
+
+def _folder(folder: Path, name: str | None, job: Job) -> Base:
+    """Return the model in a local folder; an adapter is merged into the base that it names."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return Base(str(make_once(job.work / "merged", lambda into: _merge_into_base(folder, into))), None)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json", hint="name a folder that `save_pretrained` wrote")
+    return Base(str(folder), name)
+
+
+def _merge_into_base(adapter: Path, into: Path) -> None:
+    """Write the whole model of an adapter and the base that it names, with the adapter's tokenizer."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    try:
+        model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype="auto")
+        model.merge_and_unload().save_pretrained(into)
+        if (adapter / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(str(adapter)).save_pretrained(into)
+    except (OSError, ValueError) as error:
+        raise explained(str(adapter), error) from error
 
 
 def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
@@ -115,7 +209,7 @@ def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in rows, columns and messages, with the marks that a chat template puts before a turn."""
+    """Yield every text in rows, columns and messages, with the marker that a chat template puts before a turn."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -124,109 +218,8 @@ def _texts(value: Any) -> Iterator[str]:
         for key in sorted(value):
             yield from _texts(value[key]) if key != "role" else ()
     elif isinstance(value, Iterable):
-        for each in value:
-            yield from _texts(each)
-
-
-def merge(adapter: Path, into: Path) -> None:
-    """Write the full model that an adapter of others makes of the base that it names, with the tokenizer beside it."""
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
-
-    from trainer.worker.failures import explained
-
-    try:
-        model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype="auto")
-        model.merge_and_unload().save_pretrained(into)
-        if (adapter / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(str(adapter)).save_pretrained(into)
-    except (OSError, ValueError) as error:
-        raise explained(str(adapter), error) from error
-
-
-class Base(NamedTuple):
-    """What the policy and the reference are both loaded from, at every attempt."""
-
-    path: str
-    """Local folder or Hub id."""
-    name: str | None
-    """How others can find it; None if it lives in this attempt's folder only."""
-
-
-def hub_arguments(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "revision": recipe.model_args.get("model_revision", "main"),
-        "trust_remote_code": bool(
-            recipe.model_args.get("trust_remote_code", recipe.trainer_args.get("trust_remote_code", False))
-        ),
-    }
-
-
-def dtype_name(recipe: Recipe) -> str:
-    return str(recipe.model_args.get("dtype") or "float32")  # TRL's default
-
-
-CONFIG = "adapter_config.json"
-FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt")
-"""Of an adapter and of the tokenizer beside it; not the checkpoints and logs that some lie among."""
-
-
-def from_hub(name: str, revision: str, *, cache: Path | None = None) -> Path | None:
-    """The folder of the adapter `name`, fetched; None if it is a whole model.
-
-    Raises:
-        ModelError: it is not there, or gated.
-        Unavailable: the Hub does not answer.
-    """
-    from huggingface_hub import (  # type: ignore[import-not-found,unused-ignore]
-        hf_hub_download,
-        snapshot_download,
-        try_to_load_from_cache,
-    )
-    from huggingface_hub.errors import (  # type: ignore[import-not-found,unused-ignore]
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        hf_hub_download(name, CONFIG, revision=revision, cache_dir=cache)
-        folder = snapshot_download(
-            name, revision=revision, cache_dir=cache, allow_patterns=FILES, ignore_patterns="*/*"
-        )
-    except (
-        LocalEntryNotFoundError
-    ) as error:  # the Hub is out of reach; a whole model may be here all the same
-        if isinstance(try_to_load_from_cache(name, "config.json", cache, revision), str):
-            return None
-        raise _explained(name, error) from error
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise _explained(name, error) from error
-    return Path(folder)
-
-
-def _explained(name: str, error: Exception) -> UserError:
-    from trainer.worker.failures import explained
-
-    return explained(name, error)
-
-
-log = logging.getLogger(__name__)
-BLOCK_BYTES = 1 << 22
-
-
-def converted(file: Path, dtype: str) -> Path:
-    """The folder that `file` was unpacked to, in `dtype`; made if it is not in the cache, in a minute or two.
-
-    Raises:
-        ModelError: there is no such file, or Transformers cannot read it.
-    """
-    if not file.is_file():
-        raise ModelError(f"there is no file {file}")
-    folder = platformdirs.user_cache_path("aeolus") / "models" / f"{_checksum(file)}-{dtype}"
-    return make_once(folder, lambda into: _convert(file.resolve(), dtype, into))
+        for item in value:
+            yield from _texts(item)
 
 
 def _checksum(file: Path) -> str:
@@ -238,9 +231,8 @@ def _checksum(file: Path) -> str:
 
 
 def _convert(file: Path, dtype: str, into: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as `save_pretrained` does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from trainer.worker.failures import explained
 
     log.info("unpacking %s as %s, once for this machine", file.name, dtype)
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
@@ -250,12 +242,12 @@ def _convert(file: Path, dtype: str, into: Path) -> None:
             **place, dtype=dtype, quantization_config=_unpacking(file)
         )
         model.save_pretrained(into)
-    except Exception as error:  # a broken file surfaces as any of a dozen errors
+    except Exception as error:  # a broken file surfaces as one of many error types
         raise explained(str(file), error) from error
 
 
 def _unpacking(file: Path) -> Any:
-    """Transformers otherwise keeps the weights in GGUF's blocks, which can neither be trained nor saved."""
+    """Return a config that makes Transformers dequantise: weights in GGUF's blocks can be neither trained nor saved."""
     from transformers.utils.quantization_config import GgufConfig
 
     return GgufConfig(gguf_file=file.name, dequantize=True)

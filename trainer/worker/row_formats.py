@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from trainer.errors import DataError
 from trainer.method import TrainingMethod
-from trainer.worker.chat import Message
+from trainer.worker.chat_template import Message
 from trainer.worker.sources import Row
 
 ROLES = ("system", "user", "assistant")

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 
 from trainer.errors import ModelError, RecipeError
 from trainer.recipe import Recipe
+from trainer.worker.failures import explained
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,6 @@ def load_tokenizer(path: str, recipe: Recipe) -> Tokenizer:
     """
     from transformers import AutoTokenizer
 
-    from trainer.worker.failures import explained
     from trainer.worker.model_source import hub_arguments
 
     try:
