@@ -12,7 +12,7 @@ from trainer.fit import fit
 from trainer.hardware import Shape
 from trainer.job import Job, Outcome
 from trainer.recipe import load
-from trainer.worker.__main__ import run, tame
+from trainer.worker.__main__ import configure_logging, run
 from trainer.worker.imports import train_function, uncollected
 from trainer.worker.supervisor_channel import Channel
 
@@ -85,7 +85,7 @@ def import_stack(method: str) -> None:
 
 def train(job: Job, channel: Channel | None = None) -> Trained:
     channel = channel or Channel(job)
-    tame(channel)
+    configure_logging(channel)
     import_stack(job.recipe.method)
     outcome = run(job, channel)
     channel.conclude(outcome)
