@@ -114,7 +114,9 @@ def test_a_gated_model_asks_for_a_token() -> None:
 
 def test_the_error_for_an_unreachable_hub_names_both_places() -> None:
     """Neither here nor there."""
-    assert "Hub that this machine can reach" in str(failures.explained("org/model", OSError("We couldn't connect")))
+    assert "Hub that this machine can reach" in str(
+        failures.explained("org/model", OSError("We couldn't connect"))
+    )
 
 
 def test_the_recipes_template_comes_before_the_tokenizers(
