@@ -59,6 +59,7 @@ class TimelineSpan(NamedTuple):
 def timeline(account: Account, width: float) -> Markup:
     """Return all attempts of a run over time: one lane for each place, one bar for each attempt."""
     lanes = TimelineLanes(account, width)
+    # Gaps are drawn first, so that bars and labels cover them.
     back: list[Markup] = []
     front: list[Markup | None] = []
     previous: tuple[float, float] | None = None

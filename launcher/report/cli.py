@@ -75,14 +75,14 @@ def _print(accounts: list[Account]) -> None:
 
     console = terminal.stdout()
     if len(accounts) == 2:
-        _table(console, tables.compared((accounts[0], accounts[1])))
+        _table(console, tables.comparison((accounts[0], accounts[1])))
         return
     (one,) = accounts
-    facts = [(name, f"{value}  {word}".rstrip()) for name, value, word in tables.figures(one)]
-    console.print(render.facts_table([("state", one.state), *facts, *tables.beside(one)], title=one.run))
+    facts = [(name, f"{value}  {note}".rstrip()) for name, value, note in tables.figures(one)]
+    console.print(render.facts_table([("state", one.state), *facts, *tables.other_facts(one)], title=one.run))
     _table(console, tables.attempts(one))
-    _table(console, tables.spent(one))
-    if against := tables.promised(one):
+    _table(console, tables.time_parts(one))
+    if against := tables.plan_comparison(one):
         _table(console, against)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from launcher.report.svg import Markup, Scale, box, chart, joined, line, path, plain, tag, text, ticks
-from launcher.runs.account import RUNNING, how
+from launcher.runs.account import RUNNING, ending
 from launcher.runs.run import RunHistory, values
 from launcher.runs.time_breakdown import useful_until
 from trainer.events import of_kind
@@ -63,7 +63,7 @@ def panels(run: RunHistory) -> list[Panel]:
     return [panel for panel in found if any(curve.points for curve in panel.curves)][:MOST_PANELS]
 
 
-def compared(runs: Sequence[RunHistory], names: Sequence[str]) -> list[Panel]:
+def comparison_panels(runs: Sequence[RunHistory], names: Sequence[str]) -> list[Panel]:
     """Return the same panels with the curves of several runs in each; every run has its own style."""
     found = []
     for metric in CURVES:
@@ -85,6 +85,8 @@ def draw(panel: Panel, width: float, height: float) -> Markup:
     right = max(RIGHT, max((len(label) for label in labels), default=0) * CHARACTER_PX + 16)
     x = Scale(0, panel.last_step, LEFT, width - right)
     y = Scale(low, high, height - BOTTOM, TOP)
+    # Curves are clipped, because cut-off values and moved names would otherwise be drawn over the axes. The id needs
+    # the width, since the page has each picture twice.
     clip = f"{panel.title}-{width:.0f}".lower().replace(" ", "-")
     frame = tag(
         "clipPath", box(LEFT, TOP - 2, width - right - LEFT + 3, height - TOP - BOTTOM + 4, ""), id=clip
@@ -129,7 +131,7 @@ def _panel(run: RunHistory, metric: Metric) -> Panel:
         events = [event for event in of_kind(attempt.events, "step") if event["step"] >= after]
         if attempt.step > after:
             lost.append(Curve("", "lost", _pairs(*values(events, metric.key))))
-    ended = [attempt for attempt in run.attempts if how(run, attempt) not in ("done", RUNNING)]
+    ended = [attempt for attempt in run.attempts if ending(run, attempt) not in ("done", RUNNING)]
     return Panel(
         metric.title.capitalize(),
         metric.unit,
@@ -140,7 +142,7 @@ def _panel(run: RunHistory, metric: Metric) -> Panel:
         ),
         run.total_steps or max(run.step, 1),
         tuple((span.after, span.until) for span in run.redone),
-        tuple((attempt.step, f"{attempt.number} {how(run, attempt)}") for attempt in ended),
+        tuple((attempt.step, f"{attempt.number} {ending(run, attempt)}") for attempt in ended),
     )
 
 

@@ -57,10 +57,10 @@ def run_page(run: RunHistory, account: Account, *, made: str) -> str:
         _section(
             "Dollars and hours",
             _table(tables.attempts(account), sums=True, cards=True),
-            _facts(tables.beside(account)),
+            _facts(tables.other_facts(account)),
         ),
         _spent(account),
-        _promised(account),
+        _plan_comparison(account),
         _memory(account),
     ]
     return _page(f"{run.run_id}: report", _head(account, made), sections)
@@ -77,10 +77,11 @@ def comparison_page(
         joined((tag("h3", name), _picture(partial(bars.time_bar, one.hours))))
         for name, one in zip(names, accounts, strict=True)
     ]
-    drawn = curves.compared(runs, "AB")
+    # Short names in the curves, because a run's name may be longer than the margin; the legend explains them.
+    drawn = curves.comparison_panels(runs, "AB")
     legend = tag("p", f"Solid: {names[0]}. Dashed: {names[1]}. Dots: evaluations.", class_="muted")
     sections = [
-        _section("Facts", _table(tables.compared(accounts))),
+        _section("Facts", _table(tables.comparison(accounts))),
         _section("Curves", *map(_panel, drawn), legend) if drawn else None,
         _section(
             "Where the paid time went",
@@ -135,13 +136,13 @@ def _spent(account: Account) -> Markup | None:
     bar = _picture(partial(bars.time_bar, account.hours))
     swatches = tuple(bars.KINDS.values())
     return _section(
-        "Where the paid time went", bar, _table(tables.spent(account), sums=True, swatches=swatches)
+        "Where the paid time went", bar, _table(tables.time_parts(account), sums=True, swatches=swatches)
     )
 
 
-def _promised(account: Account) -> Markup | None:
-    rows = tables.promised(account)
-    return _section("What plan promised", _table(rows)) if rows else None
+def _plan_comparison(account: Account) -> Markup | None:
+    rows = tables.plan_comparison(account)
+    return _section("Predictions of the plan", _table(rows)) if rows else None
 
 
 def _memory(account: Account) -> Markup | None:
@@ -208,6 +209,7 @@ def _table(
         cards: whether the rows become cards on a phone, for a table that is too wide for one. The style then sets
             `display`, which would hide from screen readers that this is a table; the roles tell them.
     """
+    # Cells carry their column's name, because the header row is hidden where rows become cards.
     names = [name.removeprefix(">") for name in rows.columns]
     kinds = ["n" if name.startswith(">") else None for name in rows.columns]
     head = [

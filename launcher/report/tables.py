@@ -56,6 +56,7 @@ def figures(account: Account) -> list[tuple[str, str, str]]:
         ("steps", f"{account.step:,}", f"{of}; {account.lost_steps} lost and redone"),
         ("attempts", str(len(account.attempts)), ", ".join(one.how for one in account.attempts[-4:])),
     ]
+    # Without evaluations, the training loss is the best number there is for the quality.
     if test_loss := LOSS.test_text(account.test):
         accuracy = REWARD_ACCURACY.test_text(account.test) or TOKEN_ACCURACY.test_text(account.test)
         found.append(("test loss", test_loss, f"accuracy {accuracy}" if accuracy else ""))
@@ -100,7 +101,7 @@ def _attempt(one: AttemptAccount) -> tuple[str, ...]:
     )
 
 
-def spent(account: Account) -> ReportTable:
+def time_parts(account: Account) -> ReportTable:
     """Return what the paid time was spent on."""
     paid_s = account.hours.paid_s or 1.0
     rows = []
@@ -117,7 +118,7 @@ def spent(account: Account) -> ReportTable:
     )
 
 
-def beside(account: Account) -> list[tuple[str, str]]:
+def other_facts(account: Account) -> list[tuple[str, str]]:
     """Return what is not a part of the paid time or overlaps it: provisioning, uploads, checkpoints, failures."""
     rate = f", {account.uploaded_bytes / account.upload_s / 1e6:,.0f} MB/s" if account.upload_s else ""
     ups = f"{duration(account.upload_s)} for {size(account.uploaded_bytes)}{rate}"
@@ -134,7 +135,7 @@ def beside(account: Account) -> list[tuple[str, str]]:
     ]
 
 
-def promised(account: Account) -> ReportTable | None:
+def plan_comparison(account: Account) -> ReportTable | None:
     """Return the predictions of `plan` beside the measured values; None if the run has no plan."""
     plan = account.plan
     if not plan:
@@ -161,7 +162,7 @@ def _against(name: str, form: str, then: float | None, now: float | None) -> tup
     return name, form.format(then) if then else NOTHING, form.format(now) if now else NOTHING, change
 
 
-def compared(accounts: tuple[Account, Account]) -> ReportTable:
+def comparison(accounts: tuple[Account, Account]) -> ReportTable:
     """Return the facts of two runs side by side, and by how much the second differs."""
     reads: list[tuple[str, Callable[[Account], float | None], Callable[[float | None], str]]] = [
         ("steps", lambda one: one.step, _count),

@@ -130,11 +130,13 @@ def account(run: RunHistory, *, now: float | None = None) -> Account:
         now: unix time, seconds, if the newest attempt is running.
     """
     newest = run.attempts[-1].number if run.attempts else 0
+    # Only the newest attempt can be running; the others are paid up to their latest event.
     attempts = tuple(
         _attempt(run, attempt, until=now if attempt.number == newest else None) for attempt in run.attempts
     )
     cost = run.cost(now=now)
     spent = reduce(add, (one.hours for one in attempts), TimeBreakdown())
+    # A run has the plan of its first submission; later ones may have been submitted without one.
     plans = [attempt.claim["plan"] for attempt in run.attempts if attempt.claim.get("plan")]
     last = run.steps[-1] if run.steps else {}
     return Account(
@@ -169,7 +171,7 @@ def account(run: RunHistory, *, now: float | None = None) -> Account:
     )
 
 
-def how(run: RunHistory, attempt: AttemptHistory) -> str:
+def ending(run: RunHistory, attempt: AttemptHistory) -> str:
     """Return how an attempt ended, or that it is running; an older attempt without an end event is lost."""
     if attempt.end:
         return str(ENDS.get(attempt.end["kind"], attempt.end["kind"]))
@@ -179,6 +181,7 @@ def how(run: RunHistory, attempt: AttemptHistory) -> str:
 
 
 def _attempt(run: RunHistory, attempt: AttemptHistory, *, until: float | None) -> AttemptAccount:
+    # The steps that count as lost, and the wait before the attempt, depend on the other attempts of the run.
     earlier = [other for other in run.attempts if other.number < attempt.number]
     claim, cost = attempt.claim, attempt.cost(until)
     began = attempt.began - attempt.boot_s
@@ -196,7 +199,7 @@ def _attempt(run: RunHistory, attempt: AttemptHistory, *, until: float | None) -
         usd=cost.usd,
         began=_iso(began),
         ended=_iso(attempt.ended if until is None else until),
-        how=how(run, attempt),
+        how=ending(run, attempt),
         message=str(end.get("message", "")),
         waited_s=max(0.0, began - earlier[-1].ended) if earlier else 0.0,
         start_step=attempt.start,

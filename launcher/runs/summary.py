@@ -123,7 +123,7 @@ def draw(run: RunHistory, path: Path) -> None:
     lanes = len(run.attempts) if len(run.attempts) > 1 else 0
     lanes_in = min(0.30 + 0.17 * lanes, 3.0) if lanes else 0.0
     figure = Figure(figsize=(9.0, 6.4 + lanes_in), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # not pyplot, which would look for a display
     heights = ([lanes_in] if lanes else []) + [3.0, 3.0]
     axes: list[Axes] = list(
         figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]

@@ -39,6 +39,7 @@ def plot(
     every = [value for curve in lines for _, value in curve.points if math.isfinite(value)]
     low, high = min(every, default=0.0), max(every, default=1.0)
     canvas = Canvas(columns, rows, max(last_step, 1), low, high if high > low else low + 1.0)
+    # The lines for ended attempts come first, so that the curves cover them.
     for step in ends:
         canvas.upright(step)
     for curve in lines:

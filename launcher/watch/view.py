@@ -12,7 +12,7 @@ from rich.text import Text
 from launcher.render import duration, list_table, usd
 from launcher.report.curves import Panel, half_width, panels, running_mean
 from launcher.report.tables import gib
-from launcher.runs.account import RUNNING, how
+from launcher.runs.account import RUNNING, ending
 from launcher.watch.braille import BrailleCurve, plot
 from launcher.watch.state import RunSnapshot
 from trainer.events import of_kind
@@ -63,7 +63,7 @@ def line(snapshot: RunSnapshot) -> str:
     last = run.steps[-1] if run.steps else {}
     words = [
         snapshot.state,
-        f"attempt {run.attempts[-1].number} {how(run, run.attempts[-1])}",
+        f"attempt {run.attempts[-1].number} {ending(run, run.attempts[-1])}",
         f"step {run.step} of {run.total_steps}" if run.total_steps else "",
         f"loss {loss}" if (loss := LOSS.text(last)) else "",
         f"committed {run.commits[-1]}" if run.commits else "",

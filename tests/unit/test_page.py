@@ -108,8 +108,8 @@ def test_a_boot_is_shown_as_a_part() -> None:
     drawn = bars.timeline(one, 940)
     assert "attempt 1: boot until the claim 10 min 00 s" in drawn
     assert 'class="part boot"' in bars.time_bar(one.hours, 940)
-    assert ("boot until the claim", "10 min 00 s") in [row[:2] for row in tables.spent(one).rows]
-    assert "boot until the claim" in [row[0] for row in tables.compared((one, one)).rows]
+    assert ("boot until the claim", "10 min 00 s") in [row[:2] for row in tables.time_parts(one).rows]
+    assert "boot until the claim" in [row[0] for row in tables.comparison((one, one)).rows]
     said = checked(html.run_page(booted, one, made="now")).words
     assert said.count("boot until the claim") == 2
 
@@ -167,7 +167,7 @@ def test_a_run_of_any_length_has_a_page(tmp_path: Path, steps: int) -> None:
     run = Reader(open_run(str(tmp_path), "a-run"), "a-run").read()
     text = html.run_page(run, account(run), made="now")
     checked(text)
-    assert "What plan promised" not in text
+    assert "Predictions of the plan" not in text
     assert "price unknown" in text
 
 
@@ -183,7 +183,7 @@ def test_two_runs_stand_beside_each_other(run: RunHistory) -> None:
 
 def test_the_plan_and_what_it_was(run: RunHistory) -> None:
     """Each promise with its difference."""
-    rows = tables.promised(account(run))
+    rows = tables.plan_comparison(account(run))
     assert rows is not None
     told = {row[0]: row[1:] for row in rows.rows}
     assert told["dollars"] == ("41.00", "21.86", "-47%")
