@@ -24,7 +24,7 @@ from launcher.doctor.findings import Check, Finding, ignore_check, run_all
 from launcher.doctor.hub import check_data, check_model, check_token
 from launcher.local.submit import supervisor_environment
 from launcher.settings import Settings
-from trainer.architecture.hub_login import with_login
+from trainer.architecture.lookup import with_login
 from trainer.bucket.address import canonical
 from trainer.bucket.store import ignore_progress
 from trainer.errors import UserError

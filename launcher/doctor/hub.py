@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.doctor.findings import Finding
-from trainer.architecture.hub_login import TOKEN
-from trainer.architecture.lookup import HUB
+from trainer.architecture.lookup import HUB, TOKEN
 from trainer.bucket import open_file
 from trainer.errors import UserError
 from trainer.recipe import DataSource, Recipe

@@ -21,8 +21,7 @@ from launcher.submit.image import container, login
 from launcher.submit.job_files import JobFile
 from launcher.submit.task import Candidate, Config, TaskSpec
 from trainer.accounting import Limits
-from trainer.architecture.hub_login import with_login
-from trainer.architecture.lookup import find_architecture
+from trainer.architecture.lookup import find_architecture, with_login
 from trainer.bucket.address import canonical
 from trainer.bucket.layout import checked_run_id
 from trainer.errors import UserError

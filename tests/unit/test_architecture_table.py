@@ -63,7 +63,7 @@ CONFIG = {
 
 @pytest.mark.parametrize(("name", "total"), PUBLISHED.items())
 def test_parameters_are_those_published(name: str, total: int) -> None:
-    """To the last one."""
+    """The parameter count equals the total that the Hub shows, exactly."""
     found = known_architecture(name)
     assert found is not None
     assert found.parameters == total
@@ -71,13 +71,13 @@ def test_parameters_are_those_published(name: str, total: int) -> None:
 
 @pytest.mark.parametrize("name", known_models())
 def test_every_model_of_the_table_has_its_numbers(name: str) -> None:
-    """Under its name in any case."""
+    """Every listed model is found, in upper and lower case."""
     assert known_architecture(name.upper()) == known_architecture(name)
     assert known_architecture(name) is not None
 
 
-def test_a_config_s_silence_means_what_it_means_in_transformers() -> None:
-    """As many keys as queries, heads that divide the hidden size, an own head, no biases."""
+def test_missing_config_keys_have_the_defaults_of_transformers() -> None:
+    """By default there are as many key heads as query heads, hidden size / heads per head, a head of its own, and no biases."""
     found = Architecture.from_config("a", CONFIG)
     assert (found.num_key_value_heads, found.head_dim, found.tie_word_embeddings) == (4, 16, False)
     assert found.parameters == 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 100 * 64 + 64
@@ -85,22 +85,22 @@ def test_a_config_s_silence_means_what_it_means_in_transformers() -> None:
     assert (gemma.head_dim, gemma.tie_word_embeddings) == (256, True)
 
 
-def test_a_kind_that_we_cannot_count_is_refused() -> None:
-    """A mixture of experts would be counted wrong; those that are known are named."""
+def test_an_unsupported_model_type_is_refused() -> None:
+    """A mixture of experts would be counted wrongly. The hint lists the supported types."""
     with pytest.raises(ModelError, match="`mixtral` model") as caught:
         Architecture.from_config("a", {**CONFIG, "model_type": "mixtral"})
     assert "mistral" in (caught.value.hint or "")
 
 
 def test_a_config_without_its_numbers_is_refused() -> None:
-    """The missing keys are named."""
-    with pytest.raises(ModelError, match="does not say vocab_size"):
+    """The message names the missing keys."""
+    with pytest.raises(ModelError, match="has no vocab_size"):
         Architecture.from_config("a", {key: value for key, value in CONFIG.items() if key != "vocab_size"})
     with pytest.raises(ModelError, match="hidden_size"):
         Architecture.from_config("a", {**CONFIG, "hidden_size": 0})
 
 
-# Where they are looked up
+# Looking a model up
 
 
 def recipe(model: str | None, **model_args: Any) -> Recipe:
@@ -116,7 +116,7 @@ def recipe(model: str | None, **model_args: Any) -> Recipe:
 
 
 class Hub:
-    """A Hub with some files, that notes what it is asked."""
+    """A fake Hub with some files. It records the requests."""
 
     def __init__(self, files: Mapping[str, object], fault: Exception | None = None) -> None:
         self._files = files
@@ -138,26 +138,26 @@ def http_error(url: str, code: int) -> urllib.error.HTTPError:
 
 @pytest.fixture
 def nowhere(tmp_path: Path) -> dict[str, str]:
-    """An environment with an empty cache of the Hub's."""
+    """An environment in which the cache of the Hub's client is empty."""
     return {"HF_HOME": str(tmp_path / "hub")}
 
 
-def test_a_tiny_model_s_numbers_are_in_the_recipe(nowhere: dict[str, str]) -> None:
-    """Nothing is looked up."""
+def test_a_tiny_model_has_the_numbers_of_the_recipe(nowhere: dict[str, str]) -> None:
+    """The tiny model needs no lookup."""
     found = find_architecture(recipe(None), fetch=Hub({}), environ=nowhere)
     assert (found.hidden_size, found.vocab_size, found.model_type) == (128, 2048, "mistral")
 
 
 def test_a_model_of_the_table_needs_no_network(nowhere: dict[str, str]) -> None:
-    """Nor does an adapter of it."""
+    """The table answers without a request, also for an adapter."""
     hub = Hub({})
     found = find_architecture(recipe("alignment-handbook/zephyr-7b-sft-qlora"), fetch=hub, environ=nowhere)
     assert found.parameters == 7_241_732_096
     assert not hub.asked
 
 
-def test_a_folder_says_it_in_its_config(tmp_path: Path, nowhere: dict[str, str]) -> None:
-    """And an adapter's folder by the base that it names."""
+def test_a_folder_has_its_numbers_in_config_json(tmp_path: Path, nowhere: dict[str, str]) -> None:
+    """An adapter's folder leads to the base model that it names."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "adapter").mkdir()
@@ -168,15 +168,15 @@ def test_a_folder_says_it_in_its_config(tmp_path: Path, nowhere: dict[str, str])
         assert found.vocab_size == 100
 
 
-def test_adapters_in_a_circle_are_an_error(tmp_path: Path, nowhere: dict[str, str]) -> None:
-    """It ends, and says so."""
+def test_a_cycle_of_adapters_is_an_error(tmp_path: Path, nowhere: dict[str, str]) -> None:
+    """The lookup stops after a few adapters, with an error."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
-    with pytest.raises(ModelError, match="adapter of an adapter"):
+    with pytest.raises(ModelError, match="adapters away from a base model"):
         find_architecture(recipe(str(tmp_path)), fetch=Hub({}), environ=nowhere)
 
 
 def test_a_broken_config_is_an_error(tmp_path: Path, nowhere: dict[str, str]) -> None:
-    """As is a folder with none, and one that is not there."""
+    """A folder without a config, a broken config, and a missing folder are three errors."""
     with pytest.raises(ModelError, match="neither config"):
         find_architecture(recipe(str(tmp_path)), fetch=Hub({}), environ=nowhere)
     (tmp_path / "config.json").write_text("{")
@@ -187,7 +187,7 @@ def test_a_broken_config_is_an_error(tmp_path: Path, nowhere: dict[str, str]) ->
 
 
 def test_the_hub_is_asked_for_the_revision_with_the_user_s_token(nowhere: dict[str, str]) -> None:
-    """At the endpoint of the environment."""
+    """The request goes to the endpoint that the environment names."""
     hub = Hub({"https://mirror.example/org/new/resolve/v2/config.json": CONFIG})
     environ = {**nowhere, "HF_ENDPOINT": "https://mirror.example/", "HF_TOKEN": "secret"}
     found = find_architecture(recipe("org/new", model_revision="v2"), fetch=hub, environ=environ)
@@ -198,14 +198,14 @@ def test_the_hub_is_asked_for_the_revision_with_the_user_s_token(nowhere: dict[s
 
 
 def test_an_adapter_of_the_hub_leads_to_its_base(nowhere: dict[str, str]) -> None:
-    """It has no config.json of its own."""
+    """An adapter has no config.json, so its adapter_config.json names the base."""
     start = "https://huggingface.co/org/adapter/resolve/main/"
     hub = Hub({f"{start}adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}})
     assert find_architecture(recipe("org/adapter"), fetch=hub, environ=nowhere).vocab_size == 151936
 
 
-def test_what_was_downloaded_before_is_not_asked_for_again(tmp_path: Path) -> None:
-    """The cache of the Hub's client is looked into first."""
+def test_a_cached_model_needs_no_request(tmp_path: Path) -> None:
+    """The cache of the Hub's client is read before the Hub."""
     snapshot = tmp_path / "hub" / "models--org--new" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps(CONFIG))
@@ -219,7 +219,7 @@ def test_what_was_downloaded_before_is_not_asked_for_again(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fault", "words", "kind"),
     [
-        (http_error("u", 401), "does not let us see org/new", ModelError),
+        (http_error("u", 401), "denies access to org/new", ModelError),
         (http_error("u", 400), "answers 400", ModelError),
         (http_error("u", 503), "answers 503", HubAway),
         (http_error("u", 429), "answers 429", HubAway),
@@ -231,33 +231,33 @@ def test_what_was_downloaded_before_is_not_asked_for_again(tmp_path: Path) -> No
 def test_a_hub_that_does_not_answer_is_one_clear_error(
     fault: Exception, words: str, kind: type[UserError], nowhere: dict[str, str]
 ) -> None:
-    """With the way out; what may pass by itself is told from what does not."""
+    """Every failure has a hint. A temporary failure has another class than a permanent one."""
     with pytest.raises(kind, match=words) as caught:
         find_architecture(recipe("org/new"), fetch=Hub({}, fault), environ=nowhere)
     assert caught.value.hint
 
 
 def test_a_token_is_in_no_message(nowhere: dict[str, str]) -> None:
-    """Whatever goes wrong."""
+    """An error of the network does not reveal the token."""
     environ = {**nowhere, "HF_TOKEN": "hf_secret"}
     with pytest.raises(HubAway) as caught:
         find_architecture(recipe("org/new"), fetch=Hub({}, OSError("down")), environ=environ)
     assert "hf_secret" not in str(caught.value)
 
 
-def test_offline_is_offline(nowhere: dict[str, str]) -> None:
-    """By the environment's word or by the caller's."""
+def test_an_offline_lookup_makes_no_request(nowhere: dict[str, str]) -> None:
+    """The environment or the caller can turn requests off."""
     hub = Hub({})
     for settings in ({"online": False}, {"environ": {**nowhere, "HF_HUB_OFFLINE": "1"}}):
-        with pytest.raises(ModelError, match="not asked"):
+        with pytest.raises(ModelError, match="does not ask the Hub"):
             find_architecture(recipe("org/new"), **{"fetch": hub, "environ": nowhere, **settings})  # type: ignore[arg-type]
     assert not hub.asked
-    with pytest.raises(ModelError, match="no bucket is asked"):
+    with pytest.raises(ModelError, match="reads no bucket"):
         find_architecture(recipe("s3://bucket/run/final"), online=False, fetch=hub, environ=nowhere)
 
 
 def test_a_run_s_model_is_looked_up_in_its_bucket(tmp_path: Path, nowhere: dict[str, str]) -> None:
-    """In the files that its final commit names; a run without one is an error."""
+    """The files of the run's final commit are read. A run without one is an error."""
     uri = (tmp_path / "runs").as_uri()
     bucket = open_run(uri, "sft")
     with pytest.raises(ModelError, match="no final model yet"):
@@ -281,8 +281,8 @@ def test_a_run_s_model_is_looked_up_in_its_bucket(tmp_path: Path, nowhere: dict[
     assert find_architecture(recipe(f"{uri}/sft/final"), environ=nowhere).vocab_size == 100
 
 
-def test_on_the_cpu_an_unknown_model_is_no_obstacle() -> None:
-    """It trains without a prediction; on GPUs, which cost money, it is an error."""
+def test_an_unknown_model_is_an_error_only_with_gpus() -> None:
+    """On a CPU it trains without a prediction. On GPUs, which cost money, it is an error."""
     cpu = Shape(accelerator=None, count=0, memory_gib=None, cores=1, host_memory_gib=8.0, node="a")
     assert architecture_for(recipe("/none/here"), cpu) is None
     gpus = cpu.model_copy(update={"accelerator": "A100", "count": 8, "memory_gib": 40.0})
@@ -311,8 +311,8 @@ def gguf_file(path: Path, kind: str, numbers: Mapping[str, int], *, words: int, 
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["own head", "tied"])
-def test_a_gguf_file_says_it_in_its_header(tmp_path: Path, head: bool) -> None:
-    """The tokens are the vocabulary, and a model without an output matrix uses its embedding."""
+def test_a_gguf_file_has_its_numbers_in_the_header(tmp_path: Path, head: bool) -> None:
+    """The list of tokens gives the vocabulary. A model without an output matrix has a tied head."""
     numbers = {
         "embedding_length": 64,
         "feed_forward_length": 128,
@@ -337,8 +337,8 @@ def test_a_gguf_file_says_it_in_its_header(tmp_path: Path, head: bool) -> None:
     )
 
 
-def test_what_is_no_gguf_file_is_an_error(tmp_path: Path) -> None:
-    """Nor is half a one."""
+def test_a_broken_gguf_file_is_an_error(tmp_path: Path) -> None:
+    """Another format, half a file, and a missing file are errors."""
     (tmp_path / "model.gguf").write_bytes(b"nothing of the kind")
     with pytest.raises(ModelError, match="GGUF"):
         find_architecture(recipe(str(tmp_path / "model.gguf")))

@@ -1,4 +1,4 @@
-"""A Hub that does not answer the supervisor: asked again, and then either another machine's or the user's to mend."""
+"""If the Hub does not answer, the supervisor retries. Then a recovery is recovered again, and a new run is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
 def test_a_recovery_asks_again_and_is_recovered_again(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run's first attempt came past this, so it is no fault of the recipe's."""
+    """The first attempt found the model, so the recipe is right and the failure is temporary."""
     claim(bucket, {})
     with Hub() as hub:
         hub.paths[CONFIG] = 503
@@ -41,8 +41,8 @@ def test_a_recovery_asks_again_and_is_recovered_again(
     assert len(hub.asked) == 3
 
 
-def test_a_run_that_begins_is_refused(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name or the network may be wrong for good: no machine is rented again and again."""
+def test_a_new_run_is_refused(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name or the network may be wrong permanently, so the run must not rent machine after machine."""
     with Hub() as hub:
         hub.paths[CONFIG] = 503
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
@@ -51,8 +51,8 @@ def test_a_run_that_begins_is_refused(bucket: Bucket, monkeypatch: pytest.Monkey
     assert caught.value.exit_code == ExitCode.CONFIG
 
 
-def test_what_is_not_there_is_not_waited_for(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong name is told at once."""
+def test_a_missing_model_is_not_retried(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong name is an error at once."""
     with Hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         with pytest.raises(ModelError, match="neither"):

@@ -1,4 +1,4 @@
-"""`key=value` on a command line: parsed as YAML, over the file, with the same checks."""
+"""`key=value` words on a command line are parsed as YAML, override the file, and are checked like it."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def of_file(path: Path, *overrides: str) -> Recipe:
     ],
 )
 def test_an_override_wins_over_the_file(file: Path, words: list[str], key: str, value: Any) -> None:
-    """The value is YAML, later words win, old names are understood."""
+    """The value is YAML, a later word overrides an earlier one, and old key names are translated."""
     assert of_file(file, *words).trainer_args[key] == value
 
 
 def test_an_unknown_override_names_the_command_line(file: Path) -> None:
-    """The file is right, so it is not blamed."""
+    """The message names the command line, not the file."""
     with pytest.raises(RecipeError) as caught:
         load(file, ["learning_rte=2e-5"])
     assert caught.value.message == "command line: unknown key `learning_rte` (value 2e-5)"
@@ -83,20 +83,20 @@ def test_an_unknown_override_names_the_command_line(file: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["learning_rate", "=3", "--learning_rate=3", "lr_scheduler_kwargs={a"])
-def test_a_word_that_is_no_override_is_refused(file: Path, word: str) -> None:
-    """What was meant is not guessed."""
+def test_a_malformed_word_is_refused(file: Path, word: str) -> None:
+    """A word without a key, a value or valid YAML is an error."""
     with pytest.raises(RecipeError, match="command line"):
         load(file, [word])
 
 
 def test_a_wrong_type_names_the_command_line(file: Path) -> None:
-    """Values are checked as those of a file are."""
+    """A value on the command line is checked like one in a file."""
     with pytest.raises(RecipeError, match="command line: `max_steps: many` must be a whole number"):
         load(file, ["max_steps=many"])
 
 
 def test_dotted_keys_reach_into_mappings_and_lists(file: Path) -> None:
-    """One number of the tiny model or of a data source can be changed alone."""
+    """A dotted key changes one number of the tiny model or of a data source."""
     recipe = of_file(
         file, "tiny.hidden_size=64", "dataset_mixture.seed=1", "dataset_mixture.datasets.1.weight=0.25"
     )
@@ -116,30 +116,30 @@ def test_dotted_keys_reach_into_mappings_and_lists(file: Path) -> None:
         ("dataset_mixture.sede=1", "its keys are `datasets`, `test_datasets`"),
     ],
 )
-def test_a_dotted_key_to_nowhere_is_refused(file: Path, word: str, message: str) -> None:
-    """A dotted key must not make up what it does not find."""
+def test_a_dotted_key_that_leads_nowhere_is_refused(file: Path, word: str, message: str) -> None:
+    """A dotted key never creates an unknown key or list entry."""
     with pytest.raises(RecipeError) as caught:
         load(file, [word])
     assert message in str(caught.value)
 
 
-def test_a_dotted_key_makes_the_mapping_it_needs() -> None:
-    """A file need not say `lr_scheduler_kwargs:` for one of them to be set."""
+def test_a_dotted_key_creates_a_missing_mapping() -> None:
+    """`lr_scheduler_kwargs.min_lr=…` works without `lr_scheduler_kwargs:` in the file."""
     keys: dict[str, Any] = {"a": None}
     set_dotted(keys, ("a", "b"), 1)
     set_dotted(keys, ("c", "d"), 2)
     assert keys == {"a": {"b": 1}, "c": {"d": 2}}
 
 
-def test_a_model_takes_the_place_of_the_tiny_one(file: Path) -> None:
-    """`init: tiny` in the file is no contradiction to a model that is asked for."""
+def test_a_model_overrides_the_tiny_one(file: Path) -> None:
+    """A model on the command line overrides `init: tiny` of the file, with a note."""
     recipe, notes = load(file, ["model_name_or_path=org/model"])
     assert (recipe.model_name_or_path, recipe.init) == ("org/model", None)
     assert "`model_name_or_path: org/model` on the command line overrides `init: tiny`" in notes
 
 
-def test_the_tiny_model_takes_the_place_of_a_given_one(imported: Path) -> None:
-    """Any recipe can be tried in small, its model's revision forgotten with it."""
+def test_the_tiny_model_overrides_a_given_one(imported: Path) -> None:
+    """`init=tiny` removes the file's model and its revision, so every recipe can be tried out."""
     recipe = of_file(imported, "init=tiny")
     assert (recipe.model_name_or_path, recipe.init) == (None, "tiny")
     assert "model_revision" not in recipe.model_args
@@ -154,8 +154,8 @@ def test_the_tiny_model_takes_the_place_of_a_given_one(imported: Path) -> None:
         "datasets=[{path: org/new}]",
     ],
 )
-def test_other_data_takes_the_place_of_the_files(file: Path, imported: Path, word: str) -> None:
-    """The file's data is gone whole, with its splits and its test data."""
+def test_data_on_the_command_line_override_the_files(file: Path, imported: Path, word: str) -> None:
+    """New data replace all data keys of the file, also its splits and test data."""
     for path in (file, imported):
         mixture = of_file(path, word).dataset_mixture
         assert [data.id for data in mixture.datasets] == ["org/new"]
@@ -164,7 +164,7 @@ def test_other_data_takes_the_place_of_the_files(file: Path, imported: Path, wor
 
 
 def test_test_data_can_be_given_alone(file: Path) -> None:
-    """`test_dataset=` replaces the file's test data, of the split `test`."""
+    """`test_dataset=` replaces only the file's test data. The default split is `test`."""
     mixture = of_file(file, "test_dataset=org/exam").dataset_mixture
     assert len(mixture.datasets) == 2
     assert [(data.id, data.split) for data in mixture.test_datasets] == [("org/exam", "test")]
@@ -180,12 +180,12 @@ def test_test_data_can_be_given_alone(file: Path) -> None:
     ],
 )
 def test_a_dotted_key_takes_data_in_short(file: Path, word: str, ids: list[str]) -> None:
-    """What can be written short in a file can be so below a dotted key."""
+    """Below a dotted key, data may have the same short forms as in a file."""
     assert [data.id for data in of_file(file, word).dataset_mixture.test_datasets] == ids
 
 
 def test_the_splits_of_one_data_set_can_be_named(file: Path) -> None:
-    """TRL's own script arguments are understood, whatever the splits are called."""
+    """The arguments of TRL's scripts are translated, with any names of splits."""
     mixture = of_file(
         file, "dataset_name=org/new", "dataset_train_split=a", "dataset_test_split=b"
     ).dataset_mixture
@@ -214,7 +214,7 @@ def test_the_splits_of_one_data_set_can_be_named(file: Path) -> None:
     ],
 )
 def test_data_in_no_known_form_is_refused(file: Path, word: str, message: str) -> None:
-    """The message shows what was given, and says where."""
+    """The message shows the value and where it was set."""
     with pytest.raises(RecipeError) as caught:
         load(file, [word])
     assert message in str(caught.value)
@@ -222,7 +222,7 @@ def test_data_in_no_known_form_is_refused(file: Path, word: str, message: str) -
 
 
 def test_a_local_test_file_has_no_splits(file: Path, tmp_path: Path) -> None:
-    """A single file is taken whole."""
+    """A single file is used whole."""
     (tmp_path / "exam.jsonl").write_text("{}\n")
     [exam] = of_file(file, f"test_dataset={tmp_path}/exam.jsonl").dataset_mixture.test_datasets
     assert (exam.id, exam.split) == (str(tmp_path / "exam.jsonl"), "train")
@@ -231,7 +231,7 @@ def test_a_local_test_file_has_no_splits(file: Path, tmp_path: Path) -> None:
 def test_a_path_on_the_command_line_is_from_the_current_folder(
     file: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is typed means what the shell would complete, though the recipe's folder has the same name."""
+    """A typed path is relative to the current folder, even if the recipe's folder has a file of the same name."""
     here = tmp_path_factory.mktemp("here")
     for folder in (here, tmp_path):
         (folder / "chat.jsonl").write_text("{}\n")
@@ -241,8 +241,8 @@ def test_a_path_on_the_command_line_is_from_the_current_folder(
     )
 
 
-def test_a_global_batch_takes_the_place_of_an_imported_one(imported: Path) -> None:
-    """The imported arithmetic is not added to it."""
+def test_a_global_batch_overrides_an_imported_one(imported: Path) -> None:
+    """The product of the imported keys is replaced, and a note names them."""
     assert of_file(imported).global_batch_size == 4 * 2 * 8
     recipe, notes = load(imported, ["global_batch_size=16"])
     assert recipe.global_batch_size == 16
@@ -253,11 +253,11 @@ def test_a_global_batch_takes_the_place_of_an_imported_one(imported: Path) -> No
 
 
 def test_a_per_device_batch_over_a_global_one_is_refused(file: Path) -> None:
-    """A recipe has no devices, so the two cannot be brought together."""
+    """A recipe does not know the number of devices, so it cannot have both keys."""
     with pytest.raises(RecipeError, match="drop `per_device_train_batch_size`"):
         load(file, ["per_device_train_batch_size=4"])
 
 
-def test_words_are_sorted_into_plain_and_dotted() -> None:
-    """The two are applied at different times."""
+def test_plain_and_dotted_words_are_parsed_apart() -> None:
+    """Plain and dotted keys are applied at different times."""
     assert parse(["a=1", "b.c=x"]) == ({"a": 1}, {("b", "c"): "x"})

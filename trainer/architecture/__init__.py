@@ -1,4 +1,4 @@
-"""A model's structure: parameter counts and shapes, from a table, a config or a file's header."""
+"""The structure of models: parameter counts and shapes, from a table, a `config.json` or a GGUF header."""
 
 from trainer.architecture.architecture import Architecture
 from trainer.architecture.table import known_architecture

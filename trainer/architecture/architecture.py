@@ -1,4 +1,4 @@
-"""The numbers of a decoder that decide its memory and its arithmetic, from the `config.json` that it comes with."""
+"""The numbers of a decoder that decide its memory and its arithmetic. They come from the model's `config.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.errors import ModelError
 
 
 class Linear(NamedTuple):
-    """A projection of a layer."""
+    """One projection of a decoder layer."""
 
     inputs: int
     outputs: int
@@ -28,20 +28,20 @@ class Linear(NamedTuple):
 
 
 class _Family(NamedTuple):
-    """What the classes of Transformers fix for all models of a kind; the same for every config of it."""
+    """Facts about a model type that are fixed in Transformers' code, not in a model's config."""
 
     qkv_bias: bool = False
     output_bias: bool = False
     biases_by_config: bool = False
-    """`attention_bias` (of q, k, v and o) and `mlp_bias` are read."""
+    """Whether the config's `attention_bias` (for q, k, v and o) and `mlp_bias` decide which biases exist."""
     qk_norm: bool = False
     norms_per_layer: int = 2
     head_dim: int | None = None
-    """Where the config is silent; else hidden size / heads."""
+    """The default if the config has none. Without it, the default is hidden size / heads."""
     tie_word_embeddings: bool = False
-    """Where the config is silent."""
+    """The default if the config has none."""
     upcast_norms: bool = False
-    """RMSNorm multiplies by its weight in float32, before the cast back."""
+    """Whether RMSNorm multiplies by its weight in float32, before the cast back."""
     gelu: bool = False
 
 
@@ -76,14 +76,14 @@ NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 
 
 class Architecture(BaseModel):
-    """A decoder of gated feed-forward layers, RMSNorm and rotary positions, as Llama and its kin are."""
+    """A decoder with gated feed-forward layers, RMSNorm and rotary positions, such as Llama."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     name: str
-    """Hub id or path; for messages."""
+    """Hub id or path, for messages."""
     model_type: str
-    """Transformers' name of the kind: `mistral`, `llama` …"""
+    """Transformers' name of the architecture: `mistral`, `llama` …"""
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     num_hidden_layers: int = Field(gt=0)
@@ -93,59 +93,65 @@ class Architecture(BaseModel):
     vocab_size: int = Field(gt=0)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    """Of q, k and v."""
+    """Whether q, k and v have a bias."""
     output_bias: bool = False
-    """Of o."""
+    """Whether o has a bias."""
     mlp_bias: bool = False
     sliding_window: int | None = None
-    """Tokens that a layer looks back, if limited; memory does not count on it."""
+    """Tokens that a layer looks back, if limited. The prediction of memory does not use it."""
     dtype: str | None = None
-    """That the published weights are in."""
+    """The dtype of the published weights."""
 
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> Architecture:
-        """Of a model's `config.json`.
+        """Build an architecture from a model's `config.json`.
 
         Raises:
-            ModelError: a kind of model that we cannot count, or a config without its numbers.
+            ModelError: the model type is not in `FAMILIES`, or the config lacks a number.
         """
         kind = str(config.get("model_type"))
         family = FAMILIES.get(kind)
         if family is None:
             raise ModelError(
-                f"{name} is a `{kind}` model, whose memory we cannot predict",
-                hint=f"those that we can: {', '.join(FAMILIES)}",
+                f"{name} is a `{kind}` model, and the memory of this type cannot be predicted",
+                hint=f"supported types: {', '.join(FAMILIES)}",
             )
         if missing := [key for key in NEEDED if not isinstance(config.get(key), int)]:
-            raise ModelError(f"the config.json of {name} does not say {', '.join(missing)}")
+            raise ModelError(
+                f"the config.json of {name} has no {', '.join(missing)}",
+                hint="use a model with a complete config.json",
+            )
         try:
             return cls(name=name, model_type=kind, **_numbers(config, family))
         except ValidationError as error:
             first = error.errors()[0]
             raise ModelError(
-                f"the config.json of {name}: `{first['loc'][0]}`: {first['msg']} (value {first['input']})"
+                f"the config.json of {name}: `{first['loc'][0]}`: {first['msg']} (value {first['input']})",
+                hint="correct the config.json, or use another model",
             ) from None
 
     def __copy__(self) -> Architecture:
-        """Without what was worked out of it: `model_copy` puts other numbers in."""
+        """Return a copy without cached properties, because `model_copy` may change the numbers they were computed from."""
         return Architecture(**self.model_dump())
 
     @property
     def family(self) -> _Family:
+        """Facts about the model type."""
         return FAMILIES[self.model_type]
 
     @property
     def query_size(self) -> int:
+        """Elements of a token's queries, over all heads."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_value_size(self) -> int:
-        """Of keys, and of values; less than `query_size` with grouped queries (arXiv:2305.13245)."""
+        """Elements of a token's keys, and of its values. Smaller than `query_size` with grouped queries (arXiv:2305.13245)."""
         return self.num_key_value_heads * self.head_dim
 
     @cached_property
     def linears(self) -> Mapping[str, Linear]:
-        """The projections of one layer, by the last part of their names."""
+        """The projections of one layer, by the last part of their module names."""
         hidden, inner = self.hidden_size, self.intermediate_size
         return {
             "q_proj": Linear(hidden, self.query_size, self.attention_bias),
@@ -159,37 +165,38 @@ class Architecture(BaseModel):
 
     @property
     def norm_parameters(self) -> int:
-        """Of one layer."""
+        """Parameters of the norms of one layer."""
         return self.family.norms_per_layer * self.hidden_size + 2 * self.head_dim * self.family.qk_norm
 
     @cached_property
     def layer_parameters(self) -> int:
-        """Of one layer."""
+        """Parameters of one layer."""
         return sum(linear.parameters for linear in self.linears.values()) + self.norm_parameters
 
     @cached_property
     def linear_weights(self) -> int:
-        """Elements of all layers' projections: what 4-bit loading quantises."""
+        """Elements of the projections of all layers. Loading in 4 bits quantises these."""
         return self.num_hidden_layers * sum(linear.weights for linear in self.linears.values())
 
     @property
     def embedding_parameters(self) -> int:
-        """Of the embedding of tokens."""
+        """Parameters of the token embedding."""
         return self.vocab_size * self.hidden_size
 
     @property
     def head_parameters(self) -> int:
-        """Of the head, if it is not the embedding once more."""
+        """Parameters of the head. 0 if it shares the embedding's weights."""
         return 0 if self.tie_word_embeddings else self.embedding_parameters
 
     @cached_property
     def parameters(self) -> int:
-        """Of the whole model; tied weights count once."""
+        """Parameters of the whole model. Tied weights count once."""
         layers = self.num_hidden_layers * self.layer_parameters
         return layers + self.embedding_parameters + self.head_parameters + self.hidden_size
 
 
 def _numbers(config: Mapping[str, Any], family: _Family) -> dict[str, Any]:
+    """Return the fields of an `Architecture` from a config, with Transformers' defaults for missing keys."""
     heads = config["num_attention_heads"]
     by_config = family.biases_by_config
     attention_bias = bool(config.get("attention_bias")) if by_config else family.qkv_bias

@@ -1,4 +1,7 @@
-"""The numbers of a model in the header of its GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+"""Read a model's numbers from the header of its GGUF file.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from trainer.errors import ModelError
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
+"""Type codes of values."""
 NUMBERS = {
     0: "<B",
     1: "<b",
@@ -23,8 +27,12 @@ NUMBERS = {
     11: "<q",
     12: "<d",
 }
+"""Type codes of numbers, and their formats for `struct`."""
 KINDS = {"gemma3": "gemma3_text"}
-"""Names of Transformers', where they are not GGUF's; Mistral's models are `llama` in GGUF, and count alike."""
+"""Architectures in GGUF, and their names in Transformers where these differ.
+
+Mistral's models are `llama` in GGUF. Both have the same parameter counts.
+"""
 KEYS = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -33,21 +41,27 @@ KEYS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
 }
+"""Keys of the header, and their names in a `config.json`."""
 LENGTH = "<length>"
+"""Suffix under which the length of an array is stored."""
 HEAD = "output.weight"
+"""The tensor that exists only if the head is not tied to the embedding."""
 
 
 def config(file: Path) -> dict[str, Any]:
-    """What a `config.json` would say.
+    """Return the content that the model's `config.json` would have.
 
     Raises:
-        ModelError: there is no such file, or it is none of GGUF.
+        ModelError: the file does not exist, or is not a GGUF file.
     """
     try:
         with file.open("rb") as stream:
             values, tensors = _header(stream)
     except (OSError, struct.error, UnicodeDecodeError, KeyError) as error:
-        raise ModelError(f"{file} cannot be read as a GGUF file: {error}") from error
+        raise ModelError(
+            f"{file} cannot be read as a GGUF file: {error}",
+            hint="check the path, or download the file again",
+        ) from error
     kind = str(values.get("general.architecture"))
     found = {ours: values[f"{kind}.{key}"] for key, ours in KEYS.items() if f"{kind}.{key}" in values}
     return {
@@ -59,10 +73,10 @@ def config(file: Path) -> dict[str, Any]:
 
 
 def _header(stream: BinaryIO) -> tuple[dict[str, Any], set[str]]:
-    """Keys with their values, and the names of tensors; of an array its length alone is kept."""
+    """Return the header's keys with their values, and the names of the tensors. For an array, only its length is kept."""
     if stream.read(4) != MAGIC:
-        raise KeyError("it does not begin with GGUF")
-    _number(stream, "<I")
+        raise KeyError("it does not start with GGUF")
+    _number(stream, "<I")  # version
     tensors, pairs = _number(stream, "<Q"), _number(stream, "<Q")
     values: dict[str, Any] = {}
     for _ in range(pairs):

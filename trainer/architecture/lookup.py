@@ -1,4 +1,8 @@
-"""The numbers of a recipe's model, looked up where they are: a table, a folder, a bucket, or the Hub."""
+"""Look up the architecture of a recipe's model: in the table, a folder, a GGUF file, a bucket, or on the Hub.
+
+Also where the Hub's client keeps its cache and the token of `hf auth login`:
+https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables
+"""
 
 from __future__ import annotations
 
@@ -11,42 +15,71 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.architecture import Architecture, gguf_header, hub_login, known_architecture
+from trainer.architecture import Architecture, gguf_header, known_architecture
 from trainer.errors import ModelError, Unavailable, UserError
 from trainer.hardware import Shape
 from trainer.recipe.model import Recipe
 
 log = logging.getLogger(__name__)
 HUB = "https://huggingface.co"
+TOKEN = "HF_TOKEN"  # noqa: S105 (a variable's name)
 TIMEOUT_S = 5.0
 DEEPEST = 4
-"""Adapters upon adapters; more are a circle."""
-
+"""Adapters of adapters that are followed. A longer chain is taken for a cycle."""
 BUSY = {408, 429}
-"""Of the answers below 500, those that another try may better."""
+"""HTTP statuses below 500 after which a retry may succeed."""
+TRUE = ("1", "TRUE", "YES", "ON")
+"""Values that the Hub's client reads as true."""
+
+Fetch = Callable[[str, Mapping[str, str]], bytes]
+"""Returns the body at a URL, given request headers. Raises OSError."""
 
 
 class HubAway(Unavailable):
-    """The Hub, or the way to it, failed: the same may work later."""
-
-
-Fetch = Callable[[str, Mapping[str, str]], bytes]
-"""The body at a URL, asked for with headers; raises OSError."""
+    """The Hub or the network failed. The same request may succeed later."""
 
 
 def https_get(url: str, headers: Mapping[str, str]) -> bytes:
-    """Raises OSError, of which `urllib.error.HTTPError` has the server's `code`."""
+    """Return the body at a URL.
+
+    Raises:
+        OSError: the request failed. `urllib.error.HTTPError`, a subclass, has the server's status in `code`.
+    """
     if not url.startswith(("https://", "http://")):
-        raise OSError(f"{url} is no address of a server")
-    request = urllib.request.Request(url, headers=dict(headers))  # noqa: S310 (looked at above)
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
-        return bytes(answer.read())
+        raise OSError(f"{url} is not an HTTP address")
+    request = urllib.request.Request(url, headers=dict(headers))  # noqa: S310 (the scheme is checked above)
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
+        return bytes(response.read())
+
+
+def hub_home(environ: Mapping[str, str]) -> Path | None:
+    """Return the folder of the Hub's client. None if the environment names no home folder."""
+    if named := environ.get("HF_HOME"):
+        return Path(named).expanduser()
+    if cache := environ.get("XDG_CACHE_HOME"):
+        return Path(cache).expanduser() / "huggingface"
+    return Path(environ["HOME"]) / ".cache" / "huggingface" if environ.get("HOME") else None
+
+
+def with_login(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the environment, with the token of `hf auth login` if the environment has none.
+
+    Rented machines do not have the login's file, so they need the token as a variable.
+    """
+    folder = hub_home(environ)
+    if environ.get(TOKEN) or folder is None:
+        return environ
+    try:
+        token = Path(environ.get("HF_TOKEN_PATH") or folder / "token").expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return environ
+    return {**environ, TOKEN: token} if token else environ
 
 
 def architecture_for(recipe: Recipe, shape: Shape) -> Architecture | None:
-    """What `fit` is to know of the model on a shape.
+    """Return the architecture that `fit` needs for a shape.
 
-    On the CPU an unknown model trains all the same, so nobody is asked over the network, and None is an answer.
+    On a CPU the fit works without the architecture. So no server is asked, and an unknown model gives None.
 
     Raises:
         UserError: as in `find_architecture`, for a shape with GPUs.
@@ -67,67 +100,77 @@ def find_architecture(
     fetch: Fetch = https_get,
     environ: Mapping[str, str] = os.environ,
 ) -> Architecture:
-    """Of the model that the recipe starts from; an adapter counts as its base, into which it is merged.
+    """Return the architecture of the model that the recipe starts from.
+
+    For an adapter this is the architecture of its base model, because the adapter is merged into it.
+
+    Args:
+        recipe: the recipe whose model is looked up.
+        online: whether to ask the Hub and buckets. The variable `HF_HUB_OFFLINE` turns the Hub off, too.
+        fetch: reads a URL.
+        environ: names the Hub's address, cache and token.
 
     Raises:
-        ModelError: there is no such model, it is of a kind that we cannot count, or nobody is to be asked.
+        ModelError: there is no such model, its type is not supported, or only a server knows it and `online` is false.
         HubAway: the Hub does not answer.
         BucketError, Unavailable: the model is in a bucket that cannot be read.
     """
     if recipe.init == "tiny":
         return Architecture.from_config("tiny", {"model_type": "mistral", **recipe.tiny.model_dump()})
-    look = _Lookup(str(recipe.model_args.get("model_revision") or "main"), fetch if online else None, environ)
-    return look.up(str(recipe.model_name_or_path))
+    revision = str(recipe.model_args.get("model_revision") or "main")
+    return _Lookup(revision, fetch if online else None, environ).find(str(recipe.model_name_or_path))
 
 
 class _Lookup:
-    """One lookup, which may lead from an adapter to its base."""
+    """One lookup. It follows adapters to their base model."""
 
     def __init__(self, revision: str, fetch: Fetch | None, environ: Mapping[str, str]) -> None:
         self._revision = revision
         self._fetch = fetch
-        self._environ = hub_login.with_login(environ)
+        self._environ = with_login(environ)
 
-    def up(self, name: str, depth: int = 0) -> Architecture:
+    def find(self, name: str, depth: int = 0) -> Architecture:
         if depth > DEEPEST:
-            raise ModelError(f"{name} is an adapter of an adapter, {DEEPEST} times over")
+            raise ModelError(
+                f"{name} is more than {DEEPEST} adapters away from a base model",
+                hint="check `base_model_name_or_path` in adapter_config.json for a cycle",
+            )
         if known := known_architecture(name):
             return known
         if name.endswith(".gguf"):
             return Architecture.from_config(name, gguf_header.config(Path(name).expanduser()))
         if "://" in name and self._fetch is None:
-            raise _unreachable(name, "no bucket is asked here")
+            raise _unreachable(name, "this lookup is offline and reads no bucket")
         read = _in_bucket(name) if "://" in name else self._reader(name)
         config = read("config.json")
         if config is not None and "model_type" in config:
             return Architecture.from_config(name, config)
         adapter = read("adapter_config.json")
         if adapter is None:
-            raise ModelError(f"{name} has neither config.json nor adapter_config.json")
-        return self.up(str(adapter.get("base_model_name_or_path")), depth + 1)
+            raise ModelError(
+                f"{name} has neither config.json nor adapter_config.json",
+                hint="check the model's name or folder",
+            )
+        return self.find(str(adapter.get("base_model_name_or_path")), depth + 1)
 
     def _reader(self, name: str) -> Callable[[str], dict[str, Any] | None]:
+        """Return a function that reads a JSON file of a model: from a folder, the Hub's cache, or the Hub."""
         folder = Path(name).expanduser()
         if folder.is_dir():
             return lambda file: _json_file(folder / file)
         if folder.is_absolute() or name.count("/") > 1:
-            raise ModelError(f"there is no model folder {name}")
+            raise ModelError(f"there is no model folder {name}", hint="check the path, or give a Hub id")
         cached = _cached(name, self._environ)
         if cached is not None:
             return lambda file: _json_file(cached / file)
         return lambda file: self._hub(name, file)
 
     def _hub(self, name: str, file: str) -> dict[str, Any] | None:
-        """A file of a Hub's model; None if it has none of that name."""
+        """Return a JSON file of a model on the Hub. None if the model has no such file."""
         endpoint = (self._environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-        if self._fetch is None or self._environ.get("HF_HUB_OFFLINE", "0").upper() in (
-            "1",
-            "TRUE",
-            "YES",
-            "ON",
-        ):
-            raise _unreachable(name, "the Hub is not asked here")
-        token = self._environ.get("HF_TOKEN")
+        if self._fetch is None or self._environ.get("HF_HUB_OFFLINE", "0").upper() in TRUE:
+            raise _unreachable(name, "this lookup is offline and does not ask the Hub")
+        token = self._environ.get(TOKEN)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             found: dict[str, Any] = json.loads(
@@ -138,24 +181,26 @@ class _Lookup:
             if error.code == 404:
                 return None
             if error.code in (401, 403):
-                hint = "accept its terms on the Hub, and pass your token as $HF_TOKEN; or check its name"
+                hint = (
+                    "accept the model's terms on the Hub and pass your token as $HF_TOKEN, or check the name"
+                )
                 raise ModelError(
-                    f"{endpoint} does not let us see {name} ({error.code})", hint=hint
+                    f"{endpoint} denies access to {name} (HTTP {error.code})", hint=hint
                 ) from error
-            passing = error.code >= 500 or error.code in BUSY
-            raise _unreachable(name, f"{endpoint} answers {error.code}", passing=passing) from error
+            temporary = error.code >= 500 or error.code in BUSY
+            raise _unreachable(name, f"{endpoint} answers {error.code}", temporary=temporary) from error
         except (OSError, ValueError) as error:
             raise _unreachable(
-                name, f"{endpoint}: {error}", passing=not isinstance(error, ValueError)
+                name, f"{endpoint}: {error}", temporary=not isinstance(error, ValueError)
             ) from error
         return found
 
 
-def _unreachable(name: str, why: str, *, passing: bool = False) -> ModelError | HubAway:
-    return (HubAway if passing else ModelError)(
-        f"the config.json of {name} cannot be had, so its memory cannot be predicted: {why}",
-        hint="check the name and the network, name a local folder, or take a model of the table: "
-        "`trainer.architecture.table` lists them",
+def _unreachable(name: str, why: str, *, temporary: bool = False) -> ModelError | HubAway:
+    return (HubAway if temporary else ModelError)(
+        f"the config.json of {name} cannot be read, so its memory cannot be predicted: {why}",
+        hint="check the name and the network, give a local folder, or use a model of the table in "
+        "trainer/architecture/table.py",
     )
 
 
@@ -165,13 +210,16 @@ def _json_file(path: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        raise ModelError(f"{path} cannot be read: {error}", hint="check that it is a JSON file") from error
     return found
 
 
 def _cached(name: str, environ: Mapping[str, str]) -> Path | None:
-    """The newest snapshot of a model in the cache of the Hub's client: https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
-    home, named = hub_login.home(environ), environ.get("HF_HUB_CACHE")
+    """Return the newest snapshot of a model in the cache of the Hub's client, or None.
+
+    The cache's layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    home, named = hub_home(environ), environ.get("HF_HUB_CACHE")
     if not named and home is None:
         return None
     hub = Path(named).expanduser() if named else Path(str(home)) / "hub"
@@ -184,7 +232,7 @@ def _cached(name: str, environ: Mapping[str, str]) -> Path | None:
 
 
 def _in_bucket(uri: str) -> Callable[[str], dict[str, Any] | None]:
-    """Files of a run's final model."""
+    """Return a function that reads a JSON file of a run's final model."""
     from trainer.bucket.restore import find_exported
 
     bucket, manifest = find_exported(uri)

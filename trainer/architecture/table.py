@@ -1,6 +1,6 @@
-"""Models by Hub id, for use with no network: each row is of the `config.json` at https://huggingface.co/<id>.
+"""Architectures by Hub id, for use without a network. Each row is taken from https://huggingface.co/<id>, `config.json`.
 
-A test compares the parameters that follow with the totals that the Hub shows for the same ids.
+A test compares the parameter counts with the totals that the Hub shows for the same ids.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from trainer.architecture.architecture import Architecture
 
 class _Row(NamedTuple):
     ids: tuple[str, ...]
-    """Models with these numbers: the first is the one that was trained from nothing."""
+    """Models with these numbers. The first one was trained from scratch."""
     kind: str
     hidden: int
     inner: int
     layers: int
     heads: tuple[int, int]
-    """Of queries, and of keys and values."""
+    """Heads of queries, and heads of keys and values."""
     vocabulary: int
     tied: bool = False
     head: int | None = None
-    """Dimension of a head, where it is not hidden size / heads."""
+    """Dimension of a head, if it is not hidden size / heads."""
     dtype: str = "bfloat16"
 
 
@@ -40,7 +40,7 @@ MISTRAL = (
     "alignment-handbook/zephyr-7b-sft-qlora",
     "argilla/notus-7b-v1",
 )
-"""Adapters are here by what they adapt: they are merged before they are trained on."""
+"""Adapters have their base model's numbers, because an adapter is merged before it is trained further."""
 LLAMA3 = (
     "meta-llama/Meta-Llama-3-8B",
     "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -50,7 +50,8 @@ LLAMA3 = (
 
 
 def _with_chat(*ids: str, suffix: str) -> tuple[str, ...]:
-    return tuple(name for each in ids for name in (each, each + suffix))
+    """Return the ids of base models, each followed by the id of its chat model."""
+    return tuple(name for base in ids for name in (base, base + suffix))
 
 
 ROWS = (
@@ -233,12 +234,12 @@ ROWS = (
 
 
 def known_architecture(model: str) -> Architecture | None:
-    """Of a Hub id; None if the table has it not."""
+    """Return the architecture of a Hub id, in upper or lower case. None if the table does not have it."""
     return _by_id().get(model.casefold())
 
 
 def known_models() -> tuple[str, ...]:
-    """The Hub ids of the table."""
+    """Return the Hub ids of the table."""
     return tuple(name for row in ROWS for name in row.ids)
 
 
@@ -254,7 +255,7 @@ def _entries() -> Iterator[tuple[str, Architecture]]:
 
 
 def config_of(row: _Row) -> dict[str, object]:
-    """The row as a `config.json` has it."""
+    """Return the row in the form of a `config.json`."""
     head = {"head_dim": row.head} if row.head else {}
     return {
         "model_type": row.kind,

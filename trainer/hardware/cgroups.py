@@ -1,4 +1,4 @@
-"""The limits of the container or job that this process is in, as the kernel's control groups write them."""
+"""The memory and core limits of the container or job that this process is in, from the kernel's control groups."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import psutil
 
 CGROUPS = "/sys/fs/cgroup"
 LARGEST_CGROUP_BYTES = 2**60
-"""cgroup v1 writes "no limit" as a number near 2^63."""
+"""A larger limit means no limit: cgroup v1 writes "no limit" as a number near 2^63."""
 
 Read = Callable[[str], str | None]
 
 
 def read_file(path: str) -> str | None:
-    """A file's text; None if it cannot be read."""
+    """Return a file's text. None if it cannot be read."""
     try:
         return Path(path).read_text().strip()
     except OSError:
@@ -23,17 +23,20 @@ def read_file(path: str) -> str | None:
 
 
 def host_available_bytes() -> int:
-    """Memory of the host that can be had without swapping, whatever share of it is ours."""
+    """Return the host's memory that is available without swapping, regardless of this process's limits."""
     return int(psutil.virtual_memory().available)
 
 
 def available_bytes(*, read: Read = read_file, memory: Callable[[], int] = host_available_bytes) -> int:
-    """Memory that this process can still have, within the limits of the container or job it is in."""
+    """Return the memory that this process can still allocate, within the limits of its container or job."""
     return min([memory(), *_memory_left(groups(read), read)])
 
 
 def groups(read: Read) -> dict[str, list[str]]:
-    """Folders that may limit this process, by controller (`` is version 2), innermost first."""
+    """Return the folders whose limits apply to this process, by controller, innermost first.
+
+    The key of cgroup version 2 is the empty text.
+    """
     folders: dict[str, list[str]] = {}
     for line in (read("/proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -46,7 +49,7 @@ def groups(read: Read) -> dict[str, list[str]]:
 
 
 def core_limits(groups: Mapping[str, list[str]], read: Read) -> list[float]:
-    """Cores that each limit on the way up allows."""
+    """Return the cores that each limit allows, from the innermost group to the root."""
     limits = []
     for folder in groups.get("", []):
         quota, _, period = (read(f"{folder}/cpu.max") or "max").partition(" ")
@@ -60,7 +63,7 @@ def core_limits(groups: Mapping[str, list[str]], read: Read) -> list[float]:
 
 
 def memory_limits(groups: Mapping[str, list[str]], read: Read) -> list[int]:
-    """Bytes that each limit on the way up allows."""
+    """Return the bytes that each limit allows, from the innermost group to the root."""
     files = [f"{folder}/memory.max" for folder in groups.get("", [])]
     files += [f"{folder}/memory.limit_in_bytes" for folder in groups.get("memory", [])]
     found = [text for path in files if (text := read(path)) and text.isdecimal()]
@@ -68,7 +71,7 @@ def memory_limits(groups: Mapping[str, list[str]], read: Read) -> list[int]:
 
 
 def _memory_left(groups: Mapping[str, list[str]], read: Read) -> list[int]:
-    """Of each limit; pages of files that nobody has touched lately count as left."""
+    """Return the bytes left within each limit. Inactive pages of the file cache count as left, since the kernel frees them."""
     files = [(f"{folder}/memory.max", f"{folder}/memory.current") for folder in groups.get("", [])]
     files += [
         (f"{folder}/memory.limit_in_bytes", f"{folder}/memory.usage_in_bytes")
@@ -83,6 +86,7 @@ def _memory_left(groups: Mapping[str, list[str]], read: Read) -> list[int]:
 
 
 def _idle_pages(folder: str, read: Read) -> int:
+    """Return the bytes of inactive file pages in a group."""
     for line in (read(f"{folder}/memory.stat") or "").splitlines():
         name, _, count = line.partition(" ")
         if name in ("inactive_file", "total_inactive_file") and count.isdecimal():

@@ -1,4 +1,4 @@
-"""The machine at hand: its GPUs, and the cores and the memory that this process may really use."""
+"""Detect the shape of this machine: its GPUs, and the cores and memory that this process may use."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ import psutil
 
 from trainer.hardware.cgroups import Read, core_limits, groups, memory_limits, read_file
 from trainer.hardware.shape import Shape
+from trainer.hardware.table import MIB_PER_GIB
 
 QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
-MIB_PER_GIB = 1024
+MAKERS = ("NVIDIA", "Tesla", "GeForce", "Quadro")
+"""Words of a GPU's name that SkyPilot's names omit."""
+LARGER = {"A100": (60, "-80GB"), "V100": (20, "-32GB")}
+"""For names of two boards: the GiB above which it is the larger board, and that board's suffix."""
+PCIE_BOARDS = ("A100", "A100-80GB", "H100")
+"""SkyPilot uses these names also for the SXM boards, which are faster or better connected."""
 
 Run = Callable[[Sequence[str]], str | None]
 
@@ -28,7 +34,7 @@ class _Gpu(NamedTuple):
 
 
 def run_command(command: Sequence[str]) -> str | None:
-    """What a command prints; None if it is not there, fails, or hangs."""
+    """Return the output of a command. None if it does not exist, fails, or takes longer than 30 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
@@ -37,7 +43,7 @@ def run_command(command: Sequence[str]) -> str | None:
 
 
 def affinity() -> int:
-    """Cores that the process may be scheduled on."""
+    """Return the number of cores that the process may be scheduled on."""
     try:
         return len(psutil.Process().cpu_affinity() or ())
     except AttributeError:  # macOS has none
@@ -45,7 +51,7 @@ def affinity() -> int:
 
 
 def host_bytes() -> int:
-    """Memory of the host, whatever share of it is ours."""
+    """Return the host's total memory, regardless of this process's limits."""
     return int(psutil.virtual_memory().total)
 
 
@@ -57,7 +63,10 @@ def detect(
     cores: Callable[[], int] = affinity,
     memory: Callable[[], int] = host_bytes,
 ) -> Shape:
-    """The shape of this machine, within the limits of the container or job that this process is in."""
+    """Return the shape of this machine, within the limits of the container or job that this process is in.
+
+    If the GPUs differ, the shape has the smallest one's name and memory.
+    """
     gpus = _visible(_gpus(run(QUERY) or ""), environ.get("CUDA_VISIBLE_DEVICES"))
     smallest = min(gpus, key=lambda gpu: gpu.memory_gib, default=None)
     limits = groups(read)
@@ -76,13 +85,16 @@ def _gpus(listing: str) -> list[_Gpu]:
     gpus = []
     for line in listing.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) == 4 and cells[3].isdecimal():  # a GPU that is lost says "[N/A]" or an error
+        if len(cells) == 4 and cells[3].isdecimal():  # a lost GPU has "[N/A]" or an error instead
             gpus.append(_Gpu(cells[0], cells[1], cells[2], int(cells[3]) / MIB_PER_GIB))
     return gpus
 
 
 def _visible(gpus: list[_Gpu], devices: str | None) -> list[_Gpu]:
-    """Those that CUDA shows: by index or by the start of the UUID, up to the first that is not there."""
+    """Return the GPUs that CUDA shows for `$CUDA_VISIBLE_DEVICES`.
+
+    An entry is an index or the start of a UUID. CUDA stops at the first entry that matches no GPU.
+    """
     if devices is None:
         return gpus
     shown: list[_Gpu] = []
@@ -94,15 +106,8 @@ def _visible(gpus: list[_Gpu], devices: str | None) -> list[_Gpu]:
     return shown
 
 
-MAKERS = ("NVIDIA", "Tesla", "GeForce", "Quadro")
-LARGER = {"A100": (60, "-80GB"), "V100": (20, "-32GB")}
-"""GiB above which it is the larger of the two boards of that name."""
-PCIE_BOARDS = ("A100", "A100-80GB", "H100")
-"""SkyPilot calls them as it calls the SXM ones, which are faster or better linked."""
-
-
 def accelerator_name(name: str, memory_gib: float) -> str:
-    """SkyPilot's name for what `nvidia-smi` calls a GPU: `NVIDIA A100-SXM4-80GB` is `A100-80GB`."""
+    """Return SkyPilot's name for a GPU by its name in `nvidia-smi`: `NVIDIA A100-SXM4-80GB` is `A100-80GB`."""
     words = _words(name)
     if not words:
         return "GPU"
@@ -114,7 +119,7 @@ def accelerator_name(name: str, memory_gib: float) -> str:
 
 
 def board_name(name: str, memory_gib: float) -> str | None:
-    """The GPU table's name for a board that SkyPilot's name does not tell from a better one; None for others."""
+    """Return the GPU table's own name for a board whose SkyPilot name also covers a better board. None for other boards."""
     rented_as = accelerator_name(name, memory_gib)
     words = [word.upper() for word in _words(name)]
     if rented_as in PCIE_BOARDS and "PCIE" in words:

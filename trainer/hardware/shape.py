@@ -1,4 +1,4 @@
-"""What a run has to run on: nodes of one kind, each with its GPUs, cores and memory."""
+"""The shape that a run runs on: equal nodes, each with its GPUs, cores and memory."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Shape(BaseModel):
-    """What nodes have; the launcher knows the same of nodes that it has not rented yet."""
+    """The hardware of a run's nodes. The launcher builds the same value for nodes that are not rented yet."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     accelerator: str | None
-    """SkyPilot's name of the GPU, as in `A100-80GB`; None without a GPU."""
+    """SkyPilot's name of the GPU, such as `A100-80GB`. None without a GPU."""
     count: int
-    """Of the GPUs of one node."""
+    """GPUs of one node."""
     memory_gib: float | None
-    """Of one GPU, as `nvidia-smi` shows it; of the smallest, if they differ."""
+    """Memory of one GPU, as `nvidia-smi` shows it. If the GPUs differ, that of the smallest."""
     cores: int
-    """Of one node: those that this process may use, not those of the host."""
+    """Cores of one node that the process may use. A container may have fewer than the host."""
     host_memory_gib: float
-    """Of one node: what this process may use."""
+    """Memory of one node that the process may use."""
     node: str
-    """The machine's name; of a node that is not rented yet, its instance type."""
+    """The machine's name. For a node that is not rented yet, its instance type."""
     nodes: int = Field(default=1, ge=1)
-    """Machines, all alike."""
+    """Number of machines. All are equal."""
     board: str | None = None
-    """The GPU table's name where SkyPilot's covers unlike boards: `H100-PCIE`, which it calls `H100`."""
+    """The GPU table's name if SkyPilot's name covers different boards: `H100-PCIE`, which SkyPilot calls `H100`."""
 
     @property
     def gpus(self) -> int:
@@ -37,6 +37,7 @@ class Shape(BaseModel):
 
     @property
     def one_node(self) -> str:
+        """The shape of one node as text: `A100:8`."""
         if self.accelerator:
             return f"{self.accelerator}:{self.count}"
         return f"cpu ({self.cores} core{'s' if self.cores > 1 else ''}, {self.host_memory_gib:.0f} GiB)"
