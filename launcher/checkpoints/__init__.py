@@ -1,1 +1,1 @@
-"""A run's checkpoints, looked at, verified, pulled and pruned."""
+"""List, verify, pull and prune the checkpoints of a run."""

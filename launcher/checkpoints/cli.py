@@ -1,4 +1,4 @@
-"""`launcher checkpoints`: parse, call, print. Whatever weighs something is imported where it is used."""
+"""`launcher checkpoints`: the command line. Slow imports are inside the functions that need them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from launcher.checkpoints.pull import Pulled
     from trainer.bucket import Bucket
 
-CHECKED = "Exit codes: 0 all verified; 1 something did not verify; 2 the command or the address is wrong."
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-step_option = click.option("--step", type=click.IntRange(min=0), help="Of this step only.")
+CHECKED = "Exit codes: 0 all verified; 1 a file did not verify; 2 the command or the address is invalid."
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+step_option = click.option("--step", type=click.IntRange(min=0), help="Only the checkpoint of this step.")
 
 
-@click.group(short_help="List, verify, fetch and prune what was committed.")
+@click.group(short_help="List, verify, pull and prune checkpoints.")
 def checkpoints() -> None:
-    """List, verify, fetch and prune what a run has committed.
+    """List, verify, pull and prune the checkpoints that a run has committed.
 
-    URI is the run's own address, the run id last: gs://bucket/runs/my-run, s3://…, or a folder.
+    URI is the address of the run, which ends with the run id: gs://bucket/runs/my-run, s3://…, or a folder.
     """
 
 
@@ -35,56 +35,59 @@ def checkpoints() -> None:
 @step_option
 @json_option
 def list_command(uri: str, step: int | None, as_json: bool) -> None:
-    """The checkpoints of the run at URI, newest first, judged by their manifests and a listing."""
+    """List the checkpoints of the run at URI, newest first; files are checked for existence and size only."""
     from launcher import render
     from launcher.checkpoints.inspect import survey
 
     bucket = _find(uri)
     found = survey(bucket)
-    standings = _chosen(found, step, final=False)
-    left = {"files": len(found.uncommitted), "bytes": sum(item.size for item in found.uncommitted)}
+    statuses = _choose(found, step, final=False)
+    uncommitted = {"files": len(found.uncommitted), "bytes": sum(item.size for item in found.uncommitted)}
     if as_json:
-        rows = [standing.as_dict() for standing in standings]
-        click.echo(render.to_json({**_about(bucket), "checkpoints": rows, "uncommitted": left}))
+        rows = [status.as_dict() for status in statuses]
+        click.echo(render.to_json({**_run_fields(bucket), "checkpoints": rows, "uncommitted": uncommitted}))
         return
-    if standings:
+    if statuses:
         columns = ("step", "kind", "attempt", "created", "files", "size", "world", "engine", "state")
-        terminal.stdout().print(render.list_table(columns, map(_cells, standings)))
+        terminal.stdout().print(render.list_table(columns, map(_cells, statuses)))
     else:
         click.echo("nothing is committed yet")
-    if left["files"]:
+    if uncommitted["files"]:
         click.echo(
-            f"uncommitted: {left['files']} files, {render.size(left['bytes'])},"
-            " of an upload on its way or of a machine that was lost"
+            f"uncommitted: {uncommitted['files']} files, {render.size(uncommitted['bytes'])},"
+            " from an upload in progress or a lost machine"
         )
 
 
 @checkpoints.command(epilog=CHECKED)
 @click.argument("uri")
 @step_option
-@click.option("--final", is_flag=True, help="The final model only.")
+@click.option("--final", is_flag=True, help="Only the final model.")
 @json_option
 def verify(uri: str, step: int | None, final: bool, as_json: bool) -> int:
-    """Read every byte of the run at URI, without writing any, against sizes and checksums."""
+    """Read every byte of the run at URI and compare it with the sizes and checksums; nothing is written."""
     from launcher import render
     from launcher.checkpoints.inspect import survey
-    from launcher.checkpoints.inspect import verify as read_all
+    from launcher.checkpoints.inspect import verify as verify_bytes
     from launcher.checkpoints.pull import bar
 
     bucket = _find(uri)
-    standings = _chosen(survey(bucket), step, final=final)
-    if not standings:
-        raise UserError(f"nothing is committed in {bucket.uri}, so there is nothing to verify")
-    total = sum(standing.manifest.size for standing in standings if standing.manifest)
-    with bar(terminal.stderr(), "verifying", total) as tell:
-        verdicts = read_all(bucket, standings, tell)
-    bad = any(verdict.state == "broken" for verdict in verdicts)
+    statuses = _choose(survey(bucket), step, final=final)
+    if not statuses:
+        raise UserError(
+            f"nothing is committed in {bucket.uri}, so there is nothing to verify",
+            hint="the first checkpoint is committed after `save_steps` steps",
+        )
+    total = sum(status.manifest.size for status in statuses if status.manifest)
+    with bar(terminal.stderr(), "verifying", total) as on_bytes:
+        results = verify_bytes(bucket, statuses, on_bytes)
+    is_broken = any(result.state == "broken" for result in results)
     if as_json:
-        rows = [_judged(verdict) for verdict in verdicts]
-        click.echo(render.to_json({**_about(bucket), "verified": not bad, "checkpoints": rows}))
+        rows = [_result_fields(result) for result in results]
+        click.echo(render.to_json({**_run_fields(bucket), "verified": not is_broken, "checkpoints": rows}))
     else:
-        _show_verdicts(verdicts)
-    return ExitCode.BUG if bad else ExitCode.DONE
+        _print_results(results)
+    return ExitCode.BUG if is_broken else ExitCode.DONE
 
 
 @checkpoints.command(epilog=CHECKED)
@@ -94,70 +97,79 @@ def verify(uri: str, step: int | None, final: bool, as_json: bool) -> int:
 @click.option("--final", is_flag=True, help="The final model.")
 @json_option
 def pull(uri: str, dest: Path, step: int | None, final: bool, as_json: bool) -> int:
-    """Bring a checkpoint of the run at URI to the folder DEST.
+    """Download a checkpoint of the run at URI into the folder DEST.
 
-    Every file is checked on the way. A pull that was cut off goes on with the same command: what is
-    there with size and checksum is not fetched again.
+    Every file is verified during the download. To resume an interrupted pull, repeat the same command:
+    files that exist with the right size and checksum are not downloaded again.
     """
     from launcher.checkpoints import pull as pulling
     from launcher.checkpoints.inspect import choose, survey
     from launcher.checkpoints.pull import bar
 
     if final and step is not None:
-        raise click.UsageError("--final and --step are two different things: leave one out")
+        raise click.UsageError("--final and --step cannot be used together")
     bucket = _find(uri)
-    part = pulling.begun(dest)
-    if part and part.uri == bucket.uri and step is None and not final and part.kind == "checkpoint":
-        step = part.step  # the newest may be another by now; the same command still means this one
+    ticket = pulling.read_ticket(dest)
+    if ticket and ticket.uri == bucket.uri and step is None and not final and ticket.kind == "checkpoint":
+        step = ticket.step  # a newer checkpoint may exist by now, but the command resumes this one
     chosen = choose(survey(bucket), step=step, final=final)
     if chosen.manifest is None or chosen.fault:
         raise UserError(
-            f"{chosen.kind} of step {chosen.step} is broken: {chosen.fault}", hint="see `checkpoints list`"
+            f"the {chosen.kind} of step {chosen.step} is broken: {chosen.fault}",
+            hint="`launcher checkpoints list` shows which ones are whole",
         )
     try:
-        with bar(terminal.stderr(), f"step {chosen.step}", chosen.manifest.size) as tell:
-            pulled = pulling.pull(bucket, chosen.manifest, dest, tell)
+        with bar(terminal.stderr(), f"step {chosen.step}", chosen.manifest.size) as on_bytes:
+            pulled = pulling.pull(bucket, chosen.manifest, dest, on_bytes)
     except KeyboardInterrupt:
-        click.echo("cut off; the same command goes on from here", err=True)
+        click.echo("interrupted; repeat the command to resume", err=True)
         raise
-    _show_pulled(bucket, pulled, as_json=as_json)
+    _print_pulled(bucket, pulled, as_json=as_json)
     return ExitCode.BUG if pulled.failures else ExitCode.DONE
 
 
 @checkpoints.command()
 @click.argument("uri")
-@click.option("--keep", type=click.IntRange(min=2), help="How many of the newest stay, at least 2.")
+@click.option("--keep", type=click.IntRange(min=2), help="Number of newest checkpoints to keep, at least 2.")
 @click.option(
-    "--references", is_flag=True, help="What DPO's runs keep beside them; URI is the folder of runs."
+    "--references",
+    is_flag=True,
+    help="Delete cached DPO reference log-probabilities; URI is the folder of runs.",
 )
 @click.option(
-    "--older-than", type=DurationParam(), metavar="TIME", help="Of references, 90m, 24h, 2d.  [default: 7d]"
+    "--older-than",
+    type=DurationParam(),
+    metavar="TIME",
+    help="Minimum age of references: 90m, 24h, 2d.  [default: 7d]",
 )
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @json_option
 def prune(
     uri: str, keep: int | None, references: bool, older_than: float | None, yes: bool, as_json: bool
 ) -> None:
-    """Delete old checkpoints of the run at URI, and what lost machines left below the newest.
+    """Delete old checkpoints of the run at URI, and uncommitted files that lost machines left.
 
-    Without --yes it shows what would go, and asks on a terminal. It deletes what the newest attempt's
-    own retention would, manifests before files, so it may be done while the run is at work; never the
-    newest two whole checkpoints, never the final model.
+    Without --yes it shows what it would delete, and on a terminal it asks. It never deletes the newest two
+    whole checkpoints or the final model. It is safe while the run is running: it deletes what the newest
+    attempt's own retention would delete, manifests before files.
 
-    With --references, log-probabilities of DPO's references that are older than --older-than and that
-    no run of the folder URI can use any more: each that has such a model and data has its final model.
+    With --references it deletes cached log-probabilities of DPO reference models that are older than
+    --older-than, if every run of the folder URI with the same model and data has its final model.
     """
     if references == (keep is not None) or (older_than is not None and not references):
         raise click.UsageError(
-            "say `--keep N` of a run, or `--references [--older-than TIME]` of a folder of runs"
+            "use `--keep N` for a run, or `--references [--older-than TIME]` for a folder of runs"
         )
-    from launcher.checkpoints import pruning
+    from launcher.checkpoints.prune import (
+        REFERENCES_OLDER_THAN_H,
+        prune_checkpoints,
+        prune_references,
+    )
 
     if keep is not None:
-        pruning.prune_checkpoints(_find(uri), keep, yes=yes, as_json=as_json)
+        prune_checkpoints(_find(uri), keep, yes=yes, as_json=as_json)
     else:
-        older_than_h = older_than or pruning.REFERENCES_OLDER_THAN_H
-        pruning.prune_references(uri, older_than_h, yes=yes, as_json=as_json)
+        prune_references(uri, older_than or REFERENCES_OLDER_THAN_H, yes=yes, as_json=as_json)
 
 
 def _find(uri: str) -> Bucket:
@@ -166,74 +178,74 @@ def _find(uri: str) -> Bucket:
     return find(uri, Path.cwd())
 
 
-def _about(bucket: Bucket) -> dict[str, Any]:
+def _run_fields(bucket: Bucket) -> dict[str, Any]:
     return {"run": bucket.run_id, "uri": bucket.uri}
 
 
-def _chosen(found: Survey, step: int | None, *, final: bool) -> Sequence[CheckpointStatus]:
+def _choose(found: Survey, step: int | None, *, final: bool) -> Sequence[CheckpointStatus]:
     from launcher.checkpoints.inspect import choose
 
     if step is None and not final:
-        return found.standings
+        return found.statuses
     chosen = [choose(found, step=step)] if step is not None else []
     return [choose(found, final=True), *chosen] if final else chosen
 
 
-def _cells(standing: CheckpointStatus) -> list[str]:
+def _cells(status: CheckpointStatus) -> list[str]:
     from launcher import render
 
-    row = standing.as_dict()
-    created = standing.manifest.created.strftime("%Y-%m-%d %H:%M:%S") if standing.manifest else ""
-    size = render.size(row["bytes"]) if standing.manifest else ""
+    row = status.as_dict()
+    created = status.manifest.created.strftime("%Y-%m-%d %H:%M:%S") if status.manifest else ""
+    size = render.size(row["bytes"]) if status.manifest else ""
     names = ("step", "kind", "attempt", "created", "files", "size", "world_size", "engine", "state")
     values = {**row, "created": created, "size": size}
-    if standing.fault:
-        values["state"] = f"broken: {standing.fault}"
+    if status.fault:
+        values["state"] = f"broken: {status.fault}"
     return [str(values[name]) if values[name] is not None else "" for name in names]
 
 
-def _judged(verdict: VerifyResult) -> dict[str, Any]:
-    row = verdict.standing.as_dict()
-    kept = {name: row[name] for name in ("step", "kind", "attempt", "files", "bytes")}
-    return {**kept, "state": verdict.state, "failures": verdict.failures}
+def _result_fields(result: VerifyResult) -> dict[str, Any]:
+    row = result.status.as_dict()
+    fields = {name: row[name] for name in ("step", "kind", "attempt", "files", "bytes")}
+    return {**fields, "state": result.state, "failures": result.failures}
 
 
-def _show_verdicts(verdicts: Sequence[VerifyResult]) -> None:
+def _print_results(results: Sequence[VerifyResult]) -> None:
     from launcher import render
 
-    rows = [
-        [*_cells(verdict.standing)[:3], *_cells(verdict.standing)[4:6], verdict.state] for verdict in verdicts
-    ]
+    rows = [[*_cells(result.status)[:3], *_cells(result.status)[4:6], result.state] for result in results]
     terminal.stdout().print(render.list_table(("step", "kind", "attempt", "files", "size", "state"), rows))
-    for verdict in verdicts:
-        for reason in verdict.failures:
-            click.echo(f"{'gone meanwhile' if verdict.gone else 'broken'}: {reason}")
+    for result in results:
+        for reason in result.failures:
+            click.echo(f"{'deleted during the check' if result.gone else 'broken'}: {reason}")
 
 
-def _show_pulled(bucket: Bucket, pulled: Pulled, *, as_json: bool) -> None:
+def _print_pulled(bucket: Bucket, pulled: Pulled, *, as_json: bool) -> None:
     from launcher import render
 
-    about, brought = pulled.manifest, sum(file.size for file in pulled.fetched)
-    there = len(about.files) - len(pulled.fetched)
+    manifest, fetched_bytes = pulled.manifest, sum(file.size for file in pulled.fetched)
     if as_json:
-        told = {"kind": about.kind, "step": about.step, "path": str(pulled.path), "files": len(about.files)}
-        fetched = {"fetched_files": len(pulled.fetched), "fetched_bytes": brought, "seconds": pulled.seconds}
-        click.echo(
-            render.to_json(
-                {**_about(bucket), **told, "bytes": about.size, **fetched, "failures": pulled.failures}
-            )
-        )
+        fields = {
+            "kind": manifest.kind,
+            "step": manifest.step,
+            "path": str(pulled.path),
+            "files": len(manifest.files),
+            "bytes": manifest.size,
+            "fetched_files": len(pulled.fetched),
+            "fetched_bytes": fetched_bytes,
+            "seconds": pulled.seconds,
+            "failures": pulled.failures,
+        }
+        click.echo(render.to_json({**_run_fields(bucket), **fields}))
         return
     for reason in pulled.failures:
         click.echo(f"broken: {reason}", err=True)
-    rate = render.size(brought / max(pulled.seconds, 1e-9))
+    rate = render.size(fetched_bytes / max(pulled.seconds, 1e-9))
+    volume = f"{render.size(fetched_bytes)} in {render.duration(pulled.seconds)}, {rate}/s"
     rows = [
-        ("what", f"{about.kind} of step {about.step}, committed by attempt {about.attempt}"),
-        (
-            "brought",
-            f"{len(pulled.fetched)} files, {render.size(brought)} in {render.duration(pulled.seconds)}, {rate}/s",
-        ),
-        ("there already", f"{there} files"),
-        ("where", f"{pulled.path}" + (" (not complete)" if pulled.failures else "")),
+        ("what", f"{manifest.kind} of step {manifest.step}, committed by attempt {manifest.attempt}"),
+        ("downloaded", f"{len(pulled.fetched)} files, {volume}"),
+        ("already present", f"{len(manifest.files) - len(pulled.fetched)} files"),
+        ("folder", f"{pulled.path}" + (" (incomplete)" if pulled.failures else "")),
     ]
     terminal.stdout().print(render.facts_table(rows, title=bucket.run_id))

@@ -262,16 +262,16 @@ def test_a_folder_with_other_things_is_left_alone(uri: str, tmp_path: Path, laun
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "mine.txt").write_text("mine")
-    assert "holds other things" in launcher("pull", f"{uri}/{RUN}", notes).err
+    assert "holds other files" in launcher("pull", f"{uri}/{RUN}", notes).err
     assert [path.name for path in notes.iterdir()] == ["mine.txt"]
-    assert "is no folder" in launcher("pull", f"{uri}/{RUN}", notes / "mine.txt").err
+    assert "is not a folder" in launcher("pull", f"{uri}/{RUN}", notes / "mine.txt").err
     damage(bucket, key_of(4))
     launcher("pull", f"{uri}/{RUN}", tmp_path / "part", "--step", "4")
     answer = launcher("pull", f"{uri}/{RUN}", tmp_path / "part", "--step", "6")
-    assert (answer.code, "a part of another pull: step 4" in answer.err) == (2, True)
+    assert (answer.code, "an unfinished pull of something else: step 4" in answer.err) == (2, True)
     launcher("pull", f"{uri}/{RUN}", tmp_path / "here")
     (tmp_path / "here" / "state.json").write_text("changed")
-    assert "holds other things" in launcher("pull", f"{uri}/{RUN}", tmp_path / "here").err
+    assert "holds other files" in launcher("pull", f"{uri}/{RUN}", tmp_path / "here").err
 
 
 def test_prune_shows_first_and_deletes_only_when_told(uri: str, tmp_path: Path, launcher: Type) -> None:
@@ -321,7 +321,7 @@ def test_a_run_that_is_not_there_is_named_with_the_nearest(
     answer = launcher(command, f"{uri}/a-rum", *more)
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.startswith("error: no run a-rum in ")
-    assert "runs in there: a-run" in answer.err
+    assert "existing runs: a-run" in answer.err
     assert launcher("list", f"{uri}/{RUN}", "--json").json["run"] == RUN
     if "://" not in uri:
         assert not Path(uri, "a-rum").exists()
@@ -336,9 +336,9 @@ def test_what_is_no_run_is_said(
     assert launcher("list", "runs/a-run").code == 0
     wrong = {
         "runs": "name one of a-run",
-        "nowhere/a-run": "no runs are in there",
+        "nowhere/a-run": "has no runs",
         "s3://no-such-bucket-here/runs/a-run": "no such bucket",
-        f"{s3}/a-run": "no runs are in there",
+        f"{s3}/a-run": "has no runs",
         "s3://bucket": "names no run",
         "ftp://host/runs/a-run": "no address",
     }
@@ -355,7 +355,7 @@ def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path
     fill(uri, tmp_path / "staging")
     for command, more in {"list": [], "verify": [], "pull": [tmp_path / "here"]}.items():
         answer = launcher(command, f"{uri}/{RUN}", *more, "--step", "5")
-        assert (answer.code, "steps there: 6, 4, 2" in answer.err) == (2, True)
+        assert (answer.code, "existing steps: 6, 4, 2" in answer.err) == (2, True)
     answer = launcher("pull", f"{uri}/{RUN}", tmp_path / "here", "--final")
     assert (answer.code, "no final model yet" in answer.err) == (2, True)
     assert launcher("prune", f"{uri}/{RUN}", "--keep", "1", "--yes").code == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoints import references
+from launcher.checkpoints.prune import delete_references, survey_references
 from tests.unit.test_checkpoints import Type, keys, launcher, save  # noqa: F401 (a fixture)
 from tests.unit.test_reference_shelf import dpo, staged
 from trainer.bucket import Bucket, attempts, open_run
@@ -129,11 +129,11 @@ def test_what_is_used_meanwhile_stays(tmp_path: Path) -> None:
     for name, recipe in (("a", dpo()), ("b", OTHER)):
         folder.run(name, recipe, done=True)
         folder.keep(name, recipe, days=300)
-    shown = references.survey(folder.uri, WEEK).unused
+    shown = survey_references(folder.uri, WEEK).unused
     assert [kept.entry.run_id for kept in sorted(shown, key=lambda kept: kept.entry.run_id)] == ["a", "b"]
     folder.run("begun", dpo())
     folder.keep("b", OTHER)
-    references.prune(folder.uri, shown, WEEK)
+    delete_references(folder.uri, shown, WEEK)
     assert folder.kept() == ["a", "b"]
 
 
@@ -156,10 +156,10 @@ def test_what_makes_no_sense_is_said(tmp_path: Path, launcher: Type) -> None:  #
     folder = Folder(str(tmp_path / "runs"), tmp_path / "work")
     folder.run("done", dpo(), done=True)
     for words, said in {
-        (f"{folder.uri}/done", "--references"): f"name {folder.uri}",
-        (folder.uri, "--references", "--keep", "2"): "say `--keep N` of a run",
-        (folder.uri,): "say `--keep N` of a run",
-        (f"{folder.uri}/done", "--keep", "2", "--older-than", "2d"): "say `--keep N` of a run",
+        (f"{folder.uri}/done", "--references"): f"use {folder.uri}",
+        (folder.uri, "--references", "--keep", "2"): "use `--keep N` for a run",
+        (folder.uri,): "use `--keep N` for a run",
+        (f"{folder.uri}/done", "--keep", "2", "--older-than", "2d"): "use `--keep N` for a run",
         (str(tmp_path / "nowhere"), "--references"): "no runs and no references",
     }.items():
         answer = launcher("prune", *words)
