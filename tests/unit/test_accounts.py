@@ -1,4 +1,4 @@
-"""Dollars and hours of a run, by its events alone."""
+"""Dollars and hours of a run, computed from its events."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def moment(at_s: float) -> str:
     return datetime.fromtimestamp(BEGIN.timestamp() + at_s, UTC).isoformat()
 
 
-def told(kind: str, at_s: float, **fields: object) -> Event:
+def event(kind: str, at_s: float, **fields: object) -> Event:
     return {"kind": kind, "time": moment(at_s), "attempt": 1, **fields}
 
 
@@ -51,39 +51,39 @@ def told(kind: str, at_s: float, **fields: object) -> Event:
 def test_each_attempt_costs_its_own_price() -> None:
     """An hour of spot at 12 and half an hour on demand at 30 dollars an hour."""
     run = run_of(
-        [claim(0, usd_per_h=12.0, market="spot"), told("step", 3600, step=1)],
-        [claim(7200, usd_per_h=30.0, market="on demand"), told("done", 9000, step=2)],
+        [claim(0, usd_per_h=12.0, market="spot"), event("step", 3600, step=1)],
+        [claim(7200, usd_per_h=30.0, market="on demand"), event("done", 9000, step=2)],
     )
     bill = run.cost()
     assert bill == RunCost(seconds=5400, unpriced_s=0, usd=27.0, spot_usd=12.0, on_demand_usd=15.0)
 
 
-def test_the_attempt_that_is_at_work_costs_until_now() -> None:
-    """Its last event may be long ago; those before it cost what they cost."""
+def test_a_running_attempt_costs_until_now() -> None:
+    """The running attempt is counted to now, and earlier attempts to their latest event."""
     run = run_of(
-        [claim(0, usd_per_h=12.0, market="spot"), told("step", 3600, step=1)],
-        [claim(7200, usd_per_h=12.0, market="spot"), told("step", 7300, step=2)],
+        [claim(0, usd_per_h=12.0, market="spot"), event("step", 3600, step=1)],
+        [claim(7200, usd_per_h=12.0, market="spot"), event("step", 7300, step=2)],
     )
     assert run.cost(now=BEGIN.timestamp() + 10_800).usd == 24.0
 
 
-def test_an_unknown_price_is_said_and_not_guessed() -> None:
-    """Hours without a price are named; with no price at all there are no dollars."""
+def test_an_unknown_price_is_not_guessed() -> None:
+    """Time without a price is reported as such. Without any price, the dollars are None."""
     run = run_of(
-        [claim(0, usd_per_h=None), told("step", 1800, step=1)],
-        [claim(3600, usd_per_h=10.0), told("done", 7200, step=2)],
+        [claim(0, usd_per_h=None), event("step", 1800, step=1)],
+        [claim(3600, usd_per_h=10.0), event("done", 7200, step=2)],
     )
     bill = run.cost()
     assert (bill.usd, bill.unpriced_s, bill.on_demand_usd) == (10.0, 1800, 10.0)
-    assert run_of([claim(0), told("step", 60, step=1)]).cost().usd is None
+    assert run_of([claim(0), event("step", 60, step=1)]).cost().usd is None
     assert run.cost(usd_per_h=4.0).usd == 12.0
 
 
-def test_dollars_begin_with_the_machine_s_boot() -> None:
-    """Ten minutes of it for an hour at work, also for the one that is at work; the node counts the same."""
+def test_the_paid_time_starts_with_the_machine_s_boot() -> None:
+    """The boot time before the claim is paid, also for a running attempt."""
     run = run_of(
-        [claim(0, boot_s=600, usd_per_h=12.0), told("step", 3600, step=1)],
-        [claim(7200, boot_s=300, usd_per_h=12.0), told("step", 7500, step=2)],
+        [claim(0, boot_s=600, usd_per_h=12.0), event("step", 3600, step=1)],
+        [claim(7200, boot_s=300, usd_per_h=12.0), event("step", 7500, step=2)],
     )
     bill = run.cost()
     assert (bill.seconds, bill.usd) == (4800, pytest.approx(16.0))
@@ -92,22 +92,22 @@ def test_dollars_begin_with_the_machine_s_boot() -> None:
 
 
 def test_a_run_without_attempts_costs_nothing_known() -> None:
-    """Nobody has claimed it."""
+    """Its dollars are None."""
     assert run_of().cost() == RunCost(0, 0, None, 0, 0)
 
 
 def test_a_machine_that_costs_nothing_is_not_one_of_unknown_price() -> None:
-    """Zero is a price."""
-    assert run_of([claim(0, usd_per_h=0.0), told("step", 60, step=1)]).cost().usd == 0.0
+    """A price of zero is known."""
+    assert run_of([claim(0, usd_per_h=0.0), event("step", 60, step=1)]).cost().usd == 0.0
 
 
 def test_every_output_shows_the_same_hours_and_dollars(tmp_path: Path) -> None:
     """A boot 20 minutes before the claim, and a last event whose clock was set back: 1.333 h and $13.33 everywhere."""
     events = [
         claim(0, boot_s=1200, usd_per_h=10.0, market="on demand"),
-        told("restored", 10, step=0, files=0, bytes=0, seconds=0.0),
-        told("step", 3600, step=1, total_steps=2, loss=0.5),
-        told("done", 3540, step=2),
+        event("restored", 10, step=0, files=0, bytes=0, seconds=0.0),
+        event("step", 3600, step=1, total_steps=2, loss=0.5),
+        event("done", 3540, step=2),
     ]
     write_events(tmp_path / "a-run", events)
     run = Reader(open_run(str(tmp_path), "a-run"), "a-run").read()
@@ -158,20 +158,20 @@ def attempt_with(*events: Event) -> list[Event]:
     return [claim(0, usd_per_h=1.0), *events]
 
 
-def test_every_second_that_is_paid_is_in_one_part() -> None:
-    """Restore, set-up, steps, evaluation, stall and the last upload, and nothing is left over."""
+def test_every_paid_second_is_in_one_part() -> None:
+    """Restore, set-up, steps, evaluation, stall and last upload add up to the paid time."""
     run = run_of(
         attempt_with(
-            told("restored", 20, step=10, seconds=15.0),
-            told("started", 50, step=10, total_steps=14),
-            told("step", 60, step=11, train_s=10.0),
-            told("step", 70, step=12, train_s=20.0),
-            told("eval", 75, step=12, seconds=5.0, so_far={"count": 1, "seconds": 5.0}),
-            told("saved", 78, step=12, stall_s=3.0, so_far={"count": 1, "stall_s": 3.0}),
-            told("step", 88, step=13, train_s=30.0),
-            told("step", 98, step=14, train_s=40.0),
-            told("exported", 110, step=14, seconds=7.0),
-            told("done", 112, step=14),
+            event("restored", 20, step=10, seconds=15.0),
+            event("started", 50, step=10, total_steps=14),
+            event("step", 60, step=11, train_s=10.0),
+            event("step", 70, step=12, train_s=20.0),
+            event("eval", 75, step=12, seconds=5.0, so_far={"count": 1, "seconds": 5.0}),
+            event("saved", 78, step=12, stall_s=3.0, so_far={"count": 1, "stall_s": 3.0}),
+            event("step", 88, step=13, train_s=30.0),
+            event("step", 98, step=14, train_s=40.0),
+            event("exported", 110, step=14, seconds=7.0),
+            event("done", 112, step=14),
         )
     )
     spent = hours(run, run.attempts[0])
@@ -183,21 +183,21 @@ def test_every_second_that_is_paid_is_in_one_part() -> None:
 
 
 def test_steps_that_a_later_attempt_takes_again_are_lost() -> None:
-    """Those above its start; also those that an attempt in between had gone on from."""
+    """Steps after the start of any later attempt are redone."""
     run = run_of(
         attempt_with(
-            told("started", 0, step=0, total_steps=30),
-            *(told("step", step * 2, step=step, train_s=step * 2.0) for step in range(1, 11)),
+            event("started", 0, step=0, total_steps=30),
+            *(event("step", step * 2, step=step, train_s=step * 2.0) for step in range(1, 11)),
         ),
         attempt_with(
-            told("restored", 0, step=8, seconds=0.0),
-            told("started", 0, step=8, total_steps=30),
-            *(told("step", (step - 8) * 2, step=step, train_s=(step - 8) * 2.0) for step in range(9, 13)),
+            event("restored", 0, step=8, seconds=0.0),
+            event("started", 0, step=8, total_steps=30),
+            *(event("step", (step - 8) * 2, step=step, train_s=(step - 8) * 2.0) for step in range(9, 13)),
         ),
         attempt_with(
-            told("restored", 0, step=6, seconds=0.0),
-            told("started", 0, step=6, total_steps=30),
-            told("step", 2, step=7, train_s=2.0),
+            event("restored", 0, step=6, seconds=0.0),
+            event("started", 0, step=6, total_steps=30),
+            event("step", 2, step=7, train_s=2.0),
         ),
     )
     first, second, third = (hours(run, attempt) for attempt in run.attempts)
@@ -206,49 +206,49 @@ def test_steps_that_a_later_attempt_takes_again_are_lost() -> None:
     assert (third.useful_s, third.redone_s) == (2.0, 0.0)
 
 
-def test_an_attempt_that_took_no_step_has_lost_nobody_s_work() -> None:
-    """It died before it knew where to begin: what was committed still stands."""
+def test_an_attempt_without_steps_makes_no_earlier_step_lost() -> None:
+    """It failed before it restored a checkpoint, so the earlier steps still count."""
     run = run_of(
         attempt_with(
-            told("started", 0, step=0), *(told("step", s, step=s, train_s=float(s)) for s in (1, 2, 3))
+            event("started", 0, step=0), *(event("step", s, step=s, train_s=float(s)) for s in (1, 2, 3))
         ),
-        attempt_with(told("failed", 9, message="", exit_code=75)),
+        attempt_with(event("failed", 9, message="", exit_code=75)),
     )
     assert hours(run, run.attempts[0]).redone_s == 0.0
     assert hours(run, run.attempts[1]).setup_s == 9.0
 
 
-def test_seconds_of_steps_that_the_log_has_dropped_are_in_proportion() -> None:
-    """A thinned log has step 1 and step 101 and how long all took; half of them was lost."""
+def test_seconds_of_dropped_steps_are_interpolated() -> None:
+    """The log has only steps 1 and 101. A later attempt resumed from step 51."""
     run = run_of(
-        attempt_with(told("started", 0, step=0), told("step", 1, step=1, train_s=1.0), told("step", 101, step=101, train_s=101.0)),
-        attempt_with(told("restored", 0, step=51, seconds=0.0), told("started", 0, step=51), told("step", 1, step=52, train_s=1.0)),
+        attempt_with(event("started", 0, step=0), event("step", 1, step=1, train_s=1.0), event("step", 101, step=101, train_s=101.0)),
+        attempt_with(event("restored", 0, step=51, seconds=0.0), event("started", 0, step=51), event("step", 1, step=52, train_s=1.0)),
     )  # fmt: skip
     spent = hours(run, run.attempts[0])
     assert (spent.useful_s, spent.redone_s) == (51.0, 50.0)
 
 
 def test_parts_never_add_up_to_more_than_was_paid() -> None:
-    """Two clocks measure them, and they may disagree."""
-    run = run_of(attempt_with(told("started", 10, step=0), told("step", 20, step=1, train_s=30.0)))
+    """The parts are scaled down if two clocks disagree."""
+    run = run_of(attempt_with(event("started", 10, step=0), event("step", 20, step=1, train_s=30.0)))
     spent = hours(run, run.attempts[0])
     assert spent.paid_s == pytest.approx(20.0)
     assert spent.setup_s == pytest.approx(5.0)
 
 
-def test_a_boot_is_paid_and_is_no_useful_time() -> None:
-    """A part of its own, as long as it was, whether or not the other clocks agree; set-up begins with the claim."""
-    run = run_of([claim(0, boot_s=60, usd_per_h=1.0), told("started", 10, step=0), told("step", 20, step=1, train_s=30.0)])  # fmt: skip
+def test_the_boot_is_paid_but_not_useful() -> None:
+    """The boot has its own part, which is not scaled. Set-up starts with the claim."""
+    run = run_of([claim(0, boot_s=60, usd_per_h=1.0), event("started", 10, step=0), event("step", 20, step=1, train_s=30.0)])  # fmt: skip
     spent = hours(run, run.attempts[0])
     assert spent.paid_s == pytest.approx(80.0) == pytest.approx(run.attempts[0].cost().seconds)
     assert (spent.boot_s, spent.setup_s) == (60.0, pytest.approx(5.0))
     assert spent.goodput == pytest.approx(15 / 80)
-    waits = run_of([claim(0, boot_s=60, usd_per_h=1.0), told("failed", 9, message="", exit_code=75)])
+    waits = run_of([claim(0, boot_s=60, usd_per_h=1.0), event("failed", 9, message="", exit_code=75)])
     assert hours(waits, waits.attempts[0]) == TimeBreakdown(boot_s=60, setup_s=9)
 
 
-def test_logs_of_before_are_read_too() -> None:
-    """Without `train_s` the times of the steps tell."""
+def test_logs_of_older_versions_are_read() -> None:
+    """Without `train_s`, the times of the step events are used."""
     run = run_of(attempt_events(1, start=0, last=5, total_steps=5))
     spent = hours(run, run.attempts[0])
     assert (spent.useful_s, spent.setup_s) == (5.0, 2.0)
@@ -263,70 +263,70 @@ def three_clouds(tmp_path: Path) -> RunHistory:
     return Reader(open_run(str(tmp_path), "a-run"), "a-run").read()
 
 
-def test_a_journey_over_three_clouds_is_told_in_full(three_clouds: RunHistory) -> None:
-    """Ends, places, markets, steps, and totals that are the sums of the attempts."""
-    told = account(three_clouds)
-    assert [one.how for one in told.attempts] == ["lost", "preempted", "failed", "done"]
-    assert [one.where for one in told.attempts] == [leg.infra for leg in LEGS]
-    assert [one.market for one in told.attempts] == ["spot", "spot", "on demand", "spot"]
-    assert [(one.start_step, one.last_step) for one in told.attempts] == [
+def test_the_account_of_a_run_over_three_clouds(three_clouds: RunHistory) -> None:
+    """It has ends, places, markets and steps, and its totals are the sums over the attempts."""
+    result = account(three_clouds)
+    assert [one.how for one in result.attempts] == ["lost", "preempted", "failed", "done"]
+    assert [one.where for one in result.attempts] == [leg.infra for leg in LEGS]
+    assert [one.market for one in result.attempts] == ["spot", "spot", "on demand", "spot"]
+    assert [(one.start_step, one.last_step) for one in result.attempts] == [
         (0, 143),
         (100, 268),
         (250, 290),
         (250, 478),
     ]
-    assert [one.lost_steps for one in told.attempts] == [43, 18, 40, 0]
-    assert [round(one.waited_s) for one in told.attempts] == [0, 540, 260, 1500]
-    assert told.usd == pytest.approx(sum(one.usd or 0 for one in told.attempts))
-    assert told.usd == pytest.approx(told.spot_usd + told.on_demand_usd)
-    assert told.hours.paid_s == pytest.approx(sum(one.hours.paid_s for one in told.attempts))
-    assert told.wall_s == pytest.approx(told.hours.paid_s + told.provisioning_s)
-    assert told.plan == PLAN
-    assert (told.state, told.lost_steps, told.commits) == ("done", 101, 10)
+    assert [one.lost_steps for one in result.attempts] == [43, 18, 40, 0]
+    assert [round(one.waited_s) for one in result.attempts] == [0, 540, 260, 1500]
+    assert result.usd == pytest.approx(sum(one.usd or 0 for one in result.attempts))
+    assert result.usd == pytest.approx(result.spot_usd + result.on_demand_usd)
+    assert result.hours.paid_s == pytest.approx(sum(one.hours.paid_s for one in result.attempts))
+    assert result.wall_s == pytest.approx(result.hours.paid_s + result.provisioning_s)
+    assert result.plan == PLAN
+    assert (result.state, result.lost_steps, result.commits) == ("done", 101, 10)
 
 
 def test_boots_shorten_the_time_without_a_machine(three_clouds: RunHistory) -> None:
-    """What was waiting is paid; all parts still add up to the whole, which begins with the first boot."""
+    """Boot time is paid instead of waited for, and the wall time starts with the first boot."""
     boots = (300.0, 540.0, 100.0, 600.0)
     legs = tuple(leg._replace(boot_s=boot_s) for leg, boot_s in zip(LEGS, boots, strict=True))
-    without, told = account(three_clouds), account(run_of(*journey(legs), finished="then"))
-    assert [round(one.waited_s) for one in told.attempts] == [0, 0, 160, 900]
-    assert told.hours.boot_s == pytest.approx(sum(boots))
-    assert told.hours.paid_s == pytest.approx(without.hours.paid_s + sum(boots))
-    assert told.wall_s == pytest.approx(told.hours.paid_s + told.provisioning_s)
-    assert told.wall_s == pytest.approx(without.wall_s + boots[0])
-    assert told.usd == pytest.approx(
+    without, result = account(three_clouds), account(run_of(*journey(legs), finished="then"))
+    assert [round(one.waited_s) for one in result.attempts] == [0, 0, 160, 900]
+    assert result.hours.boot_s == pytest.approx(sum(boots))
+    assert result.hours.paid_s == pytest.approx(without.hours.paid_s + sum(boots))
+    assert result.wall_s == pytest.approx(result.hours.paid_s + result.provisioning_s)
+    assert result.wall_s == pytest.approx(without.wall_s + boots[0])
+    assert result.usd == pytest.approx(
         (without.usd or 0) + sum(leg.usd_per_h * leg.boot_s / 3600 for leg in legs if leg.usd_per_h)
     )
-    assert told.goodput == pytest.approx(told.hours.useful_s / told.hours.paid_s)
-    first = told.as_dict()["attempts"][0]
+    assert result.goodput == pytest.approx(result.hours.useful_s / result.hours.paid_s)
+    first = result.as_dict()["attempts"][0]
     assert (first["began"], first["hours"]["boot_s"]) == ("2026-03-14T08:55:00+00:00", 300.0)
 
 
-def test_memory_is_held_against_the_fit(three_clouds: RunHistory) -> None:
-    """Predicted term by term, measured, and what is there."""
+def test_memory_is_compared_with_the_fit(three_clouds: RunHistory) -> None:
+    """The account has the predicted terms, the measured peak and the capacity."""
     gpu = account(three_clouds).attempts[0].gpu
     assert (gpu.predicted_gib, gpu.measured_gib, gpu.there_gib) == (74.0, 70.4, 79.2)
     assert gpu.terms[0] == ("activations", 31.2)
 
 
-def test_the_parts_have_names() -> None:
-    """Each of them is shown."""
+def test_every_part_has_a_title() -> None:
+    """`NAMES` lists every field of `TimeBreakdown`."""
     assert set(NAMES) == set(TimeBreakdown.__dataclass_fields__)
 
 
-def test_a_claim_that_is_not_understood_hides_nothing_else(tmp_path: Path) -> None:
-    """Another version's shape and fit are left out."""
+def test_a_claim_of_another_version_is_tolerated(tmp_path: Path) -> None:
+    """A shape or fit with unknown fields is left out; the rest of the account is there."""
     events = attempt_events(1, start=0, last=5, total_steps=5)
     events[0] |= {"shape": {"node": "n", "wings": 2}, "fit": {"engine": "steam"}}
     write_events(tmp_path / "a-run", events)
-    told = account(Reader(open_run(str(tmp_path), "a-run"), "a-run").read())
-    assert (told.attempts[0].shape, told.attempts[0].fit, told.attempts[0].node) == ("", "", "n")
+    result = account(Reader(open_run(str(tmp_path), "a-run"), "a-run").read())
+    assert (result.attempts[0].shape, result.attempts[0].fit, result.attempts[0].node) == ("", "", "n")
 
 
-def test_one_leg_on_demand_has_no_spot_dollars() -> None:
-    """The markets are kept apart."""
+def test_on_demand_dollars_are_not_spot_dollars() -> None:
+    """The two markets are counted separately."""
     run = run_of(*journey((Leg("lambda/us-east-1", "on demand", 20.0, 60, None),), total_steps=60))
-    told = account(run)
-    assert told.spot_usd == 0.0
-    assert told.on_demand_usd == told.usd
+    result = account(run)
+    assert result.spot_usd == 0.0
+    assert result.on_demand_usd == result.usd

@@ -1,4 +1,4 @@
-"""The report's page: escaped, self-contained, told apart without colour."""
+"""The HTML report: escaped, self-contained, and readable without colour."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CSS = files("launcher.report").joinpath("page.css").read_text()
 
 
 class Checked(HTMLParser):
-    """Tags are closed in the order in which they were opened."""
+    """A parser that asserts that all tags are properly nested."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def checked(text: str) -> Checked:
 
 
 def test_a_page_is_one_file_without_scripts(run: RunHistory) -> None:
-    """Nothing in it is fetched from anywhere."""
+    """The page fetches nothing."""
     found = checked(html.run_page(run, account(run), made="now"))
     assert "script" not in [name for name, _ in found.tags]
     addresses = [
@@ -68,8 +68,8 @@ def test_a_page_is_one_file_without_scripts(run: RunHistory) -> None:
     assert not re.search(r"url\((?!#)|@import|https?:", CSS)
 
 
-def test_what_others_wrote_is_escaped(run: RunHistory) -> None:
-    """The message of a failure has brackets and an ampersand, and is shown as it was written."""
+def test_messages_are_escaped(run: RunHistory) -> None:
+    """Brackets and ampersands in the message of a failure are shown as text."""
     text = html.run_page(run, account(run), made="<now>")
     assert "SIGBUS &lt;on GPU 3&gt; &amp; left" in text
     assert "<on GPU 3>" not in text
@@ -77,8 +77,8 @@ def test_what_others_wrote_is_escaped(run: RunHistory) -> None:
     assert tag("td", "a<b", data_label='"x"') == '<td data-label="&quot;x&quot;">a&lt;b</td>'
 
 
-def test_pictures_and_tables_say_what_they_are(run: RunHistory) -> None:
-    """Every picture has a label, every table a caption, every cell of a card its column."""
+def test_pictures_and_tables_have_labels(run: RunHistory) -> None:
+    """Every picture has a label, every table a caption, and every cell the name of its column."""
     found = checked(html.run_page(run, account(run), made="now"))
     charts = [attributes for name, attributes in found.tags if attributes.get("class") == "chart"]
     assert len(charts) == 12
@@ -90,8 +90,8 @@ def test_pictures_and_tables_say_what_they_are(run: RunHistory) -> None:
     assert all("data-label" in each for each in cells)
 
 
-def test_parts_are_told_apart_without_colour() -> None:
-    """Each kind of part but the plain ones has a pattern of its own, which is there."""
+def test_parts_differ_without_colour() -> None:
+    """Each kind of part has its own pattern, except the two plain ones."""
     patterns = {kind: re.search(rf"\.{kind} {{ fill: url\(#([\w-]+)\)", CSS) for kind in bars.KINDS.values()}
     plain_ones = {kind for kind, found in patterns.items() if not found}
     assert plain_ones == {"useful", "rest"}
@@ -101,7 +101,7 @@ def test_parts_are_told_apart_without_colour() -> None:
 
 
 def test_a_boot_is_shown_as_a_part() -> None:
-    """On the bar of its attempt and of all, in both pages' tables, and in the keys."""
+    """The boot is on the timeline, on the bar of shares, in the tables and in the keys."""
     leg = LEGS[0]._replace(last=478, end="done", boot_s=600)
     booted = RunHistory("b", "/b", (AttemptHistory(1, tuple(journey((leg,))[0])),), (), "then")
     one = account(booted)
@@ -110,34 +110,34 @@ def test_a_boot_is_shown_as_a_part() -> None:
     assert 'class="part boot"' in bars.time_bar(one.hours, 940)
     assert ("boot until the claim", "10 min 00 s") in [row[:2] for row in tables.time_parts(one).rows]
     assert "boot until the claim" in [row[0] for row in tables.comparison((one, one)).rows]
-    said = checked(html.run_page(booted, one, made="now")).words
-    assert said.count("boot until the claim") == 2
+    label = checked(html.run_page(booted, one, made="now")).words
+    assert label.count("boot until the claim") == 2
 
 
 def test_the_timeline_has_a_lane_for_each_place(run: RunHistory) -> None:
-    """With its price; and each attempt says how it ended, in words."""
+    """Each lane has its price, and each attempt says in words how it ended."""
     drawn = bars.timeline(account(run), 940)
     for leg in LEGS:
         assert leg.infra in drawn
-    for said in ("1 ✕ lost", "2 ◆ preempted", "3 ! failed", "4 ✓ done", "on demand · 22.32 $/h"):
-        assert said in drawn
+    for label in ("1 ✕ lost", "2 ◆ preempted", "3 ! failed", "4 ✓ done", "on demand · 22.32 $/h"):
+        assert label in drawn
 
 
 def test_a_timeline_s_parts_fill_each_bar(run: RunHistory) -> None:
-    """Their seconds are those of the attempt."""
+    """The seconds of the parts add up to the paid time of the attempt."""
     for one in account(run).attempts:
         assert sum(part.seconds for part in bars.timeline_spans(one)) == pytest.approx(one.hours.paid_s)
 
 
 def test_curves_show_where_attempts_ended_and_what_was_redone(run: RunHistory) -> None:
-    """And the steps that were lost, as a line of their own."""
+    """Lost steps are separate curves."""
     loss, accuracy = panels(run)
     assert loss.losses == ((143, "1 lost"), (268, "2 preempted"), (290, "3 failed"))
     assert loss.redone == ((100, 143), (250, 268), (250, 290))
     assert [len(curve.points) for curve in loss.curves if curve.kind == "lost"] == [44, 19, 40]
     drawn = curves.draw(loss, 940, 300)
-    for said in ("1 lost", "2 preempted", "3 failed", "optimizer step", "train", "test", "steps 251 to 290"):
-        assert said in drawn
+    for label in ("1 lost", "2 preempted", "3 failed", "optimizer step", "train", "test", "steps 251 to 290"):
+        assert label in drawn
     assert accuracy.unit == "share of pairs"
 
 
@@ -145,7 +145,7 @@ def test_curves_show_where_attempts_ended_and_what_was_redone(run: RunHistory) -
     "values", [[], [math.nan], [math.nan, 1.0, math.nan], [2.0], [5.0] * 9, [math.inf, 1.0]]
 )
 def test_strange_curves_are_drawn(values: list[float]) -> None:
-    """No value, one value, the same value, none that is a number."""
+    """Curves may have no value, one value, equal values, or no finite value."""
     points = [(float(step), value) for step, value in enumerate(values)]
     drawn = curves.draw(Panel("Loss", "loss", (Curve("train", "train", points, noisy=True),), 10), 340, 240)
     checked(drawn)
@@ -153,8 +153,8 @@ def test_strange_curves_are_drawn(values: list[float]) -> None:
     assert "inf" not in drawn
 
 
-def test_a_few_wild_values_do_not_flatten_the_rest() -> None:
-    """They are cut off, and the picture says so."""
+def test_outliers_do_not_flatten_the_curve() -> None:
+    """They are cut off, and a note says so."""
     points = [(float(step), 1000.0 if step == 7 else 1.0 + step / 500) for step in range(500)]
     drawn = curves.draw(Panel("Loss", "loss", (Curve("train", "train", points, noisy=True),), 500), 940, 300)
     assert "cut off: up to 1e+03" in drawn
@@ -162,7 +162,7 @@ def test_a_few_wild_values_do_not_flatten_the_rest() -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 30])
 def test_a_run_of_any_length_has_a_page(tmp_path: Path, steps: int) -> None:
-    """One that never took a step, one without prices and plan."""
+    """A page needs no steps, no prices and no plan."""
     write_events(tmp_path / "a-run", attempt_events(1, start=0, last=steps, total_steps=40))
     run = Reader(open_run(str(tmp_path), "a-run"), "a-run").read()
     text = html.run_page(run, account(run), made="now")
@@ -171,8 +171,8 @@ def test_a_run_of_any_length_has_a_page(tmp_path: Path, steps: int) -> None:
     assert "price unknown" in text
 
 
-def test_two_runs_stand_beside_each_other(run: RunHistory) -> None:
-    """Facts in columns, curves in one frame."""
+def test_two_runs_are_compared(run: RunHistory) -> None:
+    """Their facts are in columns, and their curves in one panel."""
     one = account(run)
     text = html.comparison_page((run, run), (one, one), made="now")
     found = checked(text)
@@ -181,23 +181,23 @@ def test_two_runs_stand_beside_each_other(run: RunHistory) -> None:
     assert any(each == "Side by side" for each in found.words)
 
 
-def test_the_plan_and_what_it_was(run: RunHistory) -> None:
-    """Each promise with its difference."""
+def test_the_plan_is_compared_with_the_actual_values(run: RunHistory) -> None:
+    """Each row has the predicted value, the actual value and the difference."""
     rows = tables.plan_comparison(account(run))
     assert rows is not None
-    told = {row[0]: row[1:] for row in rows.rows}
-    assert told["dollars"] == ("41.00", "21.86", "-47%")
-    assert told["GiB per GPU"] == ("74.0", "70.4", "-5%")
+    found = {row[0]: row[1:] for row in rows.rows}
+    assert found["dollars"] == ("41.00", "21.86", "-47%")
+    assert found["GiB per GPU"] == ("74.0", "70.4", "-5%")
 
 
 def test_ticks_are_round() -> None:
-    """One, two, five; times in minutes and hours."""
+    """Numbers are multiples of 1, 2 or 5 times a power of ten; times are round in minutes or hours."""
     assert ticks(0, 478, 5) == [0, 100, 200, 300, 400]
     assert ticks(0.43, 0.71, 5) == [0.5, 0.6, 0.7]
     assert ticks(3, 3, 5) == [3]
     assert [plain(each, [0.45, 0.5]) for each in (0.45, 0.5)] == ["0.45", "0.50"]
-    assert [said for _, said in moments(8192, 8)] == ["0", "30 min", "1 h", "1 h 30", "2 h"]
-    assert [said for _, said in moments(90, 8)] == [
+    assert [label for _, label in moments(8192, 8)] == ["0", "30 min", "1 h", "1 h 30", "2 h"]
+    assert [label for _, label in moments(90, 8)] == [
         "0",
         "15 s",
         "30 s",

@@ -1,4 +1,4 @@
-"""What a run came to: facts and picture."""
+"""The summary of a run: its facts, its picture, and how numbers are printed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.events import Event
 def a_run(
     *spans: tuple[int, int], method: str = "dpo", finished: str | None = BEGIN.isoformat()
 ) -> RunHistory:
-    """Attempts over these spans of 40 steps."""
+    """Return a run of 40 steps whose attempts took these spans of steps."""
     end: Event = {"kind": "exported", "step": 40, "bytes": 2048, "weights_digest": "abcd"}
     attempts = [
         AttemptHistory(
@@ -40,7 +40,7 @@ def a_run(
 
 
 def test_the_facts_of_a_preempted_run() -> None:
-    """Attempts, lost work and first and last metrics are those of the events."""
+    """Attempts, lost steps, and first and last metrics come from the events."""
     facts = summary(a_run((0, 14), (10, 27), (20, 40)))
     assert (facts.state, facts.attempts, facts.preemptions, facts.restores) == ("done", 3, 2, 2)
     assert (facts.step, facts.total_steps, facts.lost_steps, facts.commits) == (40, 40, 4 + 7, 4)
@@ -49,8 +49,8 @@ def test_the_facts_of_a_preempted_run() -> None:
     assert (facts.final, facts.final_bytes, facts.weights_digest) == ("/runs/a-run/final", 2048, "abcd")
 
 
-def test_dollars_are_told_where_a_price_is_known() -> None:
-    """An attempt's own, else that of the machine that was chosen; without either there is no line."""
+def test_dollars_are_shown_if_a_price_is_known() -> None:
+    """An attempt without a price uses the given one. Without any price, there is no row for dollars."""
     run = a_run((0, 14))
     assert "dollars" not in dict(summary(run).rows())
     seconds = run.attempts[0].ended - run.attempts[0].began
@@ -59,21 +59,21 @@ def test_dollars_are_told_where_a_price_is_known() -> None:
     assert dict(facts.rows())["dollars"] == f"${2 * seconds:.2f}"
 
 
-def test_an_sft_run_is_judged_by_its_test_loss() -> None:
-    """There are no rewards in SFT."""
+def test_the_test_metric_of_sft_is_the_loss() -> None:
+    """SFT has no rewards."""
     facts = summary(a_run((0, 40), method="sft"))
     assert (facts.test_metric, facts.test) == ("eval_loss", (1 / 10, 1 / 40))
 
 
 def test_an_unfinished_run_has_no_final_model() -> None:
-    """Nothing points at a model that is not there."""
+    """The final model is shown as `not yet`."""
     facts = summary(a_run((0, 14), finished=None))
     assert facts.final is None
     assert dict(facts.rows())["final model"] == "not yet"
 
 
-def test_a_run_without_steps_has_facts_too() -> None:
-    """A run that died before its first step can be told of."""
+def test_a_run_without_steps_has_a_summary() -> None:
+    """Its metrics are None."""
     facts = summary(RunHistory("a-run", "/runs/a-run", (), ()))
     assert (facts.train_loss, facts.test, facts.state) == (None, None, "new")
     assert facts_table(facts.rows(), title="a-run").row_count == len(facts.rows())
@@ -81,28 +81,28 @@ def test_a_run_without_steps_has_facts_too() -> None:
 
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_the_picture_is_a_png(tmp_path: Path, method: str) -> None:
-    """Any run with steps can be drawn, into a folder that may not be there yet."""
+    """Missing folders of its path are created."""
     path = tmp_path / "new" / "report.png"
     draw(a_run((0, 14), (10, 27), (20, 40), method=method), path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_preemptions_are_seen_in_the_picture(tmp_path: Path) -> None:
+def test_the_picture_shows_preemptions(tmp_path: Path) -> None:
     """Two runs with the same curves and other attempts look different."""
     draw(a_run((0, 40)), tmp_path / "whole.png")
     draw(a_run((0, 14), (10, 40)), tmp_path / "preempted.png")
     assert (tmp_path / "whole.png").read_bytes() != (tmp_path / "preempted.png").read_bytes()
 
 
-def test_the_picture_lies_beside_the_run_where_that_is_a_folder() -> None:
-    """Bucket or folder decide where the picture goes."""
+def test_the_picture_is_in_the_run_s_folder() -> None:
+    """For a run in a bucket, the picture goes to this machine's state folder."""
     home = Path("/home/state/a-run")
     assert picture_path("/runs", "a-run", home=home) == Path("/runs/a-run/report.png")
     assert picture_path("gs://bucket/runs", "a-run", home=home) == home / "report.png"
 
 
-def test_numbers_for_people() -> None:
-    """Units are chosen by size, and nothing is rounded to sixty."""
+def test_durations_and_sizes_have_units() -> None:
+    """The unit depends on the size, and no value is printed as 60 of a unit."""
     assert [duration(s) for s in (0.24, 59.6, 60, 185, 3599.7, 7810)] == [
         "0.2 s", "1 min 00 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "2 h 10 min",
     ]  # fmt: skip
@@ -115,8 +115,8 @@ def test_numbers_for_people() -> None:
     assert change((0.69314, 0.41)) == "0.6931 → 0.4100"
 
 
-def test_a_name_is_not_broken_while_other_words_can_be() -> None:
-    """It is copied from a narrow terminal."""
+def test_the_name_of_a_run_is_not_wrapped() -> None:
+    """A narrow terminal wraps other columns first, so that the name can be copied."""
     name = "zephyr-tiny-dpo-111a6221"
     console = Console(width=60, file=io.StringIO())
     with console.capture() as captured:
@@ -129,7 +129,7 @@ def test_a_name_is_not_broken_while_other_words_can_be() -> None:
 
 
 def test_json_is_strict() -> None:
-    """A loss that is not a number is null: every JSON reader takes it."""
+    """NaN and infinity become null, which every JSON reader accepts."""
     assert (
         to_json({"loss": [float("nan"), 1.5], "of": {"inf": float("inf")}})
         == '{"loss": [null, 1.5], "of": {"inf": null}}'

@@ -1,4 +1,4 @@
-"""What a run's events mean."""
+"""The history of a run, read from its events and commits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_run_that_never_began_is_new(tmp_path: Path) -> None:
 
 
 def test_a_later_attempt_wins_for_a_repeated_step(tmp_path: Path) -> None:
-    """Each step is there once, with the values of the attempt that the run went on with."""
+    """Each step has one event, from the newest attempt that took it."""
     write_events(
         tmp_path / "a-run",
         attempt_events(1, start=0, last=14, total_steps=30),
@@ -36,8 +36,8 @@ def test_a_later_attempt_wins_for_a_repeated_step(tmp_path: Path) -> None:
     assert run.steps[10]["loss"] == 1 / 11 + 2
 
 
-def test_lost_work_is_what_was_done_more_than_once(tmp_path: Path) -> None:
-    """Every attempt that repeats steps adds a span, also steps that are repeated twice."""
+def test_lost_steps_are_the_repeated_steps(tmp_path: Path) -> None:
+    """Every attempt that repeats steps adds a span, even if the steps were repeated before."""
     write_events(
         tmp_path / "a-run",
         attempt_events(1, start=0, last=14, total_steps=30),
@@ -49,8 +49,8 @@ def test_lost_work_is_what_was_done_more_than_once(tmp_path: Path) -> None:
     assert run.lost_steps == 6
 
 
-def test_preemptions_are_the_attempts_that_did_not_end_by_themselves(tmp_path: Path) -> None:
-    """A vanished and a notified machine count; a failure and a superseded attempt do not."""
+def test_preemptions_count_lost_and_preempted_attempts(tmp_path: Path) -> None:
+    """Failed and superseded attempts do not count."""
     write_events(
         tmp_path / "a-run",
         attempt_events(1, start=0, last=4, total_steps=30),
@@ -69,7 +69,7 @@ def test_preemptions_are_the_attempts_that_did_not_end_by_themselves(tmp_path: P
 
 @pytest.mark.parametrize("kind", ["preempted", "failed", "superseded", "done"])
 def test_the_newest_attempt_decides_the_state(tmp_path: Path, kind: str) -> None:
-    """The newest attempt's last word is the run's state."""
+    """The end event of the newest attempt sets the state."""
     write_events(
         tmp_path / "a-run",
         attempt_events(1, start=0, last=4, total_steps=30, end={"kind": "failed", "message": ""}),
@@ -79,7 +79,7 @@ def test_the_newest_attempt_decides_the_state(tmp_path: Path, kind: str) -> None
 
 
 def test_a_committed_final_model_makes_a_run_done(tmp_path: Path) -> None:
-    """A machine that is lost after the last commit, before it could tell, leaves a run that is done."""
+    """A run is done even if its machine is lost after the last commit and before the `done` event."""
     write_events(tmp_path / "a-run", attempt_events(1, start=0, last=30, total_steps=30))
     write_commit(tmp_path / "a-run", "final", created="2026-01-01T00:05:00Z")
     run = read(tmp_path)
@@ -87,15 +87,15 @@ def test_a_committed_final_model_makes_a_run_done(tmp_path: Path) -> None:
     assert run.final_uri.endswith("/a-run/final")
 
 
-def test_commits_are_those_told_and_those_found(tmp_path: Path) -> None:
-    """A commit whose event was lost counts, as does one that retention has removed."""
+def test_commits_come_from_events_and_from_the_bucket(tmp_path: Path) -> None:
+    """A commit without an event counts, and so does one that retention has removed."""
     write_events(tmp_path / "a-run", attempt_events(1, start=0, last=14, total_steps=30))
     write_commit(tmp_path / "a-run", "step-00000012")
     assert read(tmp_path).commits == (10, 12)
 
 
-def test_a_reader_sees_what_was_added(tmp_path: Path) -> None:
-    """Reading again gives the run as it is then."""
+def test_a_reader_sees_new_events(tmp_path: Path) -> None:
+    """A second read returns the new state of the run."""
     reader = Reader(open_run(str(tmp_path), "a-run"), "a-run")
     write_events(tmp_path / "a-run", attempt_events(1, start=0, last=4, total_steps=30))
     assert reader.read().step == 4
@@ -103,8 +103,8 @@ def test_a_reader_sees_what_was_added(tmp_path: Path) -> None:
     assert reader.read().step == 9
 
 
-def test_one_place_has_one_spelling(tmp_path: Path) -> None:
-    """The same folder, however it is written, is the same place, so that it is the same run."""
+def test_addresses_of_one_folder_are_equal(tmp_path: Path) -> None:
+    """All spellings of a folder have the same canonical address."""
     spellings = ["runs", "./runs/", str(tmp_path / "runs"), (tmp_path / "runs").as_uri(), "other/../runs"]
     assert {canonical(spelling, tmp_path) for spelling in spellings} == {str(tmp_path / "runs")}
     assert canonical("gs://bucket/runs/", tmp_path) == "gs://bucket/runs"
@@ -114,7 +114,7 @@ def test_one_place_has_one_spelling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "uri", ["gss://bucket/runs", "gs:/bucket/runs", "gs://", "gcs://bucket", "https://host/bucket"]
 )
-def test_what_is_no_address_is_not_taken_for_a_folder(uri: str, tmp_path: Path) -> None:
-    """Before anything is planned, and in a dry run, too."""
+def test_a_malformed_address_is_not_taken_for_a_folder(uri: str, tmp_path: Path) -> None:
+    """It is refused with BucketError."""
     with pytest.raises(BucketError):
         canonical(uri, tmp_path)

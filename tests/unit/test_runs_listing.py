@@ -1,4 +1,4 @@
-"""`runs` lists a bucket; a run is found by its name or address."""
+"""`runs` lists the runs of a bucket, and `place` finds a run by its name or address."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from trainer.errors import UserError
 NOW = BEGIN.timestamp() + 100
 
 
-def test_a_row_for_each_run_the_latest_first(tmp_path: Path) -> None:
-    """State, step, loss, dollars, last activity."""
+def test_runs_are_listed_latest_first(tmp_path: Path) -> None:
+    """A row has state, step, loss, commits, attempts and dollars."""
     write_journey(tmp_path / "clouds", journey())
     write_events(tmp_path / "plain", attempt_events(1, start=0, last=14, total_steps=40))
     rows = listing(str(tmp_path), now=NOW)
@@ -35,14 +35,14 @@ def test_a_row_for_each_run_the_latest_first(tmp_path: Path) -> None:
     assert plain.loss == 1 / 14 + 1
 
 
-def test_a_run_that_fell_silent_is_told_from_one_at_work(tmp_path: Path) -> None:
-    """The bucket alone cannot know more."""
+def test_a_run_without_recent_events_is_silent(tmp_path: Path) -> None:
+    """The bucket alone cannot tell whether its machine is lost."""
     write_events(tmp_path / "plain", attempt_events(1, start=0, last=14, total_steps=40))
     assert [row.state for row in listing(str(tmp_path), now=NOW + SILENT_S)] == ["silent"]
 
 
 def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
-    """It is listed with what is wrong with it."""
+    """A damaged run has a row with its error."""
     write_events(tmp_path / "good", attempt_events(1, start=0, last=4, total_steps=40))
     (tmp_path / "bad" / "events").mkdir(parents=True)
     (tmp_path / "bad" / "events" / "0001.jsonl").write_text("{broken\n")
@@ -51,15 +51,15 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
     assert "cannot be read" in (rows["bad"].error or "")
 
 
-def test_folders_that_are_no_runs_are_left_out(tmp_path: Path) -> None:
-    """What else lies beside the runs is nobody's business."""
+def test_other_folders_are_left_out(tmp_path: Path) -> None:
+    """A folder without events and commits is not a run."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("x")
     assert listing(str(tmp_path), now=NOW) == []
 
 
-def test_runs_are_read_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each waits for all others to have begun, which one after the other would wait for ever."""
+def test_runs_are_read_concurrently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read waits until all reads have started, so sequential reads would time out."""
     for number in range(8):
         write_events(tmp_path / f"run-{number}", attempt_events(1, start=0, last=2, total_steps=4))
     together = threading.Barrier(8, timeout=30)
@@ -74,7 +74,7 @@ def test_runs_are_read_at_the_same_time(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_bucket_is_listed_like_a_folder(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """As JSON for programs, as a table for people."""
+    """`runs` prints JSON or a table."""
     bucket = open_run(s3, "there")
     lines = [json.dumps(event) for event in attempt_events(1, start=0, last=4, total_steps=40)]
     bucket.put("events/0001.jsonl", "\n".join(lines).encode())
@@ -102,15 +102,15 @@ def found(run: str, checkpoints: str | None, root: Path) -> RunPlace:
 
 
 def test_a_run_is_named_by_its_id_or_its_address(tmp_path: Path) -> None:
-    """An address has its folder in it; an option goes before everything; the settings are the last resort."""
+    """An address names its folder or bucket. For an id, `--checkpoints` comes first and the settings last."""
     assert found("s3://b/p/a-run", None, tmp_path) == RunPlace("s3://b/p", "a-run")
     assert found("runs/a-run", None, tmp_path) == RunPlace(str(tmp_path / "runs"), "a-run")
     assert found("a-run", "s3://b/p/", tmp_path) == RunPlace("s3://b/p", "a-run")
     assert found("a-run", None, tmp_path) == RunPlace("s3://settings/runs", "a-run")
 
 
-def test_a_run_is_where_it_was_submitted_to(tmp_path: Path) -> None:
-    """And one name in two places is asked after."""
+def test_a_submitted_run_is_found_where_it_was_submitted_to(tmp_path: Path) -> None:
+    """A name that exists in two places is refused."""
     submit(tmp_path / "state", "gs://one")
     assert found("a-run", None, tmp_path) == RunPlace("gs://one", "a-run")
     submit(tmp_path / "state", "gs://two")
@@ -118,14 +118,14 @@ def test_a_run_is_where_it_was_submitted_to(tmp_path: Path) -> None:
         found("a-run", None, tmp_path)
 
 
-def test_a_run_that_is_nowhere_is_said_so(tmp_path: Path) -> None:
-    """With the command that lists what there is."""
+def test_an_unknown_run_is_refused(tmp_path: Path) -> None:
+    """The hint names the command that lists all runs."""
     with pytest.raises(UserError, match="nothing of a run a-run") as caught:
         RunPlace(str(tmp_path), "a-run").read()
     assert "launcher runs" in (caught.value.hint or "")
 
 
 def test_a_run_with_a_commit_and_no_events_is_one(tmp_path: Path) -> None:
-    """Its first attempt died before it could tell anything else."""
+    """Events may be missing if the first attempt was lost early."""
     write_commit(tmp_path / "a-run", "step-00000010")
     assert RunPlace(str(tmp_path), "a-run").read().commits == (10,)

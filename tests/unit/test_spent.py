@@ -1,4 +1,4 @@
-"""What a run has spent, by its attempts' events, and whether that is too much."""
+"""Hours and dollars of attempts, and the limits of a run (`trainer.accounting`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 def attempt(
     *hours: float, usd_per_h: float | None = 10.0, end: Event | None = None, boot_h: float = 0.0
 ) -> list[Event]:
-    """Claimed at the first hour, heard of at the others, on a machine that booted so long before."""
+    """Return events at these hours: a claim, then steps. The machine booted `boot_h` before the claim."""
     kinds = ["claimed", *["step"] * (len(hours) - 1)]
     events: list[Event] = [
         {"kind": kind, "time": (BEGIN + timedelta(hours=at)).isoformat()}
@@ -68,31 +68,31 @@ def at(hours: float) -> datetime:
     ],
 )
 def test_an_attempt_costs_its_hours_at_its_own_price(events: list[Event], spent: RunCost) -> None:
-    """From its claim, or its machine's boot, to what was heard last; a clock that is set back earns nothing."""
+    """It is paid from the claim or the boot to the latest event. A clock that is set back does not reduce the cost."""
     assert run_cost([events]) == pytest.approx(spent)
 
 
-def test_events_of_before_there_were_prices_count_their_hours_alone() -> None:
-    """An older version's claim has no price at all."""
+def test_claims_without_a_price_count_as_unpriced_hours() -> None:
+    """A claim of an older version has no `price` field."""
     old = attempt(0, 2)
     del old[0]["price"]
     assert run_cost([old, attempt(3, 4)]) == pytest.approx(cost(3, 10, 2))
 
 
-def test_a_deadline_runs_also_while_no_machine_is_held() -> None:
-    """It is the wall clock's, from the first claim."""
+def test_a_deadline_counts_the_time_without_a_machine() -> None:
+    """A deadline is wall-clock time since the first claim."""
     assert run_age_h([attempt(0, 1), attempt(5, 6)], at(8)) == pytest.approx(8)
     assert run_age_h([], at(8)) == 0
 
 
-def test_a_machine_whose_clock_is_behind_does_not_turn_the_deadline_back() -> None:
-    """What the attempts took by their own clocks has passed."""
+def test_a_clock_that_is_behind_does_not_extend_the_deadline() -> None:
+    """The age of a run is at least the sum of its attempts' own hours."""
     assert run_age_h([attempt(0, 1), attempt(5, 7)], at(-100)) == pytest.approx(3)
 
 
 @pytest.mark.parametrize("now_h", [2, -100])
-def test_a_deadline_begins_with_the_first_claim_and_not_with_a_boot(now_h: float) -> None:
-    """The wall clock may be right or wrong: a boot is paid for, and no more than that."""
+def test_a_deadline_starts_with_the_first_claim_and_not_with_the_boot(now_h: float) -> None:
+    """Boot time is paid, but does not count against the deadline, whether the wall clock is right or wrong."""
     assert run_age_h([attempt(0, 2, boot_h=0.5)], at(now_h)) == pytest.approx(2)
 
 
@@ -110,29 +110,27 @@ def test_a_deadline_begins_with_the_first_claim_and_not_with_a_boot(now_h: float
 def test_a_limit_is_used_up_by_all_attempts_together(
     limits: dict[str, Any], now_h: float, what: str | None
 ) -> None:
-    """Two attempts of one and of two hours at $10."""
+    """The run has two attempts of one and two hours at $10 per hour."""
     found = exhausted_limit([attempt(0, 1), attempt(5, 7)], Limits(**limits), at(now_h))
     assert (found.what if found else None) == what
 
 
-@pytest.mark.parametrize(("budget", "goes_on"), [(24.0, False), (25.0, False), (26.0, True)])
-def test_boots_use_up_a_budget(budget: float, goes_on: bool) -> None:
-    """Two hours at $10 after a quarter of an hour, and a quarter of an hour that the next attempt has cost already."""
+@pytest.mark.parametrize(("budget", "continues"), [(24.0, False), (25.0, False), (26.0, True)])
+def test_boots_use_up_a_budget(budget: float, continues: bool) -> None:
+    """Boots count against the budget: 2.25 h of an earlier attempt and 0.25 h of the next one, at $10 per hour."""
     run = [attempt(0, 2, boot_h=0.25)]
-    assert (exhausted_limit(run, Limits(budget_usd=budget), at(3), boot_usd=2.5) is None) is goes_on
+    assert (exhausted_limit(run, Limits(budget_usd=budget), at(3), boot_usd=2.5) is None) is continues
 
 
-@pytest.mark.parametrize(("budget", "goes_on"), [(9.0, False), (10.0, False), (10.5, True)])
-def test_a_run_that_stopped_in_time_is_not_started_again_for_what_it_left(
-    budget: float, goes_on: bool
-) -> None:
-    """It left time to save and nothing else; only a higher limit goes on."""
+@pytest.mark.parametrize(("budget", "continues"), [(9.0, False), (10.0, False), (10.5, True)])
+def test_a_run_that_stopped_at_a_limit_needs_a_higher_limit(budget: float, continues: bool) -> None:
+    """The rest of the limit was the reserve for saving, so the same limit counts as used up."""
     run = [attempt(0, 0.95, end={"kind": "stopped", "what": "budget", "limit": 10.0})]
-    assert (exhausted_limit(run, Limits(budget_usd=budget), at(1)) is None) is goes_on
+    assert (exhausted_limit(run, Limits(budget_usd=budget), at(1)) is None) is continues
 
 
-def test_limits_say_what_is_used_of_them() -> None:
-    """In dollars and in hours, as a user reads them."""
-    said = [str(each) for each in limit_usage(Limits(budget_usd=200, deadline_h=24), usd=160.5, hours=3)]
-    assert said == ["$160.50 of the budget of $200.00", "3.00 h of the deadline of 24 h"]
+def test_limits_print_their_usage() -> None:
+    """A budget prints dollars, a deadline hours."""
+    texts = [str(usage) for usage in limit_usage(Limits(budget_usd=200, deadline_h=24), usd=160.5, hours=3)]
+    assert texts == ["$160.50 of the budget of $200.00", "3.00 h of the deadline of 24 h"]
     assert not Limits()

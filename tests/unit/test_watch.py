@@ -1,4 +1,4 @@
-"""A run is watched: what is known of it, how it is drawn, and that it is only read."""
+"""`watch`: the state of a run, its view, and that the run is only read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RUNNING = (LEGS[0], Leg("gcp/us-east5", "spot", 13.18, 268, None, gap_s=540))
 
 
 class Site:
-    """A run over two machines, the second at work; the clock stands where its last event is."""
+    """A run over two machines, the second of which is running. `now` is the time of its last event."""
 
     def __init__(self, root: Path) -> None:
         self.runs, self.state = root / "runs", root / "state"
@@ -57,8 +57,8 @@ class Site:
         }
         more = {"job_id": 3, "where": "gcp", "usd_per_h": 13.18, "submitted": BEGIN.timestamp()}
         submissions.remember(self.state, Sent.model_validate({**facts, **more}))
-        said = {"kind": "managed job", "name": "a-run", "job_id": 3, "phase": phase, "said": phase.upper()}
-        self.cloud.standings["managed job", "a-run"] = JobStatus.model_validate(said)
+        status = {"kind": "managed job", "name": "a-run", "job_id": 3, "phase": phase, "said": phase.upper()}
+        self.cloud.standings["managed job", "a-run"] = JobStatus.model_validate(status)
 
     def source(self) -> Source:
         return Source(RunPlace(str(self.runs), "a-run"), lambda: self.cloud, state=self.state)
@@ -79,31 +79,31 @@ def drawn(seen: RunSnapshot, width: int = 110) -> str:
     return captured.get()
 
 
-def test_all_that_matters_is_on_the_screen(site: Site) -> None:
-    """Progress, ETA, node, price, dollars, plan, last commit and its age, attempts and their ends."""
+def test_the_view_shows_progress_cost_and_attempts(site: Site) -> None:
+    """It has progress, time left, node, price, dollars, plan, age of the last commit, and the attempts."""
     text = drawn(site.look(after_s=30))
-    for said in (
+    for words in (
         "step 268 of 478", "56%", "left", "gcp/us-east5, spot, 13.18 $/h", "so far", "$41.00 planned", "at the end",
         "step 250", "ago, 18 steps since", "tokens/s", "GPU memory", "peak 70 GiB, 74 predicted, 79 available",
         "loss", "reward accuracy", "lost", "running", "gcp/us-central1",
     ):  # fmt: skip
-        assert said in text, said
+        assert words in text, words
 
 
 @pytest.mark.parametrize("rows", [14, 24, 50])
 @pytest.mark.parametrize("width", [80, 160])
-def test_the_screen_is_never_too_low_for_it(site: Site, width: int, rows: int) -> None:
-    """What is below the curves is always seen: they give way."""
+def test_the_view_fits_the_height(site: Site, width: int, rows: int) -> None:
+    """The curves shrink, so that the rows below them are always visible."""
     console = Console(width=width, file=io.StringIO())
     with console.capture() as captured:
         console.print(RunView(site.look(), hint="q leaves", rows=rows))
-    told = captured.get().rstrip().splitlines()
-    assert told[-1].strip() == "q leaves"
-    assert len(told) <= rows
+    printed = captured.get().rstrip().splitlines()
+    assert printed[-1].strip() == "q leaves"
+    assert len(printed) <= rows
 
 
-def test_the_budget_is_held_against_the_dollars(site: Site) -> None:
-    """As the node was told it."""
+def test_the_view_shows_the_share_of_the_budget(site: Site) -> None:
+    """The budget comes from the claim."""
     for events in site.attempts:
         events[0]["limits"] = {"budget_usd": 20.0, "deadline_h": None}
     write_journey(site.runs / "a-run", site.attempts)
@@ -111,13 +111,13 @@ def test_the_budget_is_held_against_the_dollars(site: Site) -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])
-def test_it_fits_the_terminal(site: Site, width: int) -> None:
-    """No line is longer than it is wide, however wide."""
+def test_the_view_fits_the_width(site: Site, width: int) -> None:
+    """No line is wider than the terminal."""
     assert all(len(row) <= width for row in drawn(site.look(), width).splitlines())
 
 
-def test_the_money_runs_while_the_machine_does(site: Site) -> None:
-    """Also while no event comes; and stops when the machine is known to be gone."""
+def test_dollars_grow_while_the_machine_runs(site: Site) -> None:
+    """They grow without new events, and stop when SkyPilot reports the end of the machine."""
     site.submitted("running")
     early, late = site.look(), site.look(after_s=3600)
     assert early.account.usd is not None
@@ -135,22 +135,24 @@ def test_the_money_runs_while_the_machine_does(site: Site) -> None:
         ("waiting", "waiting", True),
     ],
 )
-def test_skypilot_knows_of_the_way_there(site: Site, phase: Phase, state: str, at_work: bool) -> None:
-    """A managed job that is being recovered is at work, though its newest attempt is dead."""
+def test_skypilot_s_phase_is_the_state_before_the_end(
+    site: Site, phase: Phase, state: str, at_work: bool
+) -> None:
+    """A managed job in recovery counts as at work, although its newest attempt is lost."""
     site.submitted(phase)
     seen = site.look(after_s=7200)
     assert (seen.state, seen.at_work, seen.over) == (state, at_work, not at_work)
 
 
-def test_a_run_that_nobody_recovers_is_over(site: Site) -> None:
-    """Preempted, and the job that held it has ended: after a while there is nothing to wait for."""
+def test_a_run_without_recovery_is_over(site: Site) -> None:
+    """Its job has ended, so after a while no recovery is expected."""
     site.submitted("idle")
     assert not site.look(after_s=10).over
     assert site.look(after_s=100).over
 
 
-def test_skypilot_is_asked_now_and_then(site: Site) -> None:
-    """Its answers take seconds; the bucket is read each time."""
+def test_skypilot_is_asked_rarely(site: Site) -> None:
+    """The bucket is read every time, SkyPilot only every `ASK_EVERY_S`, because its answers take seconds."""
     site.submitted()
     source = site.source()
     for after_s in (0.0, 5.0, ASK_EVERY_S - 1, ASK_EVERY_S):
@@ -158,8 +160,8 @@ def test_skypilot_is_asked_now_and_then(site: Site) -> None:
     assert site.cloud.asked == ["managed jobs"] * 2
 
 
-def test_the_run_is_seen_while_skypilot_is_away(site: Site) -> None:
-    """The bucket tells of it, and what is not known is said."""
+def test_the_run_is_shown_while_skypilot_is_unreachable(site: Site) -> None:
+    """The facts come from the bucket, and the view names the fault."""
     site.submitted()
     site.cloud.fault = Unavailable("no API server")
     seen = site.look()
@@ -167,8 +169,8 @@ def test_the_run_is_seen_while_skypilot_is_away(site: Site) -> None:
     assert "incomplete: no API server" in drawn(seen)
 
 
-def test_a_recovery_on_this_machine_is_at_work(site: Site) -> None:
-    """It is another process than the one that was at work when somebody began to watch."""
+def test_a_recovery_on_this_machine_is_followed(site: Site) -> None:
+    """A recovery is a new process, which the next read of the record finds."""
     home = Home.of(site.state, "a-run", str(site.runs))
     home.path.mkdir(parents=True)
     ours = psutil.Process()
@@ -187,23 +189,23 @@ def test_a_recovery_on_this_machine_is_at_work(site: Site) -> None:
     assert (seen.state, seen.at_work) == ("running", True)
 
 
-def test_a_run_from_elsewhere_that_fell_silent_is_not_at_work(site: Site) -> None:
-    """Nobody here can ask after it."""
+def test_a_silent_run_from_elsewhere_is_not_running(site: Site) -> None:
+    """This machine cannot check it, so the age of the last event decides."""
     assert site.look(after_s=60).at_work
     silent = site.look(after_s=3600)
     assert (silent.state, silent.at_work, silent.over) == ("preempted", False, False)
     assert "no event since" in drawn(silent)
 
 
-def test_a_run_that_has_not_begun_can_be_watched(tmp_path: Path) -> None:
-    """The first machine may take its time."""
+def test_a_run_without_attempts_can_be_watched(tmp_path: Path) -> None:
+    """It may still wait for its first machine."""
     seen = Source(RunPlace(str(tmp_path), "new"), FakeCloud, state=tmp_path / "state").look(0.0)
     assert "no events yet" in drawn(seen)
     assert "no events yet" in line(seen)
 
 
-def test_only_what_has_grown_is_read_again(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
-    """Of two attempts the events of the first are read once."""
+def test_only_files_that_grew_are_read_again(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
+    """The events of the first of two attempts are read once."""
     bucket = open_run(s3, "a-run")
 
     def put(events: list[dict[str, Any]]) -> None:
@@ -233,7 +235,7 @@ def test_only_what_has_grown_is_read_again(s3: str, faulty_s3: FaultyS3, tmp_pat
 
 
 def test_a_curve_goes_from_corner_to_corner() -> None:
-    """The first value is at the lower left, the last at the upper right."""
+    """A rising curve starts at the lower left and ends at the upper right."""
     rows = [
         row.plain
         for row in plot(
@@ -249,7 +251,7 @@ def test_a_curve_goes_from_corner_to_corner() -> None:
 
 @pytest.mark.parametrize("values", [[], [float("nan")] * 3, [1.0], [2.0, 2.0, 2.0], [1.0, float("nan"), 3.0]])
 def test_strange_curves_are_plotted(values: list[float]) -> None:
-    """Whatever there is fits the frame."""
+    """The rows have the requested size for any values."""
     rows = plot(
         [BrailleCurve(list(enumerate(values)), "cyan"), BrailleCurve([], "red", "o")],
         width=30,
@@ -265,7 +267,7 @@ def test_strange_curves_are_plotted(values: list[float]) -> None:
 
 
 class Pressed:
-    """Keys that are pressed one after the other."""
+    """A fake source of keys, which are pressed one after the other."""
 
     def __init__(self, *keys: str) -> None:
         self._keys = list(keys)
@@ -274,8 +276,8 @@ class Pressed:
         return self._keys.pop(0) if self._keys else ""
 
 
-def test_lines_are_told_when_something_changes(site: Site) -> None:
-    """Until the run is over; the same twice is told once."""
+def test_a_line_is_printed_when_something_changes(site: Site) -> None:
+    """Equal lines are printed once, until the run is over."""
     source, moments = site.source(), iter(range(100))
 
     def look(now: float) -> RunSnapshot:
@@ -288,14 +290,14 @@ def test_lines_are_told_when_something_changes(site: Site) -> None:
     console = Console(width=200)
     with console.capture() as captured:
         seen = follow.lines(look, console, Pressed(), every_s=0, clock=lambda: float(next(moments)))
-    told = captured.get().splitlines()
+    printed = captured.get().splitlines()
     assert seen.state == "done"
-    assert told[0].startswith("running  attempt 2 running  step 268 of 478")
-    assert told[-1].startswith("done  attempt 3 done  step 478 of 478")
+    assert printed[0].startswith("running  attempt 2 running  step 268 of 478")
+    assert printed[-1].startswith("done  attempt 3 done  step 478 of 478")
 
 
 def test_q_leaves(site: Site) -> None:
-    """And what was seen last is handed back."""
+    """`live` returns the last snapshot."""
     source = site.source()
     terminal = Console(force_terminal=True, file=io.StringIO())
     seen = follow.live(
@@ -324,25 +326,25 @@ def typed(words: list[str], environment: dict[str, str]) -> subprocess.Completed
     )
 
 
-def test_one_look_as_json(site: Site, environment: dict[str, str]) -> None:
-    """For programs: state, what is left, and the account."""
+def test_watch_prints_json(site: Site, environment: dict[str, str]) -> None:
+    """The object has the state and the account."""
     done = typed(["watch", str(site.runs / "a-run"), "--json"], environment)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["run"], told["state"], told["step"], told["plan"]) == ("a-run", "preempted", 268, PLAN)
-    assert len(told["attempts"]) == 2
+    printed = json.loads(done.stdout)
+    assert (printed["run"], printed["state"], printed["step"], printed["plan"]) == ("a-run", "preempted", 268, PLAN)
+    assert len(printed["attempts"]) == 2
 
 
-def test_a_name_that_nobody_knows_is_not_waited_for(site: Site, environment: dict[str, str]) -> None:
-    """Neither its bucket nor this machine has heard of it: a slip of the fingers."""
+def test_an_unknown_name_is_refused(site: Site, environment: dict[str, str]) -> None:
+    """If neither the bucket nor this machine knows the run, `watch` does not wait for it."""
     command = [sys.executable, "-m", "launcher", "watch", str(site.runs / "no-run")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "nothing of a run no-run is in" in done.stderr
 
 
-def test_a_run_that_is_over_is_shown_once(site: Site, environment: dict[str, str]) -> None:
-    """There is nothing to wait for."""
+def test_a_finished_run_is_shown_once(site: Site, environment: dict[str, str]) -> None:
+    """`watch` prints one line and exits."""
     write_journey(site.runs / "a-run", journey())
     done = typed(["watch", str(site.runs / "a-run")], environment)
     assert done.returncode == 0, done.stderr
@@ -353,14 +355,14 @@ def test_a_run_that_is_over_is_shown_once(site: Site, environment: dict[str, str
 
 @pytest.fixture
 def at_work(tmp_path: Path) -> Path:
-    """A run whose last event is of just now."""
+    """A run whose last event is recent."""
     events = attempt_events(1, start=0, last=30, total_steps=400, began=datetime.now(UTC))
     write_events(tmp_path / "runs" / "live", events)
     return tmp_path / "runs" / "live"
 
 
-def test_on_a_terminal_it_is_drawn_and_q_leaves(at_work: Path, environment: dict[str, str]) -> None:
-    """The run's files are as they were before."""
+def test_watch_draws_on_a_terminal_and_q_leaves(at_work: Path, environment: dict[str, str]) -> None:
+    """The files of the run do not change."""
     before = {path: path.read_bytes() for path in at_work.rglob("*.jsonl")}
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -369,13 +371,13 @@ def test_on_a_terminal_it_is_drawn_and_q_leaves(at_work: Path, environment: dict
     os.close(theirs)
     shown = b""
 
-    def said() -> bool:
+    def drawn() -> bool:
         nonlocal shown
         shown += os.read(ours, 65536)
         return b"the run continues" in shown
 
     try:
-        wait_until(said, "watch to draw", timeout_s=60)
+        wait_until(drawn, "watch to draw", timeout_s=60)
         os.write(ours, b"q")
         while process.poll() is None:
             try:
