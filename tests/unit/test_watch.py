@@ -331,7 +331,12 @@ def test_watch_prints_json(site: Site, environment: dict[str, str]) -> None:
     done = typed(["watch", str(site.runs / "a-run"), "--json"], environment)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
-    assert (printed["run"], printed["state"], printed["step"], printed["plan"]) == ("a-run", "preempted", 268, PLAN)
+    assert (printed["run"], printed["state"], printed["step"], printed["plan"]) == (
+        "a-run",
+        "preempted",
+        268,
+        PLAN,
+    )
     assert len(printed["attempts"]) == 2
 
 
