@@ -13,10 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import click
 
-from trainer.durations import DurationParam
 from trainer.errors import ExitCode, UserError
+from trainer.options import BUDGET_USD, DEADLINE_H, DurationParam
 from trainer.supervisor.preemption import Notice
-from trainer.task_variables import BUDGET_USD, DEADLINE_H
 
 TASK_ID_VARIABLE = "SKYPILOT_TASK_ID"
 """The same across the recoveries of a managed job, so it names the run (SkyPilot 0.14.1)."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher import terminal
-from trainer.durations import DurationParam
 from trainer.errors import ExitCode, UserError
+from trainer.options import DurationParam
 
 if TYPE_CHECKING:
     from launcher.checkpoints.inspect import CheckpointStatus, Survey, VerifyResult

@@ -11,10 +11,10 @@ from typing import Any
 
 from trainer.bucket import Bucket, Object, list_runs, open_run
 from trainer.bucket.address import Patience, canonical
+from trainer.bucket.byte_streams import in_parallel
 from trainer.bucket.layout import CHECKPOINTS_PREFIX, FINAL_COMMIT_KEY, FINAL_PREFIX, RUN_FOLDERS
 from trainer.bucket.manifest import File, Manifest, Unreadable, commits, read
 from trainer.bucket.restore import FILES_AT_ONCE, mismatch
-from trainer.bucket.store import in_parallel
 from trainer.errors import BucketError, UserError
 
 PATIENCE = Patience(transfer_s=60.0)

@@ -23,10 +23,10 @@ from launcher.runs.listing import AT_ONCE
 from trainer.bucket import Bucket, list_runs, open_run, retention
 from trainer.bucket.address import canonical
 from trainer.bucket.attempts import Attempt
+from trainer.bucket.byte_streams import in_parallel
 from trainer.bucket.layout import ATTEMPTS_PREFIX, RUN_FOLDERS, RUN_KEY
 from trainer.bucket.manifest import final
 from trainer.bucket.reference_cache import Entry, listed, shelves
-from trainer.bucket.store import in_parallel
 from trainer.errors import BucketError, UserError
 from trainer.fit import reference_of
 from trainer.recipe import Recipe

@@ -24,9 +24,9 @@ from rich.progress import (
 from launcher.checkpoints.inspect import OnBytes
 from launcher.local.signals import Signals
 from trainer.bucket import Bucket
+from trainer.bucket.byte_streams import checksum_file, in_parallel
 from trainer.bucket.manifest import File, Manifest
 from trainer.bucket.restore import FILES_AT_ONCE, mismatch
-from trainer.bucket.store import in_parallel, sum_file
 from trainer.errors import UserError
 from trainer.files import write_atomically
 
@@ -156,7 +156,9 @@ def _present_files(bucket: Bucket, manifest: Manifest, dest: Path) -> set[File]:
 
 def _is_present(file: File, dest: Path) -> bool:
     path = dest / file.path
-    return path.is_file() and path.stat().st_size == file.size and sum_file(path) == (file.size, file.xxh3)
+    return (
+        path.is_file() and path.stat().st_size == file.size and checksum_file(path) == (file.size, file.xxh3)
+    )
 
 
 def _check_space(dest: Path, missing: list[File]) -> None:

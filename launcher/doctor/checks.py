@@ -26,7 +26,7 @@ from launcher.local.submit import supervisor_environment
 from launcher.settings import Settings
 from trainer.architecture.lookup import with_login
 from trainer.bucket.address import canonical
-from trainer.bucket.store import ignore_progress
+from trainer.bucket.byte_streams import ignore_progress
 from trainer.errors import UserError
 from trainer.recipe import Recipe, load
 

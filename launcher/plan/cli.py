@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher import completion
-from trainer.durations import DurationParam
 from trainer.errors import ExitCode, UserError
+from trainer.options import DurationParam
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher import completion, terminal
-from trainer.durations import DurationParam
 from trainer.errors import ExitCode
+from trainer.options import DurationParam
 
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud

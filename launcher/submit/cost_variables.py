@@ -10,7 +10,7 @@ from launcher.plan.rank import PlanRow
 from launcher.prices.offer import Offer
 from launcher.submit.task import Candidate
 from trainer.accounting import Limits
-from trainer.task_variables import BUDGET_USD, DEADLINE_H, PLAN, PRICES, USD_PER_H
+from trainer.options import BUDGET_USD, DEADLINE_H, PLAN, PRICES, USD_PER_H
 
 
 def variables(

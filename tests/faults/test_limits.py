@@ -20,11 +20,11 @@ from tests.faults.test_supervisor import RECIPE
 from tests.harness import ROOT, RunView, wait_until
 from trainer.accounting import Limits, attempt_cost, boot_s
 from trainer.errors import ExitCode
+from trainer.options import BUDGET_USD, DEADLINE_H, PRICES, USD_PER_H
 from trainer.supervisor.attempt import RunRequest
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.price import CLUSTER
 from trainer.supervisor.run import run
-from trainer.task_variables import BUDGET_USD, DEADLINE_H, PRICES, USD_PER_H
 
 TOTAL_STEPS = 12
 A_DOLLAR_A_SECOND = "3600"

@@ -125,6 +125,6 @@ def test_half_a_checkpoint_is_none(recipe: Path, checkpoints: str) -> None:
         wait_until(lambda: list(view.bucket.list("checkpoints/step-00000020/")), "node 0's part")
         both[1].lose_machine()
         assert both[0].wait(60) == ExitCode.RECOVER, both[0].log
-    assert "step 20 is not whole: node 1 is gone" in both[0].log
+    assert "step 20 is incomplete: node 1 is gone" in both[0].log
     assert view.committed_steps() == []
     assert_alike(finish(recipe, checkpoints, "half"), finish(recipe, checkpoints, "whole"))

@@ -14,8 +14,8 @@ from tests.harness import RunView
 from trainer.accounting import attempt_cost
 from trainer.bucket.manifest import committed
 from trainer.errors import ExitCode
+from trainer.options import BUDGET_USD, DEADLINE_H, PRICES
 from trainer.supervisor.price import CLUSTER
-from trainer.task_variables import BUDGET_USD, DEADLINE_H, PRICES
 
 USD_PER_S_OF_A_NODE = 0.5
 BOTH_USD_PER_H = 2 * USD_PER_S_OF_A_NODE * 3600

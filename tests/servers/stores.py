@@ -10,7 +10,7 @@ from pathlib import Path
 from obstore.store import MemoryStore
 
 from trainer.bucket import Bucket, Checked, Object
-from trainer.bucket.store import ignore_progress
+from trainer.bucket.byte_streams import ignore_progress
 from trainer.errors import Unavailable
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from trainer.accounting import Limits
 from trainer.errors import UserError
+from trainer.options import BUDGET_USD, DEADLINE_H
 from trainer.recipe import load
 from trainer.supervisor.attempt import RunRequest
 from trainer.supervisor.preemption import Notice
 from trainer.supervisor.run import run
 from trainer.supervisor.team import read_position
-from trainer.task_variables import BUDGET_USD, DEADLINE_H
 
 PROGRAM = "tests.fakes.counting"
 

@@ -21,10 +21,9 @@ CONTRACT = {
     "estimate",
     "bucket",
     "events",
-    "durations",
     "accounting",
     "metrics",
-    "task_variables",
+    "options",
     "architecture",
     "method",
 }

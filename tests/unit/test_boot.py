@@ -9,8 +9,8 @@ import pytest
 
 from tests.unit.test_price import environ
 from trainer.events import Event
+from trainer.options import USD_PER_H
 from trainer.supervisor.price import paid_boot_time
-from trainer.task_variables import USD_PER_H
 
 BOOT_S = 1_790_000_000.0
 """Unix time."""

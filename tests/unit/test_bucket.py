@@ -13,8 +13,8 @@ from obstore.store import MemoryStore
 from tests.servers.s3 import FaultyS3
 from tests.servers.stores import MemoryBucket
 from trainer.bucket.address import BucketAddress, Patience, parse
-from trainer.bucket.ranged_reads import WINDOW_BYTES
-from trainer.bucket.store import PART_BYTES, Checked, Object, in_parallel, list_runs, open_run
+from trainer.bucket.byte_streams import PART_BYTES, WINDOW_BYTES, Checked, in_parallel
+from trainer.bucket.store import Object, list_runs, open_run
 from trainer.errors import BucketError, Unavailable
 
 SHORT = Patience(open_s=0.5, transfer_s=0.5, request_s=2.0)

@@ -9,8 +9,7 @@ from itertools import pairwise
 import pytest
 
 from trainer.errors import Unavailable
-from trainer.event_thinning import MOST, WHOLE_TAIL, EventLines
-from trainer.events import Event, EventLog, of_kind, parse
+from trainer.events import MOST, WHOLE_TAIL, Event, EventLines, EventLog, of_kind, parse
 
 
 class Clock:

@@ -10,9 +10,8 @@ import pytest
 from tests.servers.stores import MemoryBucket
 from trainer.bucket import Bucket, open_run
 from trainer.bucket.attempts import Attempt, claim
-from trainer.bucket.commit import commit
+from trainer.bucket.commit import Node, Skipped, Waiting, commit, gather, upload_part
 from trainer.bucket.manifest import Manifest, committed
-from trainer.bucket.node_parts import Node, Skipped, Waiting, gather, upload_part
 from trainer.bucket.restore import restore
 from trainer.bucket.retention import prune
 from trainer.bucket.uploader import Uploader

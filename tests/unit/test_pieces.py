@@ -11,8 +11,7 @@ import pytest
 from obstore.exceptions import GenericError
 from obstore.store import MemoryStore
 
-from trainer.bucket.ranged_reads import WINDOW_BYTES, WINDOWS_AT_ONCE, Pieces
-from trainer.bucket.store import in_parallel
+from trainer.bucket.byte_streams import WINDOW_BYTES, WINDOWS_AT_ONCE, RangedReader, in_parallel
 
 SIZE = 3 * WINDOW_BYTES + 7
 
@@ -46,8 +45,8 @@ class KnowsNoRanges(Watched):
         raise GenericError("Generic S3 error: Received non-partial response when range requested")
 
 
-def pieces_of(store: Watched) -> Pieces:
-    return Pieces(store)  # type: ignore[arg-type]
+def pieces_of(store: Watched) -> RangedReader:
+    return RangedReader(store)  # type: ignore[arg-type]
 
 
 def data(size: int = SIZE) -> bytes:
@@ -58,7 +57,7 @@ def data(size: int = SIZE) -> bytes:
 def test_pieces_are_the_object_in_order(kind: type[Watched]) -> None:
     """Whether the server knows ranges or not, the pieces joined are the object."""
     pieces = pieces_of(kind(data()))
-    assert b"".join(pieces.of("key")) == data()
+    assert b"".join(pieces.read("key")) == data()
 
 
 def test_a_server_without_ranges_is_asked_once() -> None:
@@ -66,14 +65,14 @@ def test_a_server_without_ranges_is_asked_once() -> None:
     store = KnowsNoRanges(data())
     pieces = pieces_of(store)
     for _ in range(3):
-        assert sum(map(len, pieces.of("key"))) == SIZE
+        assert sum(map(len, pieces.read("key"))) == SIZE
     assert store.ranges == [0]
 
 
 def test_small_objects_take_no_range() -> None:
     """One request is all that an object of a window or less costs."""
     store = Watched(data(WINDOW_BYTES))
-    assert [len(piece) for piece in pieces_of(store).of("key")] == [WINDOW_BYTES]
+    assert [len(piece) for piece in pieces_of(store).read("key")] == [WINDOW_BYTES]
     assert store.ranges == []
 
 
@@ -81,7 +80,7 @@ def test_more_readers_than_room_all_finish() -> None:
     """Readers share a bounded number of windows, and none waits for another for ever."""
     pieces = pieces_of(Watched(data()))
     sizes = in_parallel(
-        lambda _: sum(map(len, pieces.of("key"))), range(WINDOWS_AT_ONCE + 4), threads=WINDOWS_AT_ONCE + 4
+        lambda _: sum(map(len, pieces.read("key"))), range(WINDOWS_AT_ONCE + 4), threads=WINDOWS_AT_ONCE + 4
     )
     assert sizes == [SIZE] * (WINDOWS_AT_ONCE + 4)
 
@@ -89,7 +88,7 @@ def test_more_readers_than_room_all_finish() -> None:
 def test_a_reader_that_is_not_read_on_stops_at_the_room_there_is() -> None:
     """Memory is bounded by the room, however large the object."""
     store = Watched(bytes((WINDOWS_AT_ONCE + 4) * WINDOW_BYTES))
-    reader = pieces_of(store).of("key")
+    reader = pieces_of(store).read("key")
     next(reader)
     reader.close()
     assert len([start for start in store.ranges if start]) < WINDOWS_AT_ONCE + 1
@@ -102,12 +101,12 @@ def test_a_failed_read_gives_its_room_back(times: int) -> None:
     pieces = pieces_of(store)
     for _ in range(times):
         with pytest.raises(GenericError, match="the fault"):
-            list(pieces.of("key"))
+            list(pieces.read("key"))
     store._fails_at = None
-    assert b"".join(pieces.of("key")) == data()
+    assert b"".join(pieces.read("key")) == data()
 
 
 def test_a_missing_object_is_not_found(tmp_path: Path) -> None:
     """What the store says of a missing key is passed on."""
     with pytest.raises(FileNotFoundError):
-        list(Pieces(MemoryStore()).of(tmp_path.name))
+        list(RangedReader(MemoryStore()).read(tmp_path.name))

@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from launcher.cli import cli
 from launcher.prices import store
-from trainer.durations import DurationParam
 from trainer.errors import UserError
+from trainer.options import DurationParam
 
 
 @pytest.fixture
@@ -121,5 +121,5 @@ def test_times_are_read(text: str, hours: float) -> None:
 @pytest.mark.parametrize("text", ["", "0", "h", "1w", "-3h"])
 def test_times_that_cannot_be_are_refused(text: str) -> None:
     """With an example of what can."""
-    with pytest.raises(click.BadParameter, match="90m, 24h or 2d"):
+    with pytest.raises(click.BadParameter, match="90m, 24h, 2d"):
         DurationParam().convert(text, None, None)

@@ -11,9 +11,9 @@ from launcher.cloud.skypilot import UNPRICED
 from tests.servers.metadata import MetadataServer
 from tests.unit.test_orders import _no_settings, order  # noqa: F401 (a fixture, used by being there)
 from trainer.hardware import Shape
+from trainer.options import PLAN, PRICES, USD_PER_H
 from trainer.supervisor.preemption import HOST_VARIABLE
 from trainer.supervisor.price import CLUSTER, OWN, Price, detect_price, is_rented, read_plan
-from trainer.task_variables import PLAN, PRICES, USD_PER_H
 
 A100 = Shape(accelerator="A100", count=8, memory_gib=39.6, cores=96, host_memory_gib=680, node="n")
 CPU = Shape(accelerator=None, count=0, memory_gib=None, cores=2, host_memory_gib=4, node="n")

@@ -27,8 +27,8 @@ from tests.unit.test_submit import standing
 from trainer.accounting import Limits
 from trainer.errors import UserError
 from trainer.events import Event
+from trainer.options import BUDGET_USD, DEADLINE_H
 from trainer.recipe import load, names
-from trainer.task_variables import BUDGET_USD, DEADLINE_H
 
 TINY = "zephyr-tiny/dpo"
 NOW = datetime(2026, 1, 2, tzinfo=UTC)

@@ -244,7 +244,7 @@ def test_a_second_commit_of_a_step_uploads_nothing(
     with caplog.at_level(logging.INFO):
         assert save(bucket, attempt, tmp_path, 100, mark="again") == first
     assert {seen.method for seen in faulty_s3.requests[before:]} == {"GET"}
-    assert "was committed by attempt 1 already: nothing is uploaded" in caplog.text
+    assert "attempt 1 committed commits/step-00000100.json already: nothing is uploaded" in caplog.text
 
 
 def test_an_own_commit_that_is_not_whole_is_uploaded_anew(bucket: Bucket, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
     """A manifest that names nothing would always verify."""
     bucket = MemoryBucket()
     (tmp_path / "checkpoint-1" / "nested").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds no files"):
+    with pytest.raises(ValueError, match="has no files"):
         commit(bucket, claim(bucket, {}), tmp_path, Staged(folder="checkpoint-1", step=1), "digest")
     assert committed(bucket) == []
 

@@ -1,4 +1,4 @@
-"""Checkpoints and models on their way out of the bucket: nothing is handed over that does not verify."""
+"""Checkpoints and models are read from the bucket, and only files that verify are used."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer.bucket.byte_streams import SMALL_AT_ONCE, Checked, ignore_progress, in_parallel
 from trainer.bucket.layout import commit_key, run_of_final
 from trainer.bucket.manifest import (
     CommittedFiles,
@@ -20,27 +21,21 @@ from trainer.bucket.manifest import (
     read,
     sizes,
 )
-from trainer.bucket.store import (
-    SMALL_AT_ONCE,
-    Bucket,
-    Checked,
-    ignore_progress,
-    in_parallel,
-    open_run,
-)
+from trainer.bucket.store import Bucket, open_run
 from trainer.errors import ModelError, UserError
 
 log = logging.getLogger(__name__)
 FILES_AT_ONCE = SMALL_AT_ONCE
-Tell = Callable[[int], object]
+Progress = Callable[[int], object]
+"""A callback for the bytes of each piece, on the threads that copy them. An exception from it cancels the transfer."""
 
 
 class CorruptCheckpoint(UserError):
-    """A file that does not have the size or checksum that its manifest says."""
+    """A file has another size or checksum than its manifest."""
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was brought here and verified."""
+    """A downloaded and verified checkpoint."""
 
     manifest: Manifest
     path: Path
@@ -54,22 +49,23 @@ def restore(
     into: Path,
     reject: Callable[[int, str], None],
     trying: Callable[[Manifest], None] = lambda _: None,
-    tell: Tell = ignore_progress,
+    progress: Progress = ignore_progress,
 ) -> Restored | None:
-    """Bring the newest checkpoint that verifies.
+    """Download the newest checkpoint that verifies.
 
     Args:
         bucket: the run's.
-        into: folder for it; the checkpoint becomes `into/checkpoint-<step>`.
-        reject: told the step of each newer one that does not verify, and why: file, expected, got.
-        trying: told each one that is about to be brought.
-        tell: as in `fetch`.
+        into: parent folder; the checkpoint becomes `into/checkpoint-<step>`.
+        reject: called with the step of each newer checkpoint that does not verify, and the reason: file, expected,
+            got.
+        trying: called with each manifest before its files are downloaded.
+        progress: see `Progress`.
 
     Returns:
-        None if there is no checkpoint, or none that verifies.
+        None if there is no checkpoint that verifies.
 
     Raises:
-        BucketError, Unavailable: the store cannot be read; that is no verdict on a checkpoint.
+        BucketError, Unavailable: the store cannot be read. No checkpoint was rejected for that.
     """
     began = time.monotonic()
     for manifest in commits(bucket):
@@ -81,19 +77,19 @@ def restore(
             continue
         trying(manifest)
         try:
-            return _bring_whole(bucket, manifest, into, began, tell)
+            return _restore_manifest(bucket, manifest, into, began, progress)
         except CorruptCheckpoint as error:
             reject(manifest.step, error.message)
     return None
 
 
 def restore_named(
-    bucket: Bucket, step: int, attempt: int, into: Path, tell: Tell = ignore_progress
+    bucket: Bucket, step: int, attempt: int, into: Path, progress: Progress = ignore_progress
 ) -> Restored:
-    """Bring the checkpoint of a step that an attempt committed, to `into/checkpoint-<step>`; `tell` as in `fetch`.
+    """Download the checkpoint of a step that an attempt committed, to `into/checkpoint-<step>`.
 
     Raises:
-        CorruptCheckpoint: its manifest is not there, or a file does not verify.
+        CorruptCheckpoint: its manifest is missing, or a file does not verify.
         BucketError, Unavailable: as `restore`.
     """
     began = time.monotonic()
@@ -102,26 +98,18 @@ def restore_named(
         found = (
             manifest.reason
             if isinstance(manifest, Unreadable)
-            else f"{commit_key(step)} is another's or gone"
+            else f"{commit_key(step)} is missing, or belongs to another attempt"
         )
         raise CorruptCheckpoint(f"attempt {attempt} committed no step {step} that can be read: {found}")
-    return _bring_whole(bucket, manifest, into, began, tell)
+    return _restore_manifest(bucket, manifest, into, began, progress)
 
 
-def _bring_whole(bucket: Bucket, manifest: Manifest, into: Path, began: float, tell: Tell) -> Restored:
-    path = into / f"checkpoint-{manifest.step}"
-    fetch(bucket, manifest, path, tell)
-    return Restored(manifest, path, manifest.size, time.monotonic() - began)
-
-
-def fetch(bucket: Bucket, manifest: CommittedFiles, into: Path, tell: Tell = ignore_progress) -> None:
-    """Bring a manifest's files; `into` appears when all have verified, or not at all.
-
-    `tell` hears the bytes of each piece on the threads that move them; what it raises ends it all.
+def fetch(bucket: Bucket, manifest: CommittedFiles, into: Path, progress: Progress = ignore_progress) -> None:
+    """Download a manifest's files. `into` appears only when all files have verified.
 
     Raises:
-        CorruptCheckpoint: names the file, what was expected and what came.
-        FileExistsError: `into` holds something already.
+        CorruptCheckpoint: names the file, what was expected and what was read.
+        FileExistsError: `into` has files already.
         BucketError, Unavailable: as in `Bucket`.
     """
     if into.exists() and any(into.iterdir()):
@@ -131,7 +119,9 @@ def fetch(bucket: Bucket, manifest: CommittedFiles, into: Path, tell: Tell = ign
     partial.mkdir(parents=True)
     try:
         in_parallel(
-            lambda file: _bring(bucket, manifest, file, partial, tell), manifest.files, threads=FILES_AT_ONCE
+            lambda file: _fetch_file(bucket, manifest, file, partial, progress),
+            manifest.files,
+            threads=FILES_AT_ONCE,
         )
         partial.replace(into)
     finally:
@@ -139,7 +129,7 @@ def fetch(bucket: Bucket, manifest: CommittedFiles, into: Path, tell: Tell = ign
 
 
 def mismatch(key: str, file: File, got: Checked | None) -> str | None:
-    """Why what lay at `key` is not the manifest's file; None if it is. `got` is None if nothing lay there."""
+    """Return how the object at `key` differs from the manifest's file, or None. `got` is None for a missing object."""
     if got is None:
         return f"{key} is missing, expected {file.size} bytes"
     if got == (file.size, file.xxh3):
@@ -149,20 +139,8 @@ def mismatch(key: str, file: File, got: Checked | None) -> str | None:
     )
 
 
-def _bring(bucket: Bucket, manifest: CommittedFiles, file: File, into: Path, tell: Tell) -> None:
-    key = manifest.prefix + file.path
-    try:
-        got = bucket.download(key, into / file.path, tell)
-    except FileNotFoundError:
-        got = None
-    if reason := mismatch(key, file, got):
-        raise CorruptCheckpoint(
-            reason, hint="the copy in the bucket is damaged; an older checkpoint may be whole"
-        )
-
-
 def find_exported(uri: str) -> tuple[Bucket, Manifest]:
-    """The run's bucket, and the manifest of its final model.
+    """Return the run's bucket and the manifest of its final model.
 
     Raises:
         ModelError: the URI is not that of a run's exported model, or the run has none yet.
@@ -178,3 +156,23 @@ def find_exported(uri: str) -> tuple[Bucket, Manifest]:
     if manifest is None:
         raise ModelError(f"run {run_id} in {runs} has no final model yet", hint="finish that run first")
     return bucket, manifest
+
+
+def _restore_manifest(
+    bucket: Bucket, manifest: Manifest, into: Path, began: float, progress: Progress
+) -> Restored:
+    path = into / f"checkpoint-{manifest.step}"
+    fetch(bucket, manifest, path, progress)
+    return Restored(manifest, path, manifest.size, time.monotonic() - began)
+
+
+def _fetch_file(bucket: Bucket, manifest: CommittedFiles, file: File, into: Path, progress: Progress) -> None:
+    key = manifest.prefix + file.path
+    try:
+        got = bucket.download(key, into / file.path, progress)
+    except FileNotFoundError:
+        got = None
+    if reason := mismatch(key, file, got):
+        raise CorruptCheckpoint(
+            reason, hint="the copy in the bucket is damaged; an older checkpoint may be intact"
+        )

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.bucket.attempts import Attempt
-from trainer.bucket.commit import commit
+from trainer.bucket.commit import WAITING, Node, Skipped, Waiting, commit, gather, upload_part
 from trainer.bucket.manifest import File, Manifest
-from trainer.bucket.node_parts import WAITING, Node, Skipped, Waiting, gather, upload_part
 from trainer.bucket.reference_cache import ReferenceCache
 from trainer.bucket.retention import prune
 from trainer.bucket.store import Bucket

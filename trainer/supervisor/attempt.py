@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from trainer import run_record
 from trainer.accounting import Limits
 from trainer.bucket import Bucket, attempts
+from trainer.bucket.commit import WAITING
 from trainer.bucket.manifest import final
-from trainer.bucket.node_parts import WAITING
 from trainer.bucket.reference_cache import ReferenceCache, open_shelf
 from trainer.bucket.uploader import Uploader
 from trainer.disk_full import reserve_disk, room_in

@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from trainer.events import Event, of_kind
 from trainer.hardware import Shape
+from trainer.options import PLAN, PRICES, USD_PER_H
 from trainer.supervisor.preemption import query_metadata
-from trainer.task_variables import PLAN, PRICES, USD_PER_H
 
 log = logging.getLogger(__name__)
 CLUSTER = "SKYPILOT_CLUSTER_INFO"

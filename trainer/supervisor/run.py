@@ -19,9 +19,9 @@ from trainer.accounting import Limits
 from trainer.architecture import Architecture
 from trainer.architecture.lookup import HubAway, architecture_for
 from trainer.bucket import Bucket, attempts, open_run
+from trainer.bucket.commit import Node
 from trainer.bucket.layout import ATTEMPTS_PREFIX, events_key, final_uri
 from trainer.bucket.manifest import final
-from trainer.bucket.node_parts import Node
 from trainer.errors import ExitCode, ModelError, Superseded, UserError
 from trainer.events import EventLog
 from trainer.fit import fit

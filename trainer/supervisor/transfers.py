@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.bucket import Bucket, open_file
+from trainer.bucket.byte_streams import ignore_progress
 from trainer.bucket.layout import REPORTS_PREFIX
-from trainer.bucket.restore import Tell, fetch, find_exported
-from trainer.bucket.store import ignore_progress
+from trainer.bucket.restore import Progress, fetch, find_exported
 from trainer.errors import DataError, UserError
 from trainer.job import Job
 from trainer.recipe import Recipe
@@ -29,7 +29,7 @@ TRACKER_PATTERNS = ("tensorboard/*", "wandb/offline-run-*/**/*")
 """The folder of an online W&B run is left out, because W&B uploads it itself."""
 
 
-def fetch_model(source: str | None, into: Path, progress: Tell = ignore_progress) -> str | None:
+def fetch_model(source: str | None, into: Path, progress: Progress = ignore_progress) -> str | None:
     """Fetch a model that is in a bucket, and return what the worker loads.
 
     Args:
@@ -51,7 +51,7 @@ def fetch_model(source: str | None, into: Path, progress: Tell = ignore_progress
     return str(into)
 
 
-def fetch_data(recipe: Recipe, into: Path, progress: Tell = ignore_progress) -> Recipe:
+def fetch_data(recipe: Recipe, into: Path, progress: Progress = ignore_progress) -> Recipe:
     """Fetch the data files that are in buckets, and return the recipe that names the local copies.
 
     Every file keeps its own name. `progress` is called as in `fetch`.

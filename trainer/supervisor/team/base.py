@@ -11,9 +11,9 @@ from typing import NamedTuple, Protocol
 
 from trainer.bucket import Bucket
 from trainer.bucket.attempts import Attempt
-from trainer.bucket.node_parts import Node
-from trainer.bucket.restore import Restored, Tell, restore
-from trainer.bucket.store import ignore_progress
+from trainer.bucket.byte_streams import ignore_progress
+from trainer.bucket.commit import Node
+from trainer.bucket.restore import Progress, Restored, restore
 from trainer.errors import ExitCode, UserError
 from trainer.fit import Fit
 from trainer.hardware import Shape
@@ -71,7 +71,7 @@ class Team(Protocol):
         ...
 
     def restore(
-        self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = ignore_progress
+        self, bucket: Bucket, into: Path, reject: Reject, tell: Progress = ignore_progress
     ) -> Restored | None:
         """Restore the same checkpoint on every node. Return once all nodes are ready.
 
@@ -109,9 +109,9 @@ class SingleNode:
     def announce(self, attempt: Attempt, fit: Fit, predicted: int | None) -> None: ...
 
     def restore(
-        self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = ignore_progress
+        self, bucket: Bucket, into: Path, reject: Reject, tell: Progress = ignore_progress
     ) -> Restored | None:
-        return restore(bucket, into, reject, tell=tell)
+        return restore(bucket, into, reject, progress=tell)
 
     def send_notice(self, source: str) -> None: ...
 

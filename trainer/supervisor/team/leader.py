@@ -11,10 +11,10 @@ from pathlib import Path
 
 from trainer.bucket import Bucket
 from trainer.bucket.attempts import Attempt
+from trainer.bucket.byte_streams import ignore_progress
+from trainer.bucket.commit import Node
 from trainer.bucket.manifest import Manifest
-from trainer.bucket.node_parts import Node
-from trainer.bucket.restore import Restored, Tell, restore
-from trainer.bucket.store import ignore_progress
+from trainer.bucket.restore import Progress, Restored, restore
 from trainer.errors import ExitCode, NoFit, Unavailable, UserError
 from trainer.fit import Fit
 from trainer.hardware import Shape
@@ -151,11 +151,11 @@ class Leader:
         self._broadcast(terms)
 
     def restore(
-        self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = ignore_progress
+        self, bucket: Bucket, into: Path, reject: Reject, tell: Progress = ignore_progress
     ) -> Restored | None:
         """Restore the newest checkpoint that verifies on this node, then wait until every node has it."""
         restored = restore(
-            bucket, into, reject, trying=lambda manifest: self._broadcast(_restoring(manifest)), tell=tell
+            bucket, into, reject, trying=lambda manifest: self._broadcast(_restoring(manifest)), progress=tell
         )
         self._broadcast(_restoring(restored.manifest if restored else None, sure=True))
         for number, link in self._links.items():

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from trainer.bucket import Bucket
 from trainer.bucket.attempts import Attempt
-from trainer.bucket.node_parts import Node
-from trainer.bucket.restore import CorruptCheckpoint, Restored, Tell, restore_named
-from trainer.bucket.store import ignore_progress
+from trainer.bucket.byte_streams import ignore_progress
+from trainer.bucket.commit import Node
+from trainer.bucket.restore import CorruptCheckpoint, Progress, Restored, restore_named
 from trainer.errors import ExitCode, Unavailable, UserError
 from trainer.fit import Fit
 from trainer.hardware import Shape
@@ -106,7 +106,7 @@ class Member:
         """Send nothing. Node 0 has announced the attempt already."""
 
     def restore(
-        self, bucket: Bucket, into: Path, reject: Reject, tell: Tell = ignore_progress
+        self, bucket: Bucket, into: Path, reject: Reject, tell: Progress = ignore_progress
     ) -> Restored | None:
         """Fetch the checkpoint that node 0 names, while node 0 fetches its own copy."""
         restored: Restored | None = None
@@ -128,7 +128,7 @@ class Member:
         return restored
 
     def _fetch(
-        self, bucket: Bucket, named: Restoring, into: Path, reject: Reject, tell: Tell
+        self, bucket: Bucket, named: Restoring, into: Path, reject: Reject, tell: Progress
     ) -> Restored | None:
         """Fetch a checkpoint. Return None if it does not verify while node 0 may still reject it too.
 
