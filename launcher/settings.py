@@ -1,4 +1,4 @@
-"""The site's facts: where checkpoints go, where machines come from. A TOML file, then the environment."""
+"""The settings of this machine's user: read from a TOML file, overridden by environment variables."""
 
 from __future__ import annotations
 
@@ -26,59 +26,64 @@ VARIABLES = {
     "AEOLUS_BUDGET": "budget_usd",
     "AEOLUS_USD_PER_H": "usd_per_h",
 }
-"""Environment variables that override the file, and the keys they stand for."""
+"""Environment variables that override the settings file, with their keys in it."""
 
 
 class SettingsError(UserError):
-    """A settings file that is missing or unreadable, an unknown key, or a wrong value."""
+    """The settings file is missing or unreadable, or it has an unknown key or an invalid value."""
 
 
 class Settings(BaseModel):
-    """What holds for every submission from this machine."""
+    """Defaults for every submission from this machine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoints: str = Field(default="runs", min_length=1)
-    """Bucket (`gs://`, `s3://`) or folder that holds the runs; a relative folder is the caller's."""
+    """Bucket (`gs://`, `s3://`) or folder of runs; a relative folder is relative to the working directory."""
     trainer_python: Path | None = None
-    """Python of the trainer's environment; None lets the supervisor look for one."""
+    """Python of the trainer's environment on this machine; None means that the supervisor searches for it."""
     node_python: Path | None = None
-    """The same on machines of one's own, such as a Slurm cluster's; None has each node install it."""
+    """Python of the trainer's environment on the user's own nodes, such as a Slurm cluster's; None means that each
+    node installs the packages."""
     infra: tuple[str, ...] = Field(default=("gcp", "lambda"), min_length=1)
-    """Where `submit` looks for machines; in the environment with commas between."""
+    """Where `submit` looks for machines; comma-separated in the environment variable."""
     image: str | None = None
-    """Docker image with the trainer, for rented machines; None has each node install the pinned packages.
+    """Docker image with the trainer, for rented machines; None means that each node installs the pinned packages.
 
-    `auto` is that of this checkout, built and pushed to the registry when a machine is rented for it.
+    `auto` is the image of this checkout: it is built and pushed to the registry when a machine is rented for it.
     """
     registry: str | None = None
-    """Where images go, as in `ghcr.io/NAME`."""
+    """Registry for images, such as `ghcr.io/NAME`."""
     budget_usd: float | None = Field(default=None, gt=0)
-    """The most that a run may cost; `--budget` goes before it."""
+    """Maximum cost of a run; `--budget` overrides it."""
     usd_per_h: float | None = Field(default=None, ge=0)
-    """What an hour of a machine of one's own costs, all nodes together; rented ones have a catalog's price."""
+    """Price per hour of the user's own machines, all nodes together; for rented machines the catalog has the price."""
 
     @field_validator("infra", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> Any:
+    def _split_commas(cls, value: Any) -> Any:
         return (
             [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
         )
 
 
 def load(environ: Mapping[str, str]) -> Settings:
-    """Defaults, overridden by the settings file, overridden by the environment; raises SettingsError."""
+    """Return the settings: defaults, overridden by the file, overridden by the environment.
+
+    Raises:
+        SettingsError: the file cannot be read, or it has an unknown key or an invalid value.
+    """
     path = settings_file(environ)
-    given = {key: environ[name] for name, key in VARIABLES.items() if environ.get(name)}
+    from_environ = {key: environ[name] for name, key in VARIABLES.items() if environ.get(name)}
     try:
-        return Settings.model_validate({**_read(path, must_exist="AEOLUS_CONFIG" in environ), **given})
+        return Settings.model_validate({**_read(path, must_exist="AEOLUS_CONFIG" in environ), **from_environ})
     except ValidationError as error:
         lines = "\n".join(f"  {_explain(dict(item))}" for item in error.errors())
-        raise SettingsError(f"settings are wrong ({path} and the environment):\n{lines}") from None
+        raise SettingsError(f"invalid settings ({path} and the environment):\n{lines}") from None
 
 
 def settings_file(environ: Mapping[str, str]) -> Path:
-    """`$AEOLUS_CONFIG`, else the user's `aeolus/config.toml`."""
+    """Return the settings file: `$AEOLUS_CONFIG`, else `aeolus/config.toml` in the user's configuration folder."""
     named = environ.get("AEOLUS_CONFIG")
     return Path(named).expanduser() if named else user_config_path("aeolus") / "config.toml"
 
@@ -88,8 +93,8 @@ def _read(path: Path, *, must_exist: bool) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
         if must_exist:
-            hint = "make the file, or unset AEOLUS_CONFIG"
-            raise SettingsError(f"no settings file at {path}", hint=hint) from None
+            hint = "create the file, or unset AEOLUS_CONFIG"
+            raise SettingsError(f"the settings file {path} does not exist", hint=hint) from None
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"cannot read the settings in {path}: {error}") from None
@@ -104,8 +109,8 @@ def _explain(item: dict[str, Any]) -> str:
     return f"{key}: unknown key; {known}"
 
 
-def remember(environ: Mapping[str, str], key: str, value: str) -> Path:
-    """Set `key` in the settings file, which is made if there is none; returns the file.
+def write_setting(environ: Mapping[str, str], key: str, value: str) -> Path:
+    """Set a key in the settings file, which is created if it does not exist; return the file.
 
     Raises:
         SettingsError: the file cannot be read or written.
@@ -121,7 +126,7 @@ def remember(environ: Mapping[str, str], key: str, value: str) -> Path:
 
 
 def with_key(text: str, key: str, value: str) -> str:
-    """TOML with the key set: in its own line if it has one, else before the first table."""
+    """Return TOML text with the key set: in the key's line if it has one, else before the first table."""
     line = f"{key} = {json.dumps(value)}"  # a JSON string is a TOML string
     top, table, rest = re.match(r"(.*?)(^\[|\Z)(.*)", text, re.DOTALL | re.MULTILINE).groups()  # type: ignore[union-attr]
     changed, count = re.subn(rf"^\s*{key}\s*=.*$", lambda _: line, top, count=1, flags=re.MULTILINE)

@@ -144,7 +144,7 @@ def check_builder() -> Finding:
     from launcher.image import builders
 
     try:
-        found = builders.find(None, say=lambda _line: None)
+        found = builders.find_builder(None, say=lambda _line: None)
     except UserError as error:
         return Finding(name="builder", status="missing", detail=error.message, hint=error.hint, needed=False)
     return Finding(name="builder", status="ok", detail=found, needed=False)

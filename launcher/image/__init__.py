@@ -1,1 +1,1 @@
-"""The trainer's image: tagged by its content, made by whatever builder is here."""
+"""The trainer's container image: what is in it, and how it is built and pushed."""

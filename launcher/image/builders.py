@@ -1,4 +1,4 @@
-"""Docker, podman, buildah or gcloud, whichever is here: build the trainer's image and push it."""
+"""Build and push the trainer's image with docker, podman, buildah or gcloud."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from launcher.image.spec import BASE, BUILDERS, INPUTS, WHEELS, Builder, ImageEr
 from trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT_LINES = 200
-"""Of what a builder said, for the message if it fails."""
+TAIL_LINES = 200
+"""Last lines of a builder's output that an error message is made from."""
 Say = Callable[[str], None]
 
 
 class BuildOptions(BaseModel):
-    """What `build` is asked for."""
+    """The options of `launcher build`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     registry: str | None = None
-    """Such as `ghcr.io/me`; None keeps the image on this machine."""
+    """For example `ghcr.io/me`; None leaves the image on this machine."""
     push: bool = False
     builder: Builder | None = None
-    """None takes the first that is here."""
+    """None means the first builder that works."""
     base: str = BASE
     torch_backend: str = ""
     flash_attention: bool = True
     wheels: Path | None = None
-    """Folder of wheels that go before the index's."""
+    """Folder of wheels that take precedence over the package index."""
 
 
 class Layer(BaseModel):
-    """One of an image's, the lowest first."""
+    """One layer of an image."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,7 +52,7 @@ class Layer(BaseModel):
 
 
 class Built(BaseModel):
-    """What there is now, and what had to be done for it."""
+    """The image, and what was done to have it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,37 +64,38 @@ class Built(BaseModel):
     pushed: bool
     seconds: float
     layers: tuple[Layer, ...] = ()
+    """The lowest layer first."""
 
 
 def ensure(
-    wishes: BuildOptions, say: Say, *, environ: Mapping[str, str] = os.environ, root: Path = ROOT
+    options: BuildOptions, say: Say, *, environ: Mapping[str, str] = os.environ, root: Path = ROOT
 ) -> Built:
-    """The image of this checkout: built unless the registry, or this machine, has it.
+    """Build the image of this checkout, and push it if the options ask for it, unless it exists already.
 
     Raises:
-        ImageError: it could not be built, or not be pushed; the registry has no part of the tag.
-        UserError: no builder is here, or a wish cannot be granted.
+        ImageError: it could not be built or pushed; the registry then does not show the tag.
+        UserError: no builder works, or an option is invalid.
     """
     started = time.monotonic()
-    _check(wishes, root)
-    recipe = read(root, wishes)
-    image = images.name_of(recipe, wishes.registry)
-    builder = find(wishes.builder, say=say)
-    work = _Work(builder, image, recipe, {**environ, "DOCKER_BUILDKIT": "1"}, say)
+    _check(options, root)
+    spec = make_spec(root, options)
+    image = images.name_of(spec, options.registry)
+    builder = find_builder(options.builder, say=say)
+    work = _ImageBuild(builder, image, spec, {**environ, "DOCKER_BUILDKIT": "1"}, say)
     built = pushed = False
-    if wishes.push and work.on_registry():
-        say(f"{images.host_of(image)} has it already")
+    if options.push and work.is_in_registry():
+        say(f"{images.host_of(image)} already has the image")
     else:
-        if built := not work.here():
-            work.build(root, wishes)
+        if built := not work.is_local():
+            work.build(root, options)
         else:
-            say(f"{builder} has it already")
-        if pushed := wishes.push and builder != "gcloud":
+            say(f"{builder} already has the image")
+        if pushed := options.push and builder != "gcloud":
             work.push()
     return Built(
         image=image,
         image_id=images.image_id(image),
-        digest=recipe.digest,
+        digest=spec.digest,
         builder=builder,
         built=built,
         pushed=pushed or (built and builder == "gcloud"),
@@ -103,29 +104,29 @@ def ensure(
     )
 
 
-def name(wishes: BuildOptions, *, root: Path = ROOT) -> str:
-    """What `ensure` would call the image of this checkout; builds nothing.
+def image_name(options: BuildOptions, *, root: Path = ROOT) -> str:
+    """Return the name that `ensure` gives the image of this checkout, without building it.
 
     Raises:
-        UserError: a wish cannot be granted.
+        UserError: an option is invalid.
     """
-    _check(wishes, root)
-    return images.name_of(read(root, wishes), wishes.registry)
+    _check(options, root)
+    return images.name_of(make_spec(root, options), options.registry)
 
 
-def read(root: Path, wishes: BuildOptions) -> ImageSpec:
-    """Everything that goes into the image, as it lies in the checkout now."""
-    files = images.sums((name, path.read_bytes()) for name, path in inputs(root, wishes.wheels))
+def make_spec(root: Path, options: BuildOptions) -> ImageSpec:
+    """Return the spec of the image from the files of the checkout."""
+    files = images.hash_files((name, path.read_bytes()) for name, path in inputs(root, options.wheels))
     return ImageSpec(
-        base=wishes.base,
-        torch_backend=wishes.torch_backend,
-        flash_attention=wishes.flash_attention,
+        base=options.base,
+        torch_backend=options.torch_backend,
+        flash_attention=options.flash_attention,
         files=files,
     )
 
 
 def inputs(root: Path, wheels: Path | None) -> list[tuple[str, Path]]:
-    """The context: (path in it, file), in order."""
+    """Return the files of the build context as sorted pairs: path in the context, file."""
     found = [
         (str(path.relative_to(root)), path)
         for name in INPUTS
@@ -138,134 +139,134 @@ def inputs(root: Path, wheels: Path | None) -> list[tuple[str, Path]]:
 
 @contextlib.contextmanager
 def context(root: Path, wheels: Path | None) -> Iterator[Path]:
-    """A folder with the inputs and nothing else, so that what is digested is what is built."""
+    """Make a temporary folder with exactly the inputs, so that the build uses what the digest covers."""
     with tempfile.TemporaryDirectory(prefix="aeolus-image-") as name:
         folder = Path(name)
         (folder / WHEELS).mkdir(parents=True)
-        for inside, path in inputs(root, wheels):
-            target = folder / inside
+        for path_in_context, path in inputs(root, wheels):
+            target = folder / path_in_context
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             target.chmod(0o644)
         yield folder
 
 
-def find(wanted: Builder | None, *, say: Say) -> Builder:
-    """The builder that was asked for, else the first that is here and answers."""
-    missing = []
-    for name in [wanted] if wanted else BUILDERS:
-        if not (lack := _lack(name, asked=name == wanted)):
+def find_builder(requested: Builder | None, *, say: Say) -> Builder:
+    """Return the requested builder, else the first one that works; raises UserError if there is none."""
+    problems = []
+    for name in [requested] if requested else BUILDERS:
+        if not (problem := _problem(name, requested=name == requested)):
             say(f"building with {name}")
             return name
-        missing.append(lack)
-    others = [name for name in BUILDERS if wanted and not _lack(name, asked=False)]
+        problems.append(problem)
+    others = [name for name in BUILDERS if requested and not _problem(name, requested=False)]
     raise UserError(
-        f"no image can be built: {'; '.join(missing)}",
-        hint=f"`--builder {others[0]}` will do: it is here"
+        f"no image can be built: {'; '.join(problems)}",
+        hint=f"use `--builder {others[0]}`, which is installed"
         if others
-        else "`apt-get install podman` will do: it needs no daemon",
+        else "install one with `apt-get install podman`; it needs no daemon",
     )
 
 
-def _lack(name: Builder, *, asked: bool) -> str | None:
-    """Why this one cannot build; None if it can."""
+def _problem(name: Builder, *, requested: bool) -> str | None:
+    """Return why a builder cannot be used; None if it can."""
     if shutil.which(name) is None:
         return f"{name} is not installed"
     if (
         name == "docker"
         and subprocess.run(["docker", "version"], capture_output=True, check=False).returncode
     ):
-        return "docker's engine does not answer"
-    if name == "gcloud" and not asked:
-        return "gcloud builds on Google's machines, for money: only with --builder gcloud"
+        return "the Docker daemon does not answer"
+    if name == "gcloud" and not requested:
+        return "gcloud builds on Google's machines, which costs money: it is used only with --builder gcloud"
     return None
 
 
-def _check(wishes: BuildOptions, root: Path) -> None:
+def _check(options: BuildOptions, root: Path) -> None:
     if not (root / images.DOCKERFILE).is_file():
-        raise UserError(f"no {images.DOCKERFILE} in {root}", hint="run this from a checkout")
-    if (wishes.push or wishes.builder == "gcloud") and not wishes.registry:
+        raise UserError(f"no {images.DOCKERFILE} in {root}", hint="run this in a checkout of the repository")
+    if (options.push or options.builder == "gcloud") and not options.registry:
         raise UserError(
-            "nowhere to push to",
-            hint='`registry = "ghcr.io/NAME"` in the settings, or $AEOLUS_REGISTRY, or `build --registry`',
+            "no registry to push to",
+            hint='set `registry = "ghcr.io/NAME"` in the settings, or $AEOLUS_REGISTRY, or `build --registry`',
         )
-    if wishes.wheels and not wishes.wheels.is_dir():
-        raise UserError(f"no folder {wishes.wheels} of wheels")
+    if options.wheels and not options.wheels.is_dir():
+        raise UserError(f"the folder of wheels {options.wheels} does not exist", hint="check `--wheels`")
 
 
-class _Work:
-    """One builder on one image."""
+class _ImageBuild:
+    """Runs one builder's commands for one image."""
 
     def __init__(
-        self, builder: Builder, image: str, recipe: ImageSpec, environ: Mapping[str, str], say: Say
+        self, builder: Builder, image: str, spec: ImageSpec, environ: Mapping[str, str], say: Say
     ) -> None:
         self._builder: Builder = builder
         self._image = image
-        self._recipe = recipe
+        self._spec = spec
         self._environ = dict(environ)
         self._say = say
 
-    def on_registry(self) -> bool:
-        """Raises ImageError where a login is missing: sooner than after a build."""
-        done = self._ask()
-        if images.is_there(done.returncode, done.stderr):
+    def is_in_registry(self) -> bool:
+        """Return whether the registry has the tag; raises ImageError if a login is missing, before a long build."""
+        done = self._query_registry()
+        if images.is_in_registry(done.returncode, done.stderr):
             return True
         login = images.login_command(self._builder, images.host_of(self._image))
-        refused = self._explain([done.stderr.strip()], "push")
-        if login and "log in" in (refused.hint or "") and self._quiet(login).returncode != 0:
-            raise refused
+        error = self._to_error([done.stderr.strip()], "push")
+        if login and "log in" in (error.hint or "") and self._run(login).returncode != 0:
+            raise error
         return False
 
-    def _ask(self) -> subprocess.CompletedProcess[str]:
-        command = images.remote_command(self._builder, self._image)
-        if not (text := images.registries(self._builder, self._image)):
-            return self._quiet(command)
-        with tempfile.NamedTemporaryFile("w", suffix=".conf") as settings:
-            settings.write(text)
-            settings.flush()
-            if self._builder == "buildah":  # it does not read the variable
-                command[1:1] = ["--registries-conf", settings.name]
-            return self._quiet(command, CONTAINERS_REGISTRIES_CONF=settings.name)
-
-    def here(self) -> bool:
+    def is_local(self) -> bool:
         if self._builder == "gcloud":
             return False
-        return self._quiet(images.local_command(self._builder, self._image)).returncode == 0
+        return self._run(images.local_command(self._builder, self._image)).returncode == 0
 
-    def build(self, root: Path, wishes: BuildOptions) -> None:
-        self._say(f"building {self._image} on {self._recipe.base}")
-        with context(root, wishes.wheels) as folder, tempfile.TemporaryDirectory() as private:
+    def build(self, root: Path, options: BuildOptions) -> None:
+        self._say(f"building {self._image} on {self._spec.base}")
+        with context(root, options.wheels) as folder, tempfile.TemporaryDirectory() as private:
             secret = None
             if lines := images.secret_lines(self._environ):
-                path = Path(private) / images.SECRET  # the folder is ours alone (mode 0700)
+                path = Path(private) / images.SECRET  # only this user can read the folder (mode 0700)
                 path.write_text("\n".join(lines) + "\n")
                 secret = str(path)
             if self._builder == "gcloud":
-                steps = images.cloudbuild(self._image, self._recipe)
+                steps = images.cloudbuild(self._image, self._spec)
                 (folder / "cloudbuild.json").write_text(json.dumps(steps))
-            self._loud(
-                images.build_command(self._builder, self._image, self._recipe, str(folder), secret=secret),
+            self._stream(
+                images.build_command(self._builder, self._image, self._spec, str(folder), secret=secret),
                 "build",
             )
 
     def push(self) -> None:
         self._say(f"pushing {self._image}")
-        self._loud(images.push_command(self._builder, self._image), "push")
-        if not self.on_registry():
+        self._stream(images.push_command(self._builder, self._image), "push")
+        if not self.is_in_registry():
             raise ImageError(
                 f"{self._image} was pushed, but {images.host_of(self._image)} does not have it",
-                hint="the same command again pushes what is missing",
+                hint="repeat the command: it pushes what is missing",
             )
 
     def layers(self) -> tuple[Layer, ...]:
-        """As docker and podman tell; the others do not say."""
+        """Return the layers; empty for buildah and gcloud, which do not list them."""
         if self._builder not in {"docker", "podman"}:
             return ()
-        told = ["json"] if self._builder == "podman" else ["{{json .}}", "--human=false"]
-        command = [self._builder, "history", "--no-trunc", "--format", *told, self._image]
-        return _layers(self._quiet(command).stdout)
+        output_format = ["json"] if self._builder == "podman" else ["{{json .}}", "--human=false"]
+        command = [self._builder, "history", "--no-trunc", "--format", *output_format, self._image]
+        return _parse_layers(self._run(command).stdout)
 
-    def _quiet(self, command: Sequence[str], **more: str) -> subprocess.CompletedProcess[str]:
+    def _query_registry(self) -> subprocess.CompletedProcess[str]:
+        command = images.remote_command(self._builder, self._image)
+        if not (text := images.registries_config(self._builder, self._image)):
+            return self._run(command)
+        with tempfile.NamedTemporaryFile("w", suffix=".conf") as config:
+            config.write(text)
+            config.flush()
+            if self._builder == "buildah":  # it ignores the environment variable
+                command[1:1] = ["--registries-conf", config.name]
+            return self._run(command, CONTAINERS_REGISTRIES_CONF=config.name)
+
+    def _run(self, command: Sequence[str], **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command,
             env={**self._environ, **more},
@@ -275,9 +276,9 @@ class _Work:
             check=False,
         )
 
-    def _loud(self, command: Sequence[str], doing: str) -> None:
-        """Run it and pass on what it says, line by line; raises ImageError with what it said last."""
-        kept: deque[str] = deque(maxlen=KEPT_LINES)
+    def _stream(self, command: Sequence[str], action: images.Action) -> None:
+        """Run a command and pass on its output line by line; raises ImageError, made from the last lines."""
+        tail: deque[str] = deque(maxlen=TAIL_LINES)
         with subprocess.Popen(
             command,
             env=self._environ,
@@ -288,22 +289,25 @@ class _Work:
             errors="replace",
         ) as process:
             for line in process.stdout or ():
-                kept.append(line.rstrip())
-                self._say(kept[-1])
+                tail.append(line.rstrip())
+                self._say(tail[-1])
         if process.returncode != 0:
-            raise self._explain(list(kept), "build" if doing == "build" else "push")
+            raise self._to_error(list(tail), action)
 
-    def _explain(self, lines: list[str], doing: images.Doing) -> ImageError:
-        return images.explain(
-            lines, doing=doing, builder=self._builder, image=self._image, base=self._recipe.base
+    def _to_error(self, lines: list[str], action: images.Action) -> ImageError:
+        return images.to_error(
+            lines, action=action, builder=self._builder, image=self._image, base=self._spec.base
         )
 
 
-def _layers(told: str) -> tuple[Layer, ...]:
-    """The newest first: podman's list, or docker's objects a line. Steps that left no file have no size."""
-    if told.startswith("["):
-        rows = json.loads(told)
+def _parse_layers(output: str) -> tuple[Layer, ...]:
+    """Parse a history, newest step first: podman prints one list, docker one object per line.
+
+    Steps that added no file have no size and are left out.
+    """
+    if output.startswith("["):
+        rows = json.loads(output)
     else:
-        rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+        rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     sizes = [(str(row.get("CreatedBy", "")), int(row.get("Size") or row.get("size") or 0)) for row in rows]
     return tuple(Layer(step=step, size_bytes=size) for step, size in reversed(sizes) if size)

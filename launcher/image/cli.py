@@ -1,4 +1,4 @@
-"""`python -m launcher build`: the trainer's image, made and pushed by whatever builder is here."""
+"""`python -m launcher build`: build the trainer's image and push it to a registry."""
 
 from __future__ import annotations
 
@@ -15,68 +15,82 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Build the trainer's image.")
-@click.option("--push", is_flag=True, help="Push it, unless the registry has this tag.")
+@click.option("--push", is_flag=True, help="Push the image, unless the registry has this tag.")
 @click.option(
     "--registry",
     metavar="HOST/PATH",
-    help="As in ghcr.io/NAME, docker.io/NAME, REGION-docker.pkg.dev/PROJECT/REPOSITORY, HOST:PORT.  [default: settings]",
+    help="For example ghcr.io/NAME, docker.io/NAME, REGION-docker.pkg.dev/PROJECT/REPOSITORY or HOST:PORT."
+    "  [default: from settings]",
 )
 @click.option(
     "--builder",
     type=click.Choice(["docker", "podman", "buildah", "gcloud"]),
-    help="[default: the first that is here; gcloud, which costs money, only by name]",
+    help="Build tool.  [default: the first that works, except gcloud, which costs money]",
 )
-@click.option("--base", metavar="IMAGE", help="A Debian or Ubuntu to build on.  [default: NVIDIA's CUDA 13]")
-@click.option("--torch", "torch_backend", metavar="NAME", default="", help="cpu, cu130 …  [default: CUDA 13]")
-@click.option("--flash-attention/--no-flash-attention", default=True, help="Of no use without a GPU.")
+@click.option("--base", metavar="IMAGE", help="Base image, Debian or Ubuntu.  [default: NVIDIA's CUDA 13]")
+@click.option(
+    "--torch",
+    "torch_backend",
+    metavar="NAME",
+    default="",
+    help="Build of torch: cpu, cu130 …  [default: CUDA 13]",
+)
+@click.option(
+    "--flash-attention/--no-flash-attention",
+    default=True,
+    help="Install FlashAttention, which needs a GPU.  [default: yes]",
+)
 @click.option(
     "--wheels",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of wheels that are taken rather than the index's.",
+    help="Folder of wheels that take precedence over the package index.",
 )
-@click.option("--remember", is_flag=True, help="`submit` uses this image from now on.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; the rest on stderr.")
+@click.option("--remember", is_flag=True, help="Write the image to the settings, so that `submit` uses it.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object to stdout, and the log to stderr."
+)
 def build(*, as_json: bool, remember: bool, **options: Any) -> int:
-    """Build the image with the trainer as it lies here, named by what goes into it.
+    """Build the image from the trainer of this checkout.
 
-    Where the registry has that name nothing is done. Another package index is taken from uv's and pip's
-    own variables (UV_DEFAULT_INDEX, PIP_INDEX_URL …) and leaves no trace in the image.
+    The tag is a digest of the contents, so an image that the registry already has is not built again.
+    To use another package index, set uv's or pip's variables (UV_DEFAULT_INDEX, PIP_INDEX_URL …); they are
+    not stored in the image.
     """
     from launcher import render
     from launcher.image import builders
-    from launcher.settings import remember as write
+    from launcher.settings import write_setting
 
-    made = builders.ensure(_wishes(options), lambda line: click.echo(line, err=True))
-    where = write(os.environ, "image", made.image) if remember else None
+    built = builders.ensure(_build_options(options), lambda line: click.echo(line, err=True))
+    settings_file = write_setting(os.environ, "image", built.image) if remember else None
     if as_json:
-        about = {"remembered_in": str(where) if where else None}
-        click.echo(render.to_json({**made.model_dump(mode="json"), **about}))
+        written = {"remembered_in": str(settings_file) if settings_file else None}
+        click.echo(render.to_json({**built.model_dump(mode="json"), **written}))
     else:
-        _print(made)
-    if where:
-        click.echo(f"{where}: image = {made.image!r}", err=True)
+        _print(built)
+    if settings_file:
+        click.echo(f"{settings_file}: image = {built.image!r}", err=True)
     return ExitCode.DONE
 
 
-def _wishes(options: dict[str, Any]) -> BuildOptions:
+def _build_options(options: dict[str, Any]) -> BuildOptions:
     from launcher import settings
     from launcher.image.builders import BuildOptions
 
     site = settings.load(os.environ)
-    given = {key: value for key, value in options.items() if value is not None}
-    return BuildOptions.model_validate({"registry": site.registry, **given})
+    set_options = {key: value for key, value in options.items() if value is not None}
+    return BuildOptions.model_validate({"registry": site.registry, **set_options})
 
 
-def _print(made: Built) -> None:
+def _print(built: Built) -> None:
     from launcher import render
 
-    for layer in made.layers:
-        click.echo(f"{render.size(layer.size_bytes):>10}  {_short(layer.step)}", err=True)
-    done = [word for word, did in (("built", made.built), ("pushed", made.pushed)) if did]
-    click.echo(f"{' and '.join(done) or 'nothing to do'} in {render.duration(made.seconds)}", err=True)
-    click.echo(f"image_id: {made.image_id}")
+    for layer in built.layers:
+        click.echo(f"{render.size(layer.size_bytes):>10}  {_shorten(layer.step)}", err=True)
+    done = [word for word, did in (("built", built.built), ("pushed", built.pushed)) if did]
+    click.echo(f"{' and '.join(done) or 'nothing to do'} in {render.duration(built.seconds)}", err=True)
+    click.echo(f"image_id: {built.image_id}")
 
 
-def _short(step: str) -> str:
+def _shorten(step: str) -> str:
     plain = " ".join(step.replace("/bin/sh -c", "").replace("#(nop)", "").split())
     return plain if len(plain) <= 100 else f"{plain[:99]}…"

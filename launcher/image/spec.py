@@ -1,4 +1,4 @@
-"""The trainer's image as a value: what goes into it, its name, and the commands that make and push it. Pure."""
+"""The trainer's image as a value: its contents, its name, and the commands that build and push it. No I/O."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pydantic import BaseModel, ConfigDict
 from trainer.errors import UserError
 
 Builder = Literal["docker", "podman", "buildah", "gcloud"]
-Doing = Literal["build", "push"]
+Action = Literal["build", "push"]
 BUILDERS: tuple[Builder, ...] = ("docker", "podman", "buildah", "gcloud")
-"""In the order in which they are looked for."""
+"""In order of preference."""
 
 BASE = "docker.io/nvidia/cuda:13.0.2-base-ubuntu24.04"
-"""The Dockerfile's own default, which says why."""
+"""The same default as in the Dockerfile, which has the reason."""
 NAME = "aeolus-trainer"
 LOCAL = "localhost"
-"""The registry's place in the name of an image that is to stay on this machine."""
+"""Takes the registry's place in the name of an image that stays on this machine."""
 DOCKERFILE = "docker/Dockerfile"
 WHEELS = "docker/wheels"
 INPUTS = (
@@ -34,74 +34,122 @@ INPUTS = (
     "jobs/recipes",
     "trainer",
 )
-"""Files and folders of the checkout that go into the image: they are its context, and its digest."""
-SECRET = "packages"  # noqa: S105 (the name of a mount: the file in it has the package index's address)
+"""Files and folders of the checkout that the image is built from: its build context, and the input of its digest."""
+SECRET = "packages"  # noqa: S105 (the name of a mount; the mounted file has the package index's address)
 INDEX_VARIABLES = re.compile(
     r"(UV_(DEFAULT_INDEX|INDEX|INDEX_URL|EXTRA_INDEX_URL|INDEX_STRATEGY|INSECURE_HOST|INDEX_\w+_(USERNAME|PASSWORD))"
     r"|PIP_(INDEX_URL|EXTRA_INDEX_URL|TRUSTED_HOST))"
 )
-"""What tells uv and pip of another index: https://docs.astral.sh/uv/reference/environment/"""
+"""Variables that make uv and pip use another package index: https://docs.astral.sh/uv/reference/environment/"""
 DIGITS = 16
-"""Of the digest, in the tag: 64 bits."""
+"""Hexadecimal digits of the digest in the image's tag: 64 bits."""
 LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$")
+SHELL_QUOTE = "'\\''"
+"""A single quote inside a single-quoted shell string."""
+
+ERRORS = (
+    (
+        r"no space left on device|disk quota exceeded|enough free space in|os error 28",
+        "the disk that {builder} uses is full",
+        "building an image with CUDA takes about 20 GB: check with `df -h`, free space with `{builder} image prune`",
+    ),
+    (
+        r"cannot connect to the docker daemon|docker daemon running",
+        "the Docker daemon does not answer",
+        "start it, or choose another builder with --builder podman, buildah or gcloud",
+    ),
+)
+BUILD_ERRORS = (
+    (
+        (
+            r"(initializing source|resolve source metadata|load metadata for|pull access denied|image not known"
+            r"|pinging container registry|manifest unknown)"
+        ),
+        "the base image {base} cannot be pulled",
+        "check its name, and that this machine can reach its registry; --base sets another Debian or Ubuntu image",
+    ),
+)
+PUSH_ERRORS = (
+    (
+        (
+            r"unauthori[sz]ed|authentication required|access to the resource is denied|denied:|no basic auth"
+            r"|403 \(?forbidden|unable to retrieve auth token"
+        ),
+        "{host} does not allow you to push",
+        (
+            "log in first: `{builder} login {host}` (for Google: `gcloud auth configure-docker {host}`); "
+            "the registry shows the tag only after the last layer is uploaded"
+        ),
+    ),
+    (
+        r"connection refused|no such host|i/o timeout|network is unreachable|TLS handshake|server gave HTTP",
+        "{host} cannot be reached",
+        "the image is built and stays on this machine: repeat the command to push it",
+    ),
+)
+"""(pattern of a builder's output, error message, hint); the first match is used."""
 
 
 class ImageError(UserError):
-    """An image that could not be built, or not be pushed."""
+    """The image could not be built or pushed."""
 
 
 class ImageSpec(BaseModel):
-    """All that decides what is in an image."""
+    """Everything that determines an image's contents."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     base: str = BASE
     torch_backend: str = ""
-    """uv's name of a build of torch, such as `cpu`; empty: as the index has it, which is CUDA 13 on PyPI."""
+    """uv's name of a torch build, such as `cpu`; empty means the index's default, which is CUDA 13 on PyPI."""
     flash_attention: bool = True
     files: Mapping[str, str]
-    """Path in the context -> SHA-256 of what is in it, wheels included."""
+    """SHA-256 of every file by its path in the build context, wheels included."""
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Build arguments, by the names that the Dockerfile has for them."""
+        """Build arguments, by their names in the Dockerfile."""
         flash = "yes" if self.flash_attention else "no"
         return {"BASE_IMAGE": self.base, "TORCH_BACKEND": self.torch_backend, "FLASH_ATTENTION": flash}
 
     @property
     def digest(self) -> str:
-        """Of everything above: equal digests are equal images, but for what the index and the base move."""
-        told = json.dumps([self.arguments, sorted(self.files.items())])
-        return hashlib.sha256(told.encode()).hexdigest()
+        """Hash of all fields. Equal digests give equal images, unless the package index or the base has changed."""
+        content = json.dumps([self.arguments, sorted(self.files.items())])
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
-def name_of(recipe: ImageSpec, registry: str | None) -> str:
-    """`ghcr.io/me/aeolus-trainer:0123456789abcdef`; raises UserError for what is no registry."""
+def name_of(spec: ImageSpec, registry: str | None) -> str:
+    """Return the image's name, `ghcr.io/me/aeolus-trainer:0123456789abcdef`.
+
+    Raises:
+        UserError: `registry` is not a valid registry name.
+    """
     place = (registry or LOCAL).removeprefix("docker:").rstrip("/")
     if "://" in place or not re.fullmatch(r"[a-z0-9.\[\]:_/-]+", place):
         raise UserError(
-            f"{registry!r} is no registry",
-            hint="in lower case: ghcr.io/name, docker.io/name, region-docker.pkg.dev/project/repository or host:port",
+            f"{registry!r} is not a registry name",
+            hint="use lower case: ghcr.io/name, docker.io/name, region-docker.pkg.dev/project/repository or host:port",
         )
-    return f"{place}/{NAME}:{recipe.digest[:DIGITS]}"
+    return f"{place}/{NAME}:{spec.digest[:DIGITS]}"
 
 
 def host_of(image: str) -> str:
-    """The registry's `host` or `host:port`: what one logs in to."""
+    """Return the registry's `host` or `host:port`, which a login is for."""
     return image.partition("/")[0]
 
 
 def image_id(image: str) -> str:
-    """SkyPilot's word for it, in `resources:` of a task."""
+    """Return the image's name as SkyPilot writes it in a task's `resources:`."""
     return f"docker:{image}"
 
 
 def build_command(
-    builder: Builder, image: str, recipe: ImageSpec, context: str, *, secret: str | None
+    builder: Builder, image: str, spec: ImageSpec, context: str, *, secret: str | None
 ) -> list[str]:
-    """Build the context's Dockerfile; `secret` is the file that names the package index.
+    """Return the command that builds the Dockerfile of a context; `secret` is the file that names the package index.
 
-    gcloud builds on Google's machines and pushes by itself; it reads its steps from `cloudbuild`.
+    gcloud builds and pushes on Google's machines. It reads its steps from the file that `cloudbuild` makes.
     """
     if builder == "gcloud":
         return ["gcloud", "builds", "submit", context, f"--config={context}/cloudbuild.json"]
@@ -110,133 +158,95 @@ def build_command(
         "podman": ["podman", "build", "--layers"],
         "buildah": ["buildah", "build", "--layers"],
     }[builder]
-    for key, value in recipe.arguments.items():
+    for key, value in spec.arguments.items():
         command += ["--build-arg", f"{key}={value}"]
     if secret:
         command += ["--secret", f"id={SECRET},src={secret}"]
     return [*command, "-f", f"{context}/{DOCKERFILE}", "-t", image, context]
 
 
-def cloudbuild(image: str, recipe: ImageSpec) -> dict[str, Any]:
-    """Steps for Google Cloud Build: https://docs.cloud.google.com/build/docs/build-config-file-schema."""
-    words = build_command("docker", image, recipe, ".", secret=None)[1:]
-    step = {"name": "gcr.io/cloud-builders/docker", "args": words, "env": ["DOCKER_BUILDKIT=1"]}
+def cloudbuild(image: str, spec: ImageSpec) -> dict[str, Any]:
+    """Return the steps for Google Cloud Build: https://docs.cloud.google.com/build/docs/build-config-file-schema."""
+    arguments = build_command("docker", image, spec, ".", secret=None)[1:]
+    step = {"name": "gcr.io/cloud-builders/docker", "args": arguments, "env": ["DOCKER_BUILDKIT=1"]}
     return {"steps": [step], "images": [image], "timeout": "5400s", "options": {"diskSizeGb": 100}}
 
 
 def push_command(builder: Builder, image: str) -> list[str]:
-    """The registry shows the tag only after all of its layers: the manifest goes last
+    """Return the command that pushes the image.
+
+    The registry shows the tag only after all layers are uploaded, because the manifest is pushed last
     (https://github.com/opencontainers/distribution-spec/blob/main/spec.md#push).
     """
-    return [builder, "push", *_plain(builder, image), image]
+    return [builder, "push", *_tls_options(builder, image), image]
 
 
 def remote_command(builder: Builder, image: str) -> list[str]:
-    """Asks the registry, with the builder's login, for the tag; `is_there` reads the answer."""
+    """Return the command that asks the registry for the tag; `is_in_registry` interprets its result."""
     if builder == "gcloud":
         return ["gcloud", "artifacts", "docker", "images", "describe", image, "--quiet"]
     return [builder, "manifest", "inspect", image]
 
 
-def registries(builder: Builder, image: str) -> str:
-    """For $CONTAINERS_REGISTRIES_CONF while asking: older podmans and buildahs know no --tls-verify there."""
-    if not _plain(builder, image):
+def registries_config(builder: Builder, image: str) -> str:
+    """Return the content of $CONTAINERS_REGISTRIES_CONF that allows a registry without TLS; empty if not needed.
+
+    Older versions of podman and buildah have no --tls-verify option for the command of `remote_command`.
+    """
+    if not _tls_options(builder, image):
         return ""
     return f'[[registry]]\nlocation = "{host_of(image)}"\ninsecure = true\n'
 
 
-def is_there(code: int, said: str) -> bool:
-    """Podman 4 and buildah 1.28 read an image's manifest and then complain that it is no list of them."""
-    return code == 0 or re.search("single images as manifest lists|manifest is of type", said) is not None
+def is_in_registry(code: int, output: str) -> bool:
+    """Return whether the result of `remote_command` means that the registry has the tag.
+
+    Podman 4 and buildah 1.28 read a single image's manifest and then fail, because it is not a manifest list.
+    """
+    return code == 0 or re.search("single images as manifest lists|manifest is of type", output) is not None
 
 
 def local_command(builder: Builder, image: str) -> list[str]:
-    """Ends with 0 if the builder has the image."""
+    """Return a command that exits with 0 if the builder has the image on this machine."""
     if builder == "buildah":
         return ["buildah", "inspect", "--type", "image", "--format", "{{.FromImageID}}", image]
     return [builder, "image", "inspect", "--format", "{{.Id}}", image]
 
 
 def login_command(builder: Builder, host: str) -> list[str] | None:
-    """Ends with 0 if the builder knows a login for the host; None where that cannot be asked."""
+    """Return a command that exits with 0 if the builder has a login for the host; None if it has no such command."""
     return [builder, "login", "--get-login", host] if builder in {"podman", "buildah"} else None
 
 
-def explain(lines: Sequence[str], *, doing: Doing, builder: Builder, image: str, base: str) -> ImageError:
-    """What a failed build or push says, as something a user can mend."""
+def to_error(lines: Sequence[str], *, action: Action, builder: Builder, image: str, base: str) -> ImageError:
+    """Return the error for the output of a failed build or push, with a hint if the cause is known."""
     text = "\n".join(lines)
-    known = {"builder": builder, "base": base, "host": host_of(image)}
-    for pattern, message, hint in (*ANYWHERE, *(BUILDING if doing == "build" else PUSHING)):
+    values = {"builder": builder, "base": base, "host": host_of(image)}
+    for pattern, message, hint in (*ERRORS, *(BUILD_ERRORS if action == "build" else PUSH_ERRORS)):
         if match := re.search(pattern, text, re.IGNORECASE):
-            said = _line_of(text, match.start())
-            return ImageError(f"{message.format(**known)}: {said}", hint=hint.format(**known))
-    tail = "\n  ".join(lines[-12:]) or "it said nothing"
-    return ImageError(f"{builder} could not {doing} {image}:\n  {tail}")
+            line = _line_at(text, match.start())
+            return ImageError(f"{message.format(**values)}: {line}", hint=hint.format(**values))
+    tail = "\n  ".join(lines[-12:]) or "it printed nothing"
+    return ImageError(f"{builder} could not {action} {image}:\n  {tail}")
 
 
-ANYWHERE = (
-    (
-        r"no space left on device|disk quota exceeded|enough free space in|os error 28",
-        "the disk that {builder} works on is full",
-        "an image with CUDA takes some 20 GB while it is built: `df -h` tells, `{builder} image prune` makes room",
-    ),
-    (
-        r"cannot connect to the docker daemon|docker daemon running",
-        "docker's engine does not answer",
-        "start it, or choose another with --builder podman, buildah or gcloud",
-    ),
-)
-BUILDING = (
-    (
-        (
-            r"(initializing source|resolve source metadata|load metadata for|pull access denied|image not known"
-            r"|pinging container registry|manifest unknown)"
-        ),
-        "the base {base} cannot be pulled",
-        "is its name right, and can this machine reach its registry? --base names another Debian or Ubuntu",
-    ),
-)
-PUSHING = (
-    (
-        (
-            r"unauthori[sz]ed|authentication required|access to the resource is denied|denied:|no basic auth"
-            r"|403 \(?forbidden|unable to retrieve auth token"
-        ),
-        "{host} does not let you push",
-        (
-            "log in first: `{builder} login {host}` (Google's: `gcloud auth configure-docker {host}`); "
-            "it has no such tag until the last layer is there"
-        ),
-    ),
-    (
-        r"connection refused|no such host|i/o timeout|network is unreachable|TLS handshake|server gave HTTP",
-        "{host} cannot be reached",
-        "the image is on this machine: the same command again only pushes it",
-    ),
-)
-"""What builders say -> what happened, and the way out. The first that is found counts."""
+def secret_lines(environ: Mapping[str, str]) -> list[str]:
+    """Return the package index's variables as shell lines for the Dockerfile's steps; they do not stay in the image."""
+    found = sorted((key, value) for key, value in environ.items() if INDEX_VARIABLES.fullmatch(key) and value)
+    return [f"export {key}='{value.replace(chr(39), SHELL_QUOTE)}'" for key, value in found]
 
 
-def _line_of(text: str, position: int) -> str:
+def hash_files(files: Iterable[tuple[str, bytes]]) -> dict[str, str]:
+    """Return the SHA-256 of every file by its path."""
+    return {path: hashlib.sha256(content).hexdigest() for path, content in files}
+
+
+def _line_at(text: str, position: int) -> str:
     start = text.rfind("\n", 0, position) + 1
     return text[start:].partition("\n")[0].strip()[:400]
 
 
-def _plain(builder: Builder, image: str) -> list[str]:
-    """Docker takes loopback for a place without TLS by itself; the others want to be told."""
-    here = LOOPBACK.match(host_of(image)) is not None
-    return ["--tls-verify=false"] if here and builder in {"podman", "buildah"} else []
-
-
-def secret_lines(environ: Mapping[str, str]) -> list[str]:
-    """The package index, as shell that the Dockerfile's steps read; nothing of it stays in the image."""
-    named = sorted((key, value) for key, value in environ.items() if INDEX_VARIABLES.fullmatch(key) and value)
-    return [f"export {key}='{value.replace(chr(39), _QUOTE)}'" for key, value in named]
-
-
-_QUOTE = "'\\''"
-
-
-def sums(files: Iterable[tuple[str, bytes]]) -> dict[str, str]:
-    """Path -> SHA-256 of its bytes."""
-    return {path: hashlib.sha256(content).hexdigest() for path, content in files}
+def _tls_options(builder: Builder, image: str) -> list[str]:
+    """Return the option for a loopback registry without TLS; Docker needs none there."""
+    is_loopback = LOOPBACK.match(host_of(image)) is not None
+    return ["--tls-verify=false"] if is_loopback and builder in {"podman", "buildah"} else []

@@ -41,7 +41,7 @@ def container(wanted: str | None, site: Settings, *, own: bool) -> Container:
     if named != AUTO:
         return Container(named)
     wishes = BuildOptions(registry=site.registry, push=True)
-    return Container(builders.name(wishes), wishes)
+    return Container(builders.image_name(wishes), wishes)
 
 
 def login(image: str | None, environ: Mapping[str, str]) -> dict[str, str]:

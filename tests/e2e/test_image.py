@@ -223,7 +223,7 @@ def test_a_base_that_cannot_be_pulled_is_named(site: Site) -> None:
     """The message has the base, and the option that names another."""
     failed = site.build("--builder", "podman", "--base", "127.0.0.1:9/none", timeout_s=300)
     assert failed.returncode == 2
-    assert "the base 127.0.0.1:9/none cannot be pulled" in failed.stderr
+    assert "the base image 127.0.0.1:9/none cannot be pulled" in failed.stderr
     assert "--base" in failed.stderr
 
 
@@ -238,7 +238,7 @@ def test_a_full_disk_is_said_to_be_one(site: Site, options: list[str]) -> None:
         site.inside.run("umount", "--recursive", site.folder / "small", check=False)
         site.inside.environ["CONTAINERS_STORAGE_CONF"] = usual
     assert failed.returncode == 2
-    assert "the disk that podman works on is full" in failed.stderr
+    assert "the disk that podman uses is full" in failed.stderr
 
 
 def test_what_the_checkout_gives_is_there(site: Site) -> None:

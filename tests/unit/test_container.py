@@ -28,14 +28,14 @@ def test_auto_is_this_checkouts_image_by_its_content() -> None:
     """Its name is known before it is there, so a dry run shows it and builds nothing."""
     made = container("auto", Settings(registry="ghcr.io/me"), own=False)
     assert made.wishes == BuildOptions(registry="ghcr.io/me", push=True)
-    assert made.image == builders.name(made.wishes)
+    assert made.image == builders.image_name(made.wishes)
     assert made.image.startswith("ghcr.io/me/aeolus-trainer:")
     assert container(None, Settings(image="auto", registry="ghcr.io/me"), own=False) == made
 
 
 def test_auto_wants_a_registry() -> None:
     """Rented machines cannot pull from this one."""
-    with pytest.raises(UserError, match="nowhere to push to") as refused:
+    with pytest.raises(UserError, match="no registry to push to") as refused:
         container("auto", Settings(), own=False)
     assert "registry = " in str(refused.value.hint)
 
@@ -44,7 +44,7 @@ def test_a_dry_run_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builders, "ensure", None)
     made = order(gpus="A100:8", image="auto", environ={"AEOLUS_REGISTRY": "ghcr.io/me"})
     assert made.build == BuildOptions(registry="ghcr.io/me", push=True)
-    assert made.config["resources"]["image_id"] == f"docker:{builders.name(made.build)}"
+    assert made.config["resources"]["image_id"] == f"docker:{builders.image_name(made.build)}"
 
 
 def test_a_login_goes_along_as_secrets() -> None:

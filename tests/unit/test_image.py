@@ -66,7 +66,7 @@ def test_a_registry_is_the_front_of_the_name(registry: str | None, name: str) ->
 
 def test_an_address_with_a_scheme_is_no_registry() -> None:
     """Image names have no scheme, and the message says what they look like."""
-    with pytest.raises(UserError, match="no registry"):
+    with pytest.raises(UserError, match="not a registry name"):
         images.name_of(RECIPE, "https://ghcr.io/me")
 
 
@@ -117,47 +117,51 @@ def test_only_loopback_may_go_without_tls(builder: Builder, host: str, plain: bo
     """A registry on this machine needs no certificate; docker knows that by itself."""
     name = f"{host}/aeolus-trainer:1"
     assert ("--tls-verify=false" in images.push_command(builder, name)) is plain
-    assert (f'"{host}"\ninsecure = true' in images.registries(builder, name)) is plain
+    assert (f'"{host}"\ninsecure = true' in images.registries_config(builder, name)) is plain
 
 
 @pytest.mark.parametrize(
-    ("doing", "line", "message"),
+    ("action", "line", "message"),
     [
-        ("build", "write /x: no space left on device", "the disk that podman works on is full"),
+        ("build", "write /x: no space left on device", "the disk that podman uses is full"),
         (
             "build",
             "E: You don't have enough free space in /var/cache/apt/archives/.",
-            "the disk that podman works on is full",
+            "the disk that podman uses is full",
         ),
-        ("push", "writing blob: no space left on device", "the disk that podman works on is full"),
+        ("push", "writing blob: no space left on device", "the disk that podman uses is full"),
         (
             "build",
             "Error: creating build container: initializing source docker://debian:12: pinging container registry",
-            "the base debian:12 cannot be pulled",
+            "the base image debian:12 cannot be pulled",
         ),
         (
             "build",
             "ERROR: failed to solve: debian:12: failed to resolve source metadata for docker.io/library/debian:12",
-            "the base debian:12 cannot be pulled",
+            "the base image debian:12 cannot be pulled",
         ),
-        ("push", "denied: requested access to the resource is denied", "ghcr.io does not let you push"),
+        ("push", "denied: requested access to the resource is denied", "ghcr.io does not allow you to push"),
         (
             "push",
             "Error: writing blob: unauthorized: authentication required",
-            "ghcr.io does not let you push",
+            "ghcr.io does not allow you to push",
         ),
         (
             "push",
             "pinging container registry ghcr.io: dial tcp: connection refused",
             "ghcr.io cannot be reached",
         ),
-        ("build", "Cannot connect to the Docker daemon at unix:///var/run/docker.sock", "docker's engine"),
+        (
+            "build",
+            "Cannot connect to the Docker daemon at unix:///var/run/docker.sock",
+            "the Docker daemon does not answer",
+        ),
         ("build", "g++: fatal error", "podman could not build ghcr.io/me/aeolus-trainer"),
     ],
 )
-def test_a_failure_says_what_a_user_can_mend(doing: images.Doing, line: str, message: str) -> None:
+def test_a_failure_says_what_a_user_can_mend(action: images.Action, line: str, message: str) -> None:
     """Each has what happened, the builder's own words, and a way out where there is one."""
-    error = images.explain(["before", line], doing=doing, builder="podman", image=NAME, base="debian:12")
+    error = images.to_error(["before", line], action=action, builder="podman", image=NAME, base="debian:12")
     assert error.message.startswith(message)
     assert line in error.message
     assert error.hint or "could not build" in message

@@ -90,7 +90,7 @@ def test_the_package_index_is_a_secret_of_the_build(machine: Machine) -> None:
 def test_a_push_that_is_refused_is_told(machine: Machine) -> None:
     """The registry's own words, and how to log in."""
     machine.has("podman", push="echo 'unauthorized: no' >&2; exit 1")
-    with pytest.raises(ImageError, match="does not let you push") as caught:
+    with pytest.raises(ImageError, match="does not allow you to push") as caught:
         machine.ensure(PUSHING)
     assert "podman login 127.0.0.1:5000" in str(caught.value)
 
@@ -105,7 +105,7 @@ def test_a_push_that_left_nothing_is_an_error(machine: Machine) -> None:
 def test_a_build_that_fails_pushes_nothing(machine: Machine) -> None:
     """No half of an image gets a name anywhere."""
     machine.has("podman", build="echo 'write: no space left on device' >&2; exit 1")
-    with pytest.raises(ImageError, match="disk that podman works on is full"):
+    with pytest.raises(ImageError, match="disk that podman uses is full"):
         machine.ensure(PUSHING)
     assert "push" not in machine.verbs()
 
@@ -134,7 +134,7 @@ def test_where_another_builder_would_do_it_is_named(
 
 def test_a_push_needs_a_registry(machine: Machine) -> None:
     """Said before anything is built."""
-    with pytest.raises(UserError, match="nowhere to push to"):
+    with pytest.raises(UserError, match="no registry to push to"):
         machine.ensure(BuildOptions(push=True))
     assert machine.verbs() == []
 

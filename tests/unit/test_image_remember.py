@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.settings import SettingsError, load, remember, with_key
+from launcher.settings import SettingsError, load, with_key, write_setting
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_value_of_any_form_is_read_back(tmp_path: Path) -> None:
     """What is remembered is what `submit` reads."""
     environ = {"AEOLUS_CONFIG": str(tmp_path / "new" / "config.toml")}
     for image in ("ghcr.io/me/aeolus-trainer:1", 'a"b\\c'):
-        path = remember(environ, "image", image)
+        path = write_setting(environ, "image", image)
         assert tomllib.loads(path.read_text())["image"] == image
         assert load(environ).image == image
 
@@ -37,4 +37,4 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """The image is made by then; what failed is the note of it."""
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot write image"):
-        remember({"AEOLUS_CONFIG": str(tmp_path / "file" / "config.toml")}, "image", "x")
+        write_setting({"AEOLUS_CONFIG": str(tmp_path / "file" / "config.toml")}, "image", "x")
