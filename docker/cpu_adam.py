@@ -1,8 +1,9 @@
-"""Compile DeepSpeed's Adam for the CPU and write it, with what says that it is there, below a folder.
+"""Compile DeepSpeed's CPU Adam into a folder, with the file that marks it as installed.
 
-DeepSpeed compiles for the processor that it is on. A node's is another one, and offloading would die there of an
-illegal instruction: this is for any x86-64 with AVX2, which is every one that GPUs are rented with. Adam reads and
-writes 28 bytes a parameter for some ten operations, so memory is its limit and wider vectors gain little.
+By default DeepSpeed compiles for the processor of the building machine. A node may have another one, where offloading
+would crash with an illegal instruction. This build runs on every x86-64 processor with AVX2, which all machines with
+rented GPUs have. Wider vectors would gain little: Adam reads and writes 28 bytes per parameter for about ten operations,
+so memory bandwidth limits it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from pathlib import Path
 
 AVX2 = ["-march=x86-64-v3", "-mtune=generic", "-D__AVX256__"]
 """https://gitlab.com/x86-psABIs/x86-64-ABI: level 3 has AVX2 and FMA."""
-LOADED_FROM = Path("deepspeed/ops/adam")
-SAYS_SO = Path("deepspeed/git_version_info_installed.py")
+LIBRARY_FOLDER = Path("deepspeed/ops/adam")
+"""Where DeepSpeed loads the compiled library from."""
+INSTALLED_OPS = Path("deepspeed/git_version_info_installed.py")
+"""Where DeepSpeed looks up which compiled operations are installed."""
 
 
 def main(folder: Path) -> None:
+    """Compile the library and write both files below `folder`, in the layout of site-packages."""
     import torch
     from deepspeed.git_version_info import version
     from deepspeed.ops.op_builder.cpu import CPUAdamBuilder
@@ -26,20 +30,20 @@ def main(folder: Path) -> None:
 
     builder = CPUAdamBuilder()
     name = builder.absolute_name().rpartition(".")[2]
-    portable = ["-O3", "-fopenmp", "-Wno-reorder", *AVX2]
+    portable_flags = ["-O3", "-fopenmp", "-Wno-reorder", *AVX2]
     work = folder.with_suffix(".work")
     work.mkdir(parents=True)
     cpp_extension.load(
         name=name,
         sources=[builder.deepspeed_src_path(path) for path in builder.sources()],
         extra_include_paths=[builder.deepspeed_src_path(path) for path in builder.include_paths()],
-        extra_cflags=portable if platform.machine() == "x86_64" else builder.cxx_args(),
+        extra_cflags=portable_flags if platform.machine() == "x86_64" else builder.cxx_args(),
         build_directory=str(work),
         with_cuda=False,
     )
-    (folder / LOADED_FROM).mkdir(parents=True)
-    shutil.copy(work / f"{name}.so", folder / LOADED_FROM)
-    about = {
+    (folder / LIBRARY_FOLDER).mkdir(parents=True)
+    shutil.copy(work / f"{name}.so", folder / LIBRARY_FOLDER)
+    installed = {
         "version": version,
         "git_hash": "unknown",
         "git_branch": "unknown",
@@ -53,7 +57,7 @@ def main(folder: Path) -> None:
             "hip_version": "0.0",
         },
     }
-    (folder / SAYS_SO).write_text("".join(f"{key} = {value!r}\n" for key, value in about.items()))
+    (folder / INSTALLED_OPS).write_text("".join(f"{key} = {value!r}\n" for key, value in installed.items()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Numbers and tables for people, JSON for programs."""
+"""Format numbers and tables for the terminal, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-NOTHING = "–"  # noqa: RUF001 (a dash for nothing)
+NOTHING = "–"  # noqa: RUF001 (the dash is intended)
+"""Shown for a missing value."""
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `3 min 05 s`, `2 h 10 min`, `3 d 04 h`."""
+    """Return a duration as `45 s`, `3 min 05 s`, `2 h 10 min` or `3 d 04 h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -28,7 +29,7 @@ def duration(seconds: float) -> str:
 
 
 def ago(seconds: float) -> str:
-    """How long since, in one unit: `45 s ago`, `3 h ago`."""
+    """Return an age in one unit: `45 s ago`, `3 h ago`."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds // length:.0f} {unit} ago"
@@ -36,7 +37,7 @@ def ago(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in binary units: `512 B`, `1.5 MiB`."""
+    """Return a number of bytes in binary units: `512 B`, `1.5 MiB`."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -45,44 +46,50 @@ def size(count: float) -> str:
 
 
 def change(ends: tuple[float, float] | None, form: str = ".4f") -> str:
-    """First value and last: `0.6931 → 0.4102`."""
+    """Return the first and the last value: `0.6931 → 0.4102`."""
     return NOTHING if ends is None else f"{ends[0]:{form}} → {ends[1]:{form}}"
 
 
 def usd(value: float | None) -> str:
-    """`$12.34`; no cents from a thousand on."""
+    """Return an amount as `$12.34`, without cents from $1,000 on."""
     if value is None:
         return NOTHING
     return f"${value:,.2f}" if value < 1000 else f"${value:,.0f}"
 
 
 def facts_table(rows: Iterable[tuple[str, str]], *, title: str) -> Table:
-    """Names on the left, values on the right."""
+    """Return a two-column table: names on the left, values on the right."""
     table = Table(
         title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
     )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # not markup: names and messages may hold brackets
+        table.add_row(
+            *map(Text, row)
+        )  # plain Text, because brackets in names and messages would be read as markup
     return table
 
 
 def list_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A row a thing, whose name is kept in one piece to be copied; numbers stand to the right where a column's name
-    begins with `>`.
+    """Return a table with one row per item.
+
+    The first column is never wrapped, so that a name can be copied. A column whose name begins with `>` is
+    right-aligned, for numbers.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for nth, column in enumerate(columns):
         side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
         table.add_column(column.removeprefix(">"), overflow="fold", justify=side, no_wrap=nth == 0)
     for row in rows:
-        table.add_row(*map(Text, row))  # not markup: names and messages may hold brackets
+        table.add_row(
+            *map(Text, row)
+        )  # plain Text, because brackets in names and messages would be read as markup
     return table
 
 
 def to_json(value: Any) -> str:
-    """One line, strict JSON: what is not a finite number becomes null."""
+    """Return one line of strict JSON; NaN and infinities become null."""
     return json.dumps(_finite(value), allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: where this machine's state lies, and the two streams."""
+"""Helpers for all commands: the state folder, stdout and stderr, and the question after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Answer = Literal["detach", "cancel", "continue"]
-"""What the user chooses after Ctrl-C."""
+"""The user's choice after Ctrl-C."""
 WIDTH = 200
-"""Characters of a line in a file: the widest table has 160."""
+"""Characters per line if stdout is a file or a pipe; the widest table has 160."""
 
 
 def state_folder() -> Path:
-    """What this machine knows of the runs that were started or submitted here."""
+    """Return the folder with the records of the runs that were started or submitted from this machine."""
     from platformdirs import user_state_path
 
     return user_state_path("aeolus")
 
 
 def take_any_text(stream: IO[str]) -> None:
-    """What the locale's encoding lacks becomes a question mark: a report has arrows and bars."""
+    """Print a question mark for characters that the locale's encoding lacks; a report has arrows and bars."""
     if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
         stream.reconfigure(errors="replace")
 
 
 def refuse_empty(options: Mapping[str, object]) -> None:
-    """An option with no value is a shell's variable that is not set; it does not mean the default."""
+    """Raise UsageError for an option with an empty value: it is probably an unset shell variable, not the default."""
     if empty := [name for name, value in options.items() if value == ""]:
         from click import UsageError
 
-        raise UsageError(f"--{empty[0].replace('_', '-')} is empty: is a variable of your shell not set?")
+        raise UsageError(f"--{empty[0].replace('_', '-')} is empty: check whether a shell variable is unset")
 
 
 def stdout(file: IO[str] | None = None) -> Console:
-    """As wide as the terminal; a file or a pipe folds nothing.
+    """Return a console for stdout, as wide as the terminal; lines in a file or a pipe are not wrapped at 80 characters.
 
     Args:
-        file: None: what `sys.stdout` is now.
+        file: the stream; None means the current `sys.stdout`.
     """
     from rich.console import Console
 
@@ -56,11 +56,11 @@ def stderr() -> Console:
 
 
 def ask() -> Answer:
-    """What a Ctrl-C means."""
+    """Ask the user whether Ctrl-C means to detach, to cancel or to continue."""
     answers: dict[str, Answer] = {"d": "detach", "c": "cancel"}
     try:
         typed = input(
-            "\n[d]etach: training goes on by itself; [c]ancel: save and stop; anything else: continue > "
+            "\n[d]etach: training continues in the background; [c]ancel: save and stop; anything else: continue > "
         )
     except EOFError:
         return "continue"
