@@ -1,4 +1,4 @@
-"""Whole files in the form of the alignment-handbook, from 2023 to 2025: every value that comes of them."""
+"""Whole recipe files in the forms of the alignment-handbook from 2023 to 2025, compared with every resulting value."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from trainer.recipe import DataSource, Mixture, Recipe, load
 HANDBOOK = Path(__file__).resolve().parents[1] / "fixtures" / "handbook"
 
 
-def test_an_sft_file_of_2023_is_packed_though_no_key_says_so() -> None:
-    """The handbook's script packed; the weights cut the training data, never the test data."""
+def test_an_sft_file_of_2023_is_packed_without_a_key() -> None:
+    """The handbook's script always packed. Its weights apply to training data, never to test data."""
     recipe, notes = load(HANDBOOK / "nimbus-7b" / "sft" / "config_full.yaml")
     assert recipe == Recipe(
         name="nimbus-7b/sft_full",
@@ -63,8 +63,8 @@ def test_an_sft_file_of_2023_is_packed_though_no_key_says_so() -> None:
     )
 
 
-def test_a_lora_file_of_2023_means_what_it_meant() -> None:
-    """Its tokenizer is the model's own, and half of its data is half of the training data."""
+def test_a_lora_file_of_2023_keeps_its_meaning() -> None:
+    """Its tokenizer is the model's own, and its weight of one half applies to the training data."""
     recipe, notes = load(HANDBOOK / "nimbus-7b" / "dpo" / "config_lora.yaml")
     assert recipe == Recipe(
         name="nimbus-7b/dpo_lora",
@@ -109,8 +109,8 @@ def test_a_lora_file_of_2023_means_what_it_meant() -> None:
     assert "`save_strategy: epoch` is ignored: a checkpoint is saved every `save_steps` steps" in notes
 
 
-def test_a_dpo_file_of_2025_mixes_its_test_split_in_as_it_says() -> None:
-    """What our own recipes keep apart is left to who asks for it."""
+def test_a_dpo_file_of_2025_trains_on_its_test_split() -> None:
+    """An imported file may mix training and test split, which the shipped recipes keep apart."""
     recipe = load(HANDBOOK / "zonda-3b" / "dpo" / "config_full.yaml").recipe
     columns = {"chosen": "chosen", "rejected": "rejected"}
     assert recipe == Recipe(
@@ -152,8 +152,8 @@ def test_a_dpo_file_of_2025_mixes_its_test_split_in_as_it_says() -> None:
     )
 
 
-def test_a_file_that_says_whether_it_packs_is_believed(tmp_path: Path) -> None:
-    """`packing: false` beside the old keys is an answer."""
+def test_an_explicit_packing_key_wins(tmp_path: Path) -> None:
+    """`packing: false` beside the old keys stays false."""
     text = (HANDBOOK / "nimbus-7b" / "sft" / "config_full.yaml").read_text()
     (tmp_path / "sft.yaml").write_text(f"{text}packing: false\n")
     settings = load(tmp_path / "sft.yaml").recipe.trainer_args

@@ -1,4 +1,4 @@
-"""The machine at hand, from what `nvidia-smi` and the kernel say of it."""
+"""Detecting this machine's shape from the output of `nvidia-smi` and the kernel's files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def shape_of(
 
 
 def test_eight_gpus_are_found_under_skypilots_name() -> None:
-    """The shape is called what it is rented as."""
+    """The shape has the name under which SkyPilot rents it."""
     shape = shape_of("".join(A100.format(number) for number in range(8)))
     assert (str(shape), shape.count, shape.memory_gib, shape.cores) == ("A100-80GB:8", 8, 80.0, 96)
 
 
 @pytest.mark.parametrize("listing", [None, "", "No devices were found\n", "0, GPU-0, [Unknown], [N/A]\n"])
 def test_without_a_working_gpu_the_shape_is_a_cpu(listing: str | None) -> None:
-    """No driver, no GPU and a lost GPU are all the same to training."""
+    """Without a driver, without a GPU, and with a lost GPU the shape is a CPU."""
     shape = shape_of(listing)
     assert (str(shape), shape.count, shape.memory_gib) == ("cpu (96 cores, 680 GiB)", 0, None)
 
@@ -46,13 +46,13 @@ def test_without_a_working_gpu_the_shape_is_a_cpu(listing: str | None) -> None:
     [("0,1", 2), ("", 0), ("-1", 0), ("GPU-2", 1), ("1,9,0", 1), (" 3 ", 1), ("NoDevFiles", 0)],
 )
 def test_only_visible_gpus_count(devices: str, count: int) -> None:
-    """As CUDA reads the variable: up to the first that is not there."""
+    """CUDA stops reading the variable at the first entry that matches no GPU."""
     listing = "".join(A100.format(number) for number in range(4))
     assert shape_of(listing, environ={"CUDA_VISIBLE_DEVICES": devices}).count == count
 
 
-def test_the_smallest_of_unlike_gpus_decides() -> None:
-    """Each gets the same share of the work."""
+def test_the_smallest_of_different_gpus_decides() -> None:
+    """All GPUs get equal shares of the work, so the smallest one limits them."""
     shape = shape_of(A100.format(0) + "1, GPU-1, NVIDIA A100-PCIE-40GB, 40960\n")
     assert (str(shape), shape.memory_gib) == ("A100:2", 40.0)
 
@@ -76,8 +76,8 @@ def test_the_smallest_of_unlike_gpus_decides() -> None:
         ("", 1.0, "GPU"),
     ],
 )
-def test_gpus_are_called_as_skypilot_calls_them(name: str, memory_gib: float, expected: str) -> None:
-    """`A100` is the 40 GB part, `A100-80GB` the other."""
+def test_gpus_have_skypilot_s_names(name: str, memory_gib: float, expected: str) -> None:
+    """`A100` is the board with 40 GB, and `A100-80GB` the one with 80 GB."""
     assert accelerator_name(name, memory_gib) == expected
 
 
@@ -126,25 +126,25 @@ def test_gpus_are_called_as_skypilot_calls_them(name: str, memory_gib: float, ex
     ids=["none", "v2", "v2-max", "v2-quota", "v2-below-one", "v2-memory", "v2-parent", "v1", "v1-unlimited"],
 )
 def test_limits_of_the_container_count(files: dict[str, str], cores: int, memory_gib: float) -> None:
-    """A container on a large host has what it was given, wherever in the tree that is written."""
+    """The limits of a container apply at every level of the tree of control groups."""
     shape = shape_of(files=files)
     assert (shape.cores, shape.host_memory_gib) == (cores, memory_gib)
 
 
-def test_a_command_that_is_not_there_says_nothing() -> None:
+def test_a_missing_or_failing_command_gives_none() -> None:
     """Most machines have no `nvidia-smi`."""
     assert run_command(["no-such-command-of-ours"]) is None
     assert run_command(["false"]) is None
 
 
 def test_this_machine_has_a_shape() -> None:
-    """The readers agree with the kernel they are meant for."""
+    """Detection works on the kernel of this machine."""
     shape = detect()
     assert shape.cores >= 1
     assert shape.host_memory_gib > 0.1
 
 
 def test_a_shape_survives_json() -> None:
-    """It goes into the attempt's record."""
+    """The attempt's record contains the shape as JSON."""
     shape: Any = shape_of(A100.format(0))
     assert Shape.model_validate_json(shape.model_dump_json()) == shape

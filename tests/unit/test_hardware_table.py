@@ -1,4 +1,4 @@
-"""The table of GPUs, and the boards that shapes have."""
+"""The table of GPUs, and looking up the board of a shape."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NAMES = [
     ("Tesla V100-SXM2-16GB", 16.0, "V100"),
     ("Tesla V100-SXM2-32GB", 32.0, "V100-32GB"),
 ]
-"""As `nvidia-smi` says it, and the board of the table that it is."""
+"""Names and memory in `nvidia-smi`, and the board of the table."""
 
 
 def shape(**given: object) -> Shape:
@@ -64,8 +64,8 @@ def shape(**given: object) -> Shape:
 
 
 @pytest.mark.parametrize("board", GPUS, ids=lambda board: board.name)
-def test_every_row_is_sane_and_says_where_it_is_from(board: Gpu) -> None:
-    """A figure without a document, or a rate that cannot be, is a slip of the pen."""
+def test_every_row_is_plausible_and_has_sources(board: Gpu) -> None:
+    """Every figure has a document, and the rates are in a possible order."""
     assert len(board.sources) >= 2
     assert all(source.startswith("https://") and " " not in source for source in board.sources)
     assert 0.96 < board.usable_gib / board.memory_gib < 1
@@ -75,8 +75,8 @@ def test_every_row_is_sane_and_says_where_it_is_from(board: Gpu) -> None:
     assert board.bf16_tflops in (None, board.fp16_tflops)
 
 
-def test_names_and_aliases_are_told_apart() -> None:
-    """Two boards of one name, or an alias of nothing, would make the table depend on its order."""
+def test_names_and_aliases_are_unique() -> None:
+    """With a duplicate name the result would depend on the order of rows. Every alias leads to a board."""
     names = [board.name.casefold() for board in GPUS]
     assert len(set(names)) == len(names)
     assert {name.casefold() for name in ALIASES.values()} <= set(names)
@@ -84,8 +84,8 @@ def test_names_and_aliases_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(("name", "memory_gib", "board"), NAMES)
-def test_what_the_driver_says_leads_to_the_board(name: str, memory_gib: float, board: str) -> None:
-    """Whatever machine a run lands on, its figures are found."""
+def test_the_driver_s_name_leads_to_the_board(name: str, memory_gib: float, board: str) -> None:
+    """The figures of every machine are found by the name that its driver shows."""
     rented_as, own = accelerator_name(name, memory_gib), board_name(name, memory_gib)
     assert gpu(own or rented_as).name == board
     assert gpu(rented_as).memory_gib <= memory_gib + 0.1
@@ -94,8 +94,8 @@ def test_what_the_driver_says_leads_to_the_board(name: str, memory_gib: float, b
 @pytest.mark.parametrize(
     ("name", "expected"), [("a100-80gb", "A100-80GB"), ("RTXA6000", "A6000"), ("h100-sxm", "H100")]
 )
-def test_a_gpu_goes_by_any_of_its_names(name: str, expected: str) -> None:
-    """Case is nobody's concern, and SkyPilot's catalogs have two names for some boards."""
+def test_a_gpu_is_found_by_any_of_its_names(name: str, expected: str) -> None:
+    """Case does not matter, and SkyPilot's catalogs have two names for some boards."""
     assert gpu(name).name == expected
 
 
@@ -104,15 +104,15 @@ def test_a_gpu_goes_by_any_of_its_names(name: str, expected: str) -> None:
     [("A100-80", "`A100-80GB`"), ("H1000", "`H100`"), ("RTX4080", "`RTX4090`"), ("?", "known: P4")],
 )
 def test_an_unknown_gpu_is_an_error_that_names_the_nearest(name: str, near: str) -> None:
-    """No figure is made up for a GPU that the table does not have."""
+    """A GPU that is not in the table has no figures."""
     assert known_gpu(name) is None
     with pytest.raises(UserError, match=f"no GPU `{name}`".replace("?", r"\?")) as caught:
         gpu(name)
     assert near in (caught.value.hint or "")
 
 
-def test_a_pcie_board_is_not_taken_for_the_faster_one() -> None:
-    """An H100 on a PCIe card has three quarters of the other's peak, and no NVLink."""
+def test_a_pcie_board_is_not_mistaken_for_the_faster_one() -> None:
+    """An H100 on a PCIe card has three quarters of the SXM board's peak, and no NVLink."""
     card = detect(run=lambda _: "0, GPU-0, NVIDIA H100 PCIe, 81559", read=lambda _: None, environ={})
     assert (str(card), card.board) == ("H100:1", "H100-PCIE")
     found = gpu_of(card)
@@ -120,8 +120,8 @@ def test_a_pcie_board_is_not_taken_for_the_faster_one() -> None:
     assert (found.bf16_tflops, found.link_gbps) == (756.5, found.pcie_gbps)
 
 
-def test_what_processes_can_have_follows_what_the_driver_shows() -> None:
-    """With error correction on, a board shows less than the table has, and gives less."""
+def test_usable_memory_follows_the_memory_that_the_driver_shows() -> None:
+    """With error correction on, a board shows less memory than the table has, so less is usable."""
     full = shape(accelerator="A6000", memory_gib=gpu("A6000").memory_gib)
     corrected = shape(accelerator="A6000", memory_gib=46068 / 1024)
     assert usable_gib(full) == pytest.approx(gpu("A6000").usable_gib)
@@ -129,19 +129,19 @@ def test_what_processes_can_have_follows_what_the_driver_shows() -> None:
 
 
 def test_a_gpu_outside_the_table_has_memory_but_no_peak() -> None:
-    """A machine of one's own with some other GPU still gets a fit."""
+    """A local machine with a GPU outside the table still gets a fit."""
     other = shape(accelerator="GTX1080", memory_gib=8.0)
     assert gpu_of(other) is None
     assert usable_gib(other) == pytest.approx(7.6)
 
 
-def test_without_a_gpu_there_is_nothing_to_say() -> None:
-    """A CPU has neither board nor GPU memory."""
+def test_a_cpu_has_no_board_and_no_gpu_memory() -> None:
+    """A shape without a GPU gives None for both."""
     cpu = shape(accelerator=None, count=0, memory_gib=None)
     assert (gpu_of(cpu), usable_gib(cpu), cpu.gpus) == (None, None, 0)
 
 
-def test_several_nodes_are_counted_and_told() -> None:
-    """A shape's counts are of one node."""
+def test_several_nodes_are_counted_and_shown() -> None:
+    """`count` is per node, and `gpus` is the total."""
     assert (str(shape(nodes=2)), shape(nodes=2).gpus) == ("2 x A100:8", 16)
     assert str(shape()) == "A100:8"

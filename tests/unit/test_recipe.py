@@ -1,4 +1,4 @@
-"""A recipe: what a file means, what is refused and with which words, and what makes two the same."""
+"""Recipes: how a file is read, which errors it gives, and which recipes have the same digest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEAST = {"method": "sft", "init": "tiny", "dataset_mixture": "generated:chats", 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    """Write a recipe of the least keys and those given; a key that is given as None is left out."""
+    """Return a function that writes a minimal recipe with more keys. A key that is None is left out."""
 
     def write_recipe(**keys: Any) -> Path:
         path = tmp_path / "mine.yaml"
@@ -39,14 +39,14 @@ def recipe(**keys: Any) -> Recipe:
 
 @pytest.mark.parametrize("name", names())
 def test_every_shipped_recipe_loads(name: str) -> None:
-    """A shipped recipe is known by its name and needs no translation."""
+    """A shipped recipe is found by its name and needs no translation."""
     loaded = load(name)
     assert loaded.recipe.name == name
     assert not [note for note in loaded.notes if "ignored" in note or "now" in note]
 
 
-def test_what_a_run_relies_on_is_stated(write: Any) -> None:
-    """Defaults that changed over the releases are in the recipe, so that a new release cannot change a run."""
+def test_changing_defaults_are_written_out(write: Any) -> None:
+    """The recipe states defaults that changed between releases, so that a new release cannot change a run."""
     loaded = load(write()).recipe
     assert {key: loaded.trainer_args[key] for key in ("seed", "learning_rate", "num_train_epochs", "optim")} == {
         "seed": 42, "learning_rate": 2e-5, "num_train_epochs": 3.0, "optim": "adamw_torch_fused",
@@ -56,7 +56,7 @@ def test_what_a_run_relies_on_is_stated(write: Any) -> None:
 
 
 def test_an_unknown_key_is_named_with_its_value_and_the_nearest(write: Any) -> None:
-    """A misspelt key must not be dropped silently, as TRL's own scripts do."""
+    """A misspelt key is an error. TRL's own scripts drop it silently."""
     path = write(learning_rte=2e-5)
     with pytest.raises(RecipeError) as caught:
         load(path)
@@ -64,8 +64,8 @@ def test_an_unknown_key_is_named_with_its_value_and_the_nearest(write: Any) -> N
     assert caught.value.hint == "did you mean `learning_rate`?"
 
 
-def test_all_unknown_keys_are_told_at_once(write: Any) -> None:
-    """Three mistakes cost one look, not three."""
+def test_all_unknown_keys_are_in_one_message(write: Any) -> None:
+    """One error names every unknown key."""
     with pytest.raises(RecipeError) as caught:
         load(write(learning_rte=1, sede=3, qqqqqqqq=True), ["wormup_steps=5"])
     assert [word in str(caught.value) for word in ("learning_rte", "sede", "qqqqqqqq", "command line")] == [
@@ -75,13 +75,13 @@ def test_all_unknown_keys_are_told_at_once(write: Any) -> None:
 
 
 def test_a_renamed_key_misspelt_leads_to_its_name(write: Any) -> None:
-    """People misspell old names, too."""
+    """The suggestion may be an old name."""
     with pytest.raises(RecipeError, match="did you mean `evaluation_strategy`"):
         load(write(evaluation_stratgy="steps"))
 
 
-def test_a_key_of_the_other_method_says_so(write: Any) -> None:
-    """`beta` is spelt right, and still means nothing in SFT."""
+def test_a_key_of_another_method_is_named_as_such(write: Any) -> None:
+    """`beta` is a key of DPO, so SFT refuses it with a hint."""
     with pytest.raises(RecipeError, match="it is a key of dpo, and this recipe is sft"):
         load(write(beta=0.1))
 
@@ -104,8 +104,8 @@ def test_a_key_of_the_other_method_says_so(write: Any) -> None:
         ("method", "grpo", "must be one of `sft`, `dpo`"),
     ],
 )
-def test_a_wrong_type_is_told_with_the_right_one(write: Any, key: str, value: Any, expected: str) -> None:
-    """The message has the file, the key, the value, and what would do."""
+def test_a_wrong_type_is_an_error_with_the_right_one(write: Any, key: str, value: Any, expected: str) -> None:
+    """The message has the file, the key, the value, and what is allowed."""
     path = write(**{key: value})
     with pytest.raises(RecipeError) as caught:
         load(path)
@@ -126,8 +126,8 @@ def test_a_wrong_type_is_told_with_the_right_one(write: Any, key: str, value: An
         ("max_steps: 10.0", "max_steps", 10),
     ],
 )
-def test_what_yaml_misreads_is_set_right(write: Any, text: str, key: str, value: Any) -> None:
-    """PyYAML takes `2e-5` for text, `no` for false and a date for a date."""
+def test_misread_yaml_is_corrected(write: Any, text: str, key: str, value: Any) -> None:
+    """PyYAML reads `2e-5` as text, `no` as false, and a date as a date object."""
     path = write()
     path.write_text(path.read_text() + text + "\n")
     read = load(path).recipe.trainer_args[key]
@@ -144,8 +144,10 @@ def test_what_yaml_misreads_is_set_right(write: Any, text: str, key: str, value:
         ("a: !!python/object:os.system {}\n", "line 1, column 4"),
     ],
 )
-def test_a_file_that_is_no_recipe_says_where(tmp_path: Path, text: str, message: str) -> None:
-    """A syntax error comes with line and column."""
+def test_a_file_that_is_not_a_recipe_is_an_error_with_its_place(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    """The message of a syntax error has line and column."""
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError) as caught:
@@ -155,7 +157,7 @@ def test_a_file_that_is_no_recipe_says_where(tmp_path: Path, text: str, message:
 
 
 def test_a_name_that_does_not_exist_leads_to_the_nearest() -> None:
-    """`zephyr-tiny/dpoo` is `zephyr-tiny/dpo` to anyone who reads it."""
+    """A misspelt recipe name gives a suggestion, with or without the family."""
     with pytest.raises(RecipeError, match="did you mean `zephyr-tiny/dpo`"):
         load("zephyr-tiny/dpoo")
     with pytest.raises(RecipeError, match="did you mean `dpo_full`"):
@@ -185,21 +187,21 @@ def test_a_name_that_does_not_exist_leads_to_the_nearest() -> None:
     ],
 )
 def test_keys_that_cannot_go_together_are_refused(write: Any, keys: dict[str, Any], message: str) -> None:
-    """What cannot train fails on the laptop, not on the GPUs."""
+    """A recipe that cannot train fails on the laptop, not on the GPUs."""
     with pytest.raises(RecipeError) as caught:
         load(write(**keys))
     assert message in str(caught.value)
 
 
-def test_without_test_data_nothing_is_evaluated_and_it_is_said(write: Any) -> None:
-    """An override of the data must not make the file's `eval_strategy` an error."""
+def test_without_test_data_evaluation_is_turned_off_with_a_note(write: Any) -> None:
+    """If an override removes the test data, the file's `eval_strategy` is ignored."""
     loaded = load(write(eval_strategy="epoch"))
     assert loaded.recipe.trainer_args["eval_strategy"] == "no"
     assert "`eval_strategy: epoch` is ignored: the recipe has no test data" in loaded.notes
 
 
 def test_local_data_is_found_beside_the_recipe(write: Any, tmp_path: Path) -> None:
-    """A recipe and its data can be moved together."""
+    """A path in the file is relative to the file's folder."""
     (tmp_path / "chat.jsonl").write_text("{}\n")
     loaded = load(write(dataset_mixture="chat.jsonl")).recipe
     assert loaded.dataset_mixture.datasets[0].id == str(tmp_path / "chat.jsonl")
@@ -208,7 +210,7 @@ def test_local_data_is_found_beside_the_recipe(write: Any, tmp_path: Path) -> No
 def test_local_data_is_found_in_the_current_folder(
     write: Any, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is not beside the recipe is looked for where the command was typed."""
+    """A path that does not exist beside the recipe is looked up in the current folder."""
     here = tmp_path_factory.mktemp("here")
     (here / "chat.jsonl").write_text("{}\n")
     monkeypatch.chdir(here)
@@ -221,10 +223,10 @@ def test_local_data_is_found_in_the_current_folder(
     ("key", "error"), [("dataset_mixture", DataError), ("model_name_or_path", ModelError)]
 )
 @pytest.mark.parametrize("name", ["./none", "~/none-of-it", "/none/of/it", "none.jsonl", "none.GGUF"])
-def test_a_path_to_nothing_says_where_it_was_looked_for(
+def test_a_missing_path_is_an_error_with_the_folders(
     write: Any, tmp_path: Path, key: str, error: type[Exception], name: str
 ) -> None:
-    """Only a path looks like this, so it is not taken for a Hub id."""
+    """A name that can only be a path is never taken for a Hub id."""
     with pytest.raises(error) as caught:
         load(write(**{"init": None, "model_name_or_path": "org/model", key: name}))
     assert f"{name} does not exist" in str(caught.value)
@@ -234,26 +236,26 @@ def test_a_path_to_nothing_says_where_it_was_looked_for(
 @pytest.mark.parametrize(
     "name", ["org/model", "gpt2", "s3://bucket/run/final", "gs://b/r/final", "file:///b/r/final"]
 )
-def test_what_lies_elsewhere_is_left_alone(write: Any, name: str) -> None:
-    """Hub ids and URIs are the node's to fetch."""
+def test_hub_ids_and_uris_stay_unchanged(write: Any, name: str) -> None:
+    """The node fetches Hub ids and URIs."""
     assert load(write(init=None, model_name_or_path=name)).recipe.model_name_or_path == name
 
 
 def test_a_local_model_becomes_absolute(write: Any, tmp_path: Path) -> None:
-    """The trainer may start in another folder."""
+    """The trainer may start in another folder, so local paths become absolute."""
     (tmp_path / "model").mkdir()
     loaded = load(write(init=None, model_name_or_path="model")).recipe
     assert loaded.model_name_or_path == str(tmp_path / "model")
 
 
-def test_the_digest_does_not_see_bookkeeping() -> None:
-    """Saving more often, another name, or a smaller micro batch is still the same run."""
-    plain, told = (
+def test_the_digest_ignores_bookkeeping() -> None:
+    """More checkpoints, another name or a smaller micro batch do not make another run."""
+    plain, other = (
         recipe(),
         recipe(name="b", micro_batch_size=4, max_test_samples=3, trainer_args={"save_steps": 1}),
     )
-    assert plain.digest() == told.digest()
-    assert plain.differences(told) == []
+    assert plain.digest() == other.digest()
+    assert plain.differences(other) == []
 
 
 @pytest.mark.parametrize(
@@ -270,22 +272,22 @@ def test_the_digest_does_not_see_bookkeeping() -> None:
     ],
     ids=str,
 )
-def test_the_digest_sees_what_is_trained(keys: dict[str, Any]) -> None:
-    """Whatever changes the model changes the digest, and the difference is named."""
+def test_the_digest_covers_what_is_trained(keys: dict[str, Any]) -> None:
+    """A key that changes the model changes the digest, and `differences` names it."""
     assert recipe().digest() != recipe(**keys).digest()
     assert len(recipe().differences(recipe(**keys))) == 1
 
 
-def test_the_digest_is_the_same_wherever_the_data_lies() -> None:
-    """A recovery on another cloud has the same file under another home."""
+def test_the_digest_ignores_the_folder_of_the_data() -> None:
+    """A recovery on another cloud has the same file in another home folder."""
     here, there = (
         recipe(dataset_mixture=Mixture(datasets=(DataSource(id=f"{home}/a.jsonl"),))) for home in ("/a", "/b")
     )
     assert here.digest() == there.digest()
 
 
-def test_differences_are_told_with_both_values() -> None:
-    """The one that was recorded is there, the one at hand is here."""
+def test_differences_have_both_values() -> None:
+    """`there` is the recorded value and `here` the current one."""
     there, here = (
         recipe(trainer_args={"learning_rate": 1e-5}),
         recipe(trainer_args={"learning_rate": 2e-5, "seed": 1}),
@@ -294,15 +296,15 @@ def test_differences_are_told_with_both_values() -> None:
 
 
 def test_a_whole_number_is_the_same_with_and_without_its_point() -> None:
-    """`num_train_epochs: 1` and `1.0` train alike."""
+    """`num_train_epochs: 1` and `1.0` give the same digest."""
     assert (
         recipe(trainer_args={"num_train_epochs": 1}).digest()
         == recipe(trainer_args={"num_train_epochs": 1.0}).digest()
     )
 
 
-def test_a_run_id_can_be_a_folder_and_tells_recipes_apart() -> None:
-    """Without `--run-id` the same recipe goes on with the same run."""
+def test_a_default_run_id_differs_between_recipes() -> None:
+    """Without `--run-id`, the same recipe resumes the same run, and another recipe starts another one."""
     one, other = recipe(name="zephyr-tiny/dpo"), recipe(name="zephyr-tiny/dpo", global_batch_size=4)
     assert default_run_id(one).startswith("zephyr-tiny-dpo-")
     assert default_run_id(one) != default_run_id(other)
@@ -325,7 +327,7 @@ _VALUES = _PLAIN | st.lists(_PLAIN, max_size=3) | st.dictionaries(_TEXT, _PLAIN,
     )
 )
 def test_a_recipe_survives_json(arguments: dict[str, Any]) -> None:
-    """It goes to the node as JSON and must be the same recipe there."""
+    """A recipe is sent to the node as JSON and must stay equal."""
     original = recipe(trainer_args=arguments)
     copied = Recipe.model_validate_json(original.model_dump_json())
     assert copied == original
@@ -336,7 +338,7 @@ FOUR_BITS = {"use_peft": True, "load_in_4bit": True}
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         (
             {"engine": "fsdp2", "offload": "optimizer"},
@@ -346,22 +348,22 @@ FOUR_BITS = {"use_peft": True, "load_in_4bit": True}
         ({"engine": "fsdp2", "model_args": FOUR_BITS}, "cannot be sharded"),
     ],
 )
-def test_an_engine_that_cannot_be_is_refused(keys: dict[str, Any], told: str) -> None:
-    """By any machine, so by the recipe."""
-    with pytest.raises(RecipeError, match=told) as refused:
+def test_an_impossible_engine_is_refused(keys: dict[str, Any], message: str) -> None:
+    """No machine could run this combination, so the recipe is refused."""
+    with pytest.raises(RecipeError, match=message) as refused:
         recipe(**keys)
     assert "remove" in str(refused.value.hint)
 
 
-def test_an_engine_is_no_part_of_what_is_trained(write: Any) -> None:
-    """A run that goes on under another one is the same run; a name that nobody knows has a nearest one."""
+def test_the_engine_is_not_part_of_the_digest(write: Any) -> None:
+    """A run may resume with another engine. An unknown engine gives a suggestion."""
     assert recipe(engine="fsdp2").digest() == recipe(engine="zero3").digest() == recipe().digest()
     with pytest.raises(RecipeError, match=r"`engine: fsdp` must be one of .*did you mean `fsdp2`"):
         load(write(engine="fsdp"))
 
 
 def test_a_list_on_the_command_line_needs_no_brackets(write: Any) -> None:
-    """`q_proj,v_proj` is two modules, and none has that name."""
+    """`q_proj,v_proj` is a list of two modules."""
     found = load(write(use_peft=True), ["lora_target_modules=q_proj,v_proj"]).recipe
     assert found.model_args["lora_target_modules"] == ["q_proj", "v_proj"]
 
@@ -369,13 +371,13 @@ def test_a_list_on_the_command_line_needs_no_brackets(write: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "begins"), [("my project (2)/dpo", "my-project-2-dpo-"), ("-x", "x-"), ("ü", "sft-")]
 )
-def test_a_run_s_name_is_one_that_clouds_take(write: Any, name: str, begins: str) -> None:
-    """A recipe's folder may be called anything."""
+def test_a_default_run_id_is_valid_for_clouds(write: Any, name: str, begins: str) -> None:
+    """A recipe's name may have any characters; the run id replaces those that clouds refuse."""
     assert default_run_id(load(write(name=name)).recipe).startswith(begins)
 
 
-def test_data_in_a_recipe_s_place_is_told_where_it_goes() -> None:
-    """Whether it is there or not: YAML's own words for JSON lines help nobody."""
+def test_a_data_file_given_as_a_recipe_is_an_error_with_a_hint() -> None:
+    """The hint shows the right command, whether or not the file exists. YAML's own error would not help."""
     with pytest.raises(RecipeError, match=r"pairs\.jsonl is a data file, not a recipe") as caught:
         load("mine/pairs.jsonl")
     assert "dataset_mixture=mine/pairs.jsonl" in str(caught.value.hint)

@@ -25,20 +25,20 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def header(name: str) -> list[str]:
-    """The comment that a recipe begins with, its lines without the `#`."""
+    """Return the lines of the comment at the top of a recipe, without the `#`."""
     lines = (RECIPES / f"{name}.yaml").read_text().splitlines()
     end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
     return [line[1:].rstrip() for line in lines[:end]]
 
 
 def commands(name: str) -> list[list[str]]:
-    """The words of each command in the header; a line that ends with a backslash goes on."""
+    """Return the words of each command in the header. A backslash continues a line."""
     text = "\n".join(header(name)).replace("\\\n", " ")
     return [shlex.split(line) for line in text.splitlines() if line.strip().startswith("python -m launcher")]
 
 
 def values(recipe: Recipe, *keys: str) -> tuple[Any, ...]:
-    """By their names in the YAML."""
+    """Return a recipe's values by their names in the YAML."""
     return tuple((recipe.trainer_args | recipe.model_args).get(key) for key in keys)
 
 
@@ -46,8 +46,8 @@ def splits(sources: tuple[DataSource, ...]) -> list[tuple[str, str]]:
     return [(source.id, source.split) for source in sources]
 
 
-def test_all_the_recipes_are_there() -> None:
-    """Those that one would reproduce Zephyr and Notus with."""
+def test_all_recipes_are_shipped() -> None:
+    """The shipped recipes reproduce Zephyr and Notus."""
     assert LARGE == [
         "notus-7b/dpo_full",
         "notus-7b/dpo_lora",
@@ -59,8 +59,8 @@ def test_all_the_recipes_are_there() -> None:
     ]
 
 
-def test_every_recipe_reads_as_it_stands(name: str) -> None:
-    """Its name is its place, and not one key needs translation."""
+def test_every_recipe_needs_no_translation(name: str) -> None:
+    """A recipe's name is its path, and no key is renamed or ignored."""
     loaded = load(name)
     assert loaded.recipe.name == name
     assert loaded.notes == ()
@@ -103,10 +103,10 @@ def test_every_recipe_reads_as_it_stands(name: str) -> None:
         ),
     ],
 )
-def test_a_recipe_trains_as_what_it_reproduces(
+def test_a_recipe_has_the_settings_that_it_reproduces(
     name: str, model: str, batch: int, training: tuple[Any, ...]
 ) -> None:
-    """Model, batch, rate, schedule, optimizer and epochs are those of the file that the header names."""
+    """Model, batch, learning rate, schedule, optimizer and epochs equal those of the source in the header."""
     recipe = load(name).recipe
     assert (recipe.model_name_or_path, recipe.global_batch_size) == (model, batch)
     keys = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "num_train_epochs")
@@ -114,8 +114,8 @@ def test_a_recipe_trains_as_what_it_reproduces(
     assert values(recipe, "seed", "bf16", "max_steps") == (42, True, None)
 
 
-def test_weights_are_read_as_their_files_are(name: str) -> None:
-    """In bfloat16, and computed with in it; the fit sees to float32 masters of those that are trained."""
+def test_weights_are_loaded_in_bfloat16(name: str) -> None:
+    """Weights and computation are in bfloat16. Trained weights have float32 masters, which the fit plans for."""
     assert values(load(name).recipe, "dtype", "bf16") == ("bfloat16", True)
 
 
@@ -130,7 +130,7 @@ def test_weights_are_read_as_their_files_are(name: str) -> None:
     ],
 )
 def test_pairs_are_cut_to_the_same_lengths(name: str, beta: float) -> None:
-    """512 tokens of the prompt's end, 1,024 in all, and plain DPO."""
+    """A prompt keeps its last 512 tokens, a sequence has at most 1,024, and the loss is plain DPO."""
     recipe = load(name).recipe
     assert (recipe.max_prompt_length, recipe.truncation_side) == (512, "left")
     assert values(recipe, "max_length", "beta", "loss_type") == (1024, beta, ["sigmoid"])
@@ -138,7 +138,7 @@ def test_pairs_are_cut_to_the_same_lengths(name: str, beta: float) -> None:
 
 @pytest.mark.parametrize("name", ["zephyr-7b/sft_full", "zephyr-7b/sft_qlora"])
 def test_chats_are_packed_end_to_end(name: str) -> None:
-    """2,048 tokens at a time, with nothing cut away, by Zephyr's own template."""
+    """Chats in Zephyr's template are packed into sequences of 2,048 tokens, and nothing is cut."""
     recipe = load(name).recipe
     assert values(recipe, "max_length", "packing", "packing_strategy") == (2048, True, "wrapped")
     assert recipe.chat_template == load("zephyr-7b/sft_full").recipe.chat_template
@@ -153,23 +153,23 @@ def test_chats_are_packed_end_to_end(name: str) -> None:
         ("notus-7b/dpo_lora", 64, 16, 0.1, LAYERS[:4]),
     ],
 )
-def test_adapters_are_those_of_what_is_reproduced(
+def test_adapters_have_the_settings_that_they_reproduce(
     name: str, rank: int, alpha: int, dropout: float, modules: list[str]
 ) -> None:
-    """Their ranks, and which layers have one."""
+    """Rank, alpha, dropout and adapted modules equal those of the source."""
     found = values(load(name).recipe, "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
     assert found == (rank, alpha, dropout, modules)
 
 
 @pytest.mark.parametrize("name", ["zephyr-7b/sft_qlora", "zephyr-7b/dpo_qlora"])
-def test_qlora_says_that_its_constants_are_quantised(name: str) -> None:
-    """TRL's default became not to; the memory that is counted on depends on it."""
+def test_qlora_quantises_its_constants(name: str) -> None:
+    """The recipe states it because TRL's default changed, and the memory prediction depends on it."""
     keys = ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "use_peft")
     assert values(load(name).recipe, *keys) == (True, "nf4", True, True)
 
 
 def test_no_test_row_is_trained_on(name: str) -> None:
-    """The handbook's newest files mix the test split in; ours hold one out that they do not train on."""
+    """The handbook's newest files train on the test split. These recipes do not."""
     mixture = load(name).recipe.dataset_mixture
     train, test = splits(mixture.datasets), splits(mixture.test_datasets)
     if name.startswith("notus"):
@@ -180,34 +180,34 @@ def test_no_test_row_is_trained_on(name: str) -> None:
     assert load(name).recipe.trainer_args["eval_strategy"] != "no"
 
 
-def test_a_recipe_says_nothing_of_hardware(name: str) -> None:
-    """The fit decides it, for each shape."""
+def test_a_recipe_does_not_describe_hardware(name: str) -> None:
+    """The fit decides these settings for each shape."""
     recipe = load(name).recipe
     assert recipe.micro_batch_size is None
     assert [key for key in HARDWARE if key in recipe.trainer_args | recipe.model_args] == []
 
 
 @pytest.mark.parametrize("part", ["Reproduces", "Source", "Data", "Chats", "GPUs", "Attention"])
-def test_a_header_says_what_it_is_of(name: str, part: str) -> None:
-    """What is reproduced, from where, on what, and what differs."""
+def test_a_header_has_all_parts(name: str, part: str) -> None:
+    """A header names what it reproduces, its source, data and GPUs, and the differences."""
     assert [line for line in header(name) if line.startswith(f" {part}: ")]
 
 
 def test_a_header_has_its_prediction(name: str) -> None:
-    """Where it is cheapest, in how many hours, for how many dollars: `launcher plan` in one line."""
+    """One line has the cheapest offers of `launcher plan`, with hours and dollars."""
     lines = [line for line in header(name) if line.lower().startswith(" predicted:")]
     assert len(lines) == 1
     assert re.match(r" Predicted: .*\d(\.\d+)? h\b.*\$\d", lines[0])
 
 
 def test_a_header_has_its_commands(name: str) -> None:
-    """One to know what it would cost, and one to train."""
+    """A header shows the commands to plan and to submit."""
     assert ["python", "-m", "launcher", "plan", name] in commands(name)
     assert ["python", "-m", "launcher", "submit", name, "--infra", "local"] in commands(name)
 
 
-def test_the_commands_of_a_header_are_taken(name: str) -> None:
-    """Each names this recipe, and its overrides load."""
+def test_the_commands_of_a_header_work(name: str) -> None:
+    """Every command names this recipe, and its overrides load."""
     for words in commands(name):
         assert words[4] == name
         load(name, [word for word in words[5:] if "=" in word])
@@ -215,7 +215,7 @@ def test_the_commands_of_a_header_are_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["notus-7b/dpo_full", "notus-7b/dpo_lora"])
 def test_notus_can_be_trained_on_our_own_pairs(name: str) -> None:
-    """The raw answers instead of Argilla's pairs, with as many rows held out by the same seed."""
+    """The header's command uses the raw answers and holds out equally many rows by the same seed."""
     ours = next(
         words for words in commands(name) if "dataset_mixture.datasets.0.binarise=mean_rating" in words
     )
@@ -225,13 +225,13 @@ def test_notus_can_be_trained_on_our_own_pairs(name: str) -> None:
 
 
 def test_an_unknown_way_to_binarise_is_refused() -> None:
-    """There is one, and a typing error must not mean none."""
+    """A misspelt value must not turn binarising off."""
     with pytest.raises(Exception, match="binarise"):
         load("notus-7b/dpo_full", ["dataset_mixture.datasets.0.binarise=mean"])
 
 
-def test_the_digest_sees_how_pairs_are_made() -> None:
-    """The same data set in two ways is two recipes; without a way the digest is what it was."""
+def test_the_digest_covers_how_pairs_are_made() -> None:
+    """One data set binarised in two ways gives two digests. Without `binarise` the digest is that of older releases."""
     plain = Recipe(
         name="a", method="dpo", init="tiny", global_batch_size=1,
         dataset_mixture={"datasets": [{"id": "org/data"}]},

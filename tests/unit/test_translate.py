@@ -21,7 +21,7 @@ def translated(**keys: Any) -> dict[str, Any]:
     return translate(keys, source="a.yaml").keys
 
 
-def test_a_dpo_recipe_of_2023_means_what_it_meant() -> None:
+def test_a_dpo_recipe_of_2023_keeps_its_meaning() -> None:
     """Every key of an old file is kept, renamed, or ignored with a note."""
     recipe, notes = load(FIXTURES / "handbook_dpo_full.yaml")
     assert recipe.method == "dpo"
@@ -69,7 +69,7 @@ def test_a_dpo_recipe_of_2023_means_what_it_meant() -> None:
     )
 
 
-def test_a_qlora_recipe_of_2024_means_what_it_meant() -> None:
+def test_a_qlora_recipe_of_2024_keeps_its_meaning() -> None:
     """The mixer's weights apply to training data only, and YAML's `no` stays the text `no`."""
     recipe, notes = load(FIXTURES / "handbook_sft_qlora.yaml")
     assert recipe.method == "sft"
@@ -89,7 +89,7 @@ def test_a_qlora_recipe_of_2024_means_what_it_meant() -> None:
     assert "gradient_accumulation_steps 1 x 8 GPUs" in "\n".join(notes)
 
 
-def test_a_mixture_of_2025_means_what_it_meant() -> None:
+def test_a_mixture_of_2025_keeps_its_meaning() -> None:
     """The handbook's `columns` is a list. It selects columns and renames none."""
     recipe, notes = load(FIXTURES / "handbook_sft_mixture.yaml")
     assert recipe.dataset_mixture == Mixture(
@@ -166,7 +166,7 @@ def test_an_old_key_becomes_the_new_one(old: dict[str, Any], new: dict[str, Any]
     ],
     ids=str,
 )
-def test_what_would_train_another_model_is_refused(keys: dict[str, Any], message: str) -> None:
+def test_a_key_that_would_train_another_model_is_refused(keys: dict[str, Any], message: str) -> None:
     """A key with an effect that TRL no longer supports is an error, not a note."""
     with pytest.raises(RecipeError, match=message) as caught:
         translated(**keys)
