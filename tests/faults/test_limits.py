@@ -1,4 +1,4 @@
-"""A run that reaches its budget saves, commits and stops; a higher one goes on, to the same end as if nothing had been."""
+"""A run that reaches its budget saves, commits and stops. A higher budget resumes it, with the same result as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_budget_of_two_attempts_stops_the_run_and_a_higher_one_ends_it_unchang
     assert view.committed_steps() == [2, 1]
     (stopped,) = view.events("stopped")
     assert (stopped["what"], stopped["limit"]) == ("budget", budget)
-    assert "stopped at step 2; a higher one goes on" in stopped["message"]
+    assert "stopped at step 2; run again with a higher budget to resume" in stopped["message"]
     second = attempt_cost([event for event in view.events() if event["attempt"] == 2])
     assert 0 < second.usd < budget
     assert [event["share"] for event in view.events("limit")] == [0.8, 1.0]

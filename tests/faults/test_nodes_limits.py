@@ -61,7 +61,7 @@ def test_a_budget_of_both_stops_both_and_a_higher_one_ends_the_run_unchanged(
     assert {"of-rank-0.bin", "of-rank-1.bin"} <= {file.path for file in newest.files}
     (stopped,) = view.events("stopped")
     assert (stopped["what"], stopped["limit"]) == ("budget", BUDGET)
-    assert f"stopped at step {last}; a higher one goes on" in stopped["message"]
+    assert f"stopped at step {last}; run again with a higher budget to resume" in stopped["message"]
     assert [event["share"] for event in view.events("limit")] == [0.8, 1.0]
     assert not view.events("notice", "preempted", "failed")
     assert "exit code 79" in logs[1]
