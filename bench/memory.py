@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from trainer.architecture import Architecture, known_architecture  # noqa: E402
 from trainer.memory import GIB, Case, Layout  # noqa: E402
-from trainer.memory.usage import device_terms  # noqa: E402
+from trainer.memory.usage import list_device_terms  # noqa: E402
 from trainer.recipe import DataSource, Mixture, Recipe  # noqa: E402
 
 MODEL = "mistralai/Mistral-7B-v0.1"
@@ -230,7 +230,7 @@ def row(number: int) -> str:
     step = CASES[number]
     started = time.monotonic()
     measured, shares = measure(step)
-    terms = {each.name: each.gib for each in device_terms(case_of(step)) if each.gib >= 0.005}
+    terms = {each.name: each.gib for each in list_device_terms(case_of(step)) if each.gib >= 0.005}
     predicted = sum(terms.values())
     kind = f"FSDP2 on {step.ranks}" if step.ranks > 1 else "mixed" if step.mixed else step.dtype
     name = f"{step.method}, {step.layers} layers, {kind}, {step.attention}, {step.optim}"
@@ -264,7 +264,7 @@ def deepspeed_rows() -> list[str]:
             reference="none",
         )
         recipe = recipe_of(CASES[0]).model_copy(update={"trainer_args": {"bf16": True, "max_length": 1024}})
-        terms = {each.name: each.gib for each in device_terms(Case.of(recipe, whole, layout))}
+        terms = {each.name: each.gib for each in list_device_terms(Case.of(recipe, whole, layout))}
         states = sum(terms[name] for name in ("parameters", "gradients", "masters", "optimizer"))
         offload = "all" if parameters else "optimizer" if optimizer else "none"
         rows.append(

@@ -15,8 +15,8 @@ from trl.trainer.utils import add_fused_lm_head
 from trainer.architecture import Architecture
 from trainer.architecture.table import ROWS, config_of, known_architecture
 from trainer.memory import Case, Layout
-from trainer.memory.activations import TokenBatch, activations
-from trainer.memory.resident import adapter, gradients, optimizer, parameters
+from trainer.memory.activations import TokenBatch, predict_activations
+from trainer.memory.resident import predict_adapter, predict_gradients, predict_optimizer, predict_parameters
 from trainer.memory.transients import saved_head_bytes
 from trainer.recipe import DataSource, Mixture, Recipe
 
@@ -174,7 +174,7 @@ def saved_bytes(tiny: Tiny, *, padded: bool = False) -> int:
 
 def predicted(tiny: Tiny, *, padded: bool = False) -> float:
     tokens = TokenBatch(SEQUENCES, LENGTH)
-    return activations(tiny.case, tokens, padded=padded).bytes + saved_head_bytes(tiny.case, tokens)
+    return predict_activations(tiny.case, tokens, padded=padded).bytes + saved_head_bytes(tiny.case, tokens)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
@@ -225,9 +225,9 @@ def test_weights_and_gradients_are_as_predicted(kind: str, dtype: str) -> None:
     """Every weight, and after a backward pass as much again."""
     model = tiny(kind, dtype)
     model.step()
-    assert parameters(model.case).bytes == pytest.approx(held(model.model.parameters()), rel=1e-6)
+    assert predict_parameters(model.case).bytes == pytest.approx(held(model.model.parameters()), rel=1e-6)
     grads = [each.grad for each in model.model.parameters() if each.grad is not None]
-    assert gradients(model.case).bytes == pytest.approx(held(grads), rel=1e-6)
+    assert predict_gradients(model.case).bytes == pytest.approx(held(grads), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -255,7 +255,7 @@ def test_optimizer_states_are_as_predicted(name: str, dtype: str) -> None:
     stepper.step()
     states = [value for state in stepper.state.values() for value in state.values() if torch.is_tensor(value)]
     large = [value for value in states if value.numel() > 1 and not is_table(value)]
-    assert optimizer(case).bytes == pytest.approx(held(large), rel=WITHIN)
+    assert predict_optimizer(case).bytes == pytest.approx(held(large), rel=WITHIN)
 
 
 def is_table(value: torch.Tensor) -> bool:
@@ -281,13 +281,13 @@ def test_an_adapter_is_as_predicted(dtype: str, targets: list[str]) -> None:
     """LoRA's matrices are in float32 over a base of any precision, and so are their gradients and states."""
     model = tiny("llama", dtype, use_peft=True, lora_r=8, lora_target_modules=targets)
     trained = [each for each in model.model.parameters() if each.requires_grad]
-    assert adapter(model.case).bytes == held(trained)
+    assert predict_adapter(model.case).bytes == held(trained)
     model.step()
-    assert gradients(model.case).bytes == held(each.grad for each in trained)
+    assert predict_gradients(model.case).bytes == held(each.grad for each in trained)
     stepper = torch.optim.AdamW(trained)
     stepper.step()
     states = [state[key] for state in stepper.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert optimizer(model.case).bytes == held(states)
+    assert predict_optimizer(model.case).bytes == held(states)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["once", "twice"])
@@ -305,7 +305,9 @@ def test_four_bits_are_as_predicted(tmp_path: Path, nested: bool) -> None:
     )
     recipe = recipe_for("bfloat16", use_peft=True, load_in_4bit=True, use_bnb_nested_quant=nested)
     case = Case.of(recipe, Architecture.from_config("a", config), layout_for(), has_bf16=False)
-    assert parameters(case).bytes == pytest.approx(held(model.parameters()) + constants(model), rel=WITHIN)
+    assert predict_parameters(case).bytes == pytest.approx(
+        held(model.parameters()) + constants(model), rel=WITHIN
+    )
 
 
 def constants(model: Any) -> int:

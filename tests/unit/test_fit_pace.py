@@ -16,7 +16,7 @@ from trainer.estimate import step_s, usual_workload
 from trainer.fit import Fit, fit
 from trainer.fit.candidates import ENGINE_WORTH, WORTH, Timed, rank
 from trainer.hardware import Shape
-from trainer.memory import Layout, usage
+from trainer.memory import Layout, predict_usage
 from trainer.recipe import DataSource, Mixture, Recipe
 
 
@@ -60,7 +60,7 @@ def test_nothing_that_fits_comes_before_what_is_chosen(
         return
     best = rank(timed(wanted, on, planned, model))
     for other in layouts(wanted, on, planned):
-        on_gpu, _ = usage(wanted, architecture(model), other, has_bf16=True)
+        on_gpu, _ = predict_usage(wanted, architecture(model), other, has_bf16=True)
         if on_gpu.gib <= 0.99 * gpu_gib * 79.14 / 80:
             assert best <= rank(timed(wanted, on, other, model))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trainer.architecture import Architecture, known_architecture
-from trainer.memory import GIB, Layout, checkpoint_bytes, lora_of, staged_host, usage
+from trainer.memory import GIB, Layout, checkpoint_bytes, lora_of, predict_usage, predict_usage_with_staging
 from trainer.memory.precision import NF4_DOUBLE_BITS
 from trainer.recipe import DataSource, Mixture, Recipe
 
@@ -53,11 +53,11 @@ def layout(engine: str = "zero3", **changes: Any) -> Layout:
 
 def gpu(what: Recipe, how: Layout) -> dict[str, float]:
     """Billions of bytes by term."""
-    return {each.name: each.gib * GIB / 1e9 for each in usage(what, mistral(), how)[0].terms}
+    return {each.name: each.gib * GIB / 1e9 for each in predict_usage(what, mistral(), how)[0].terms}
 
 
 def host(what: Recipe, how: Layout) -> dict[str, float]:
-    return {each.name: each.gib * GIB / 1e9 for each in usage(what, mistral(), how)[1].terms}
+    return {each.name: each.gib * GIB / 1e9 for each in predict_usage(what, mistral(), how)[1].terms}
 
 
 def test_zero_3_cuts_sixteen_bytes_for_each_weight() -> None:
@@ -209,16 +209,16 @@ def test_logits_are_never_whole() -> None:
     """TRL's head takes a tile of them: a vocabulary eight times as large costs its frozen weights, and no more."""
     what, how = recipe(model={"use_peft": True}), layout("single", reference="adapters_off")
     large = mistral().model_copy(update={"vocab_size": 8 * 32000})
-    more = usage(what, large, how)[0].gib - usage(what, mistral(), how)[0].gib
+    more = predict_usage(what, large, how)[0].gib - predict_usage(what, mistral(), how)[0].gib
     assert more == pytest.approx(2 * 7 * 32000 * 4096 * 2 / GIB)
 
 
 def test_label_smoothing_needs_whole_logits() -> None:
     """TRL then leaves its own head."""
     smooth, plain = (
-        usage(recipe("sft", label_smoothing_factor=each), mistral(), layout(reference="none"))[0].gib_of(
-            "work space"
-        )
+        predict_usage(recipe("sft", label_smoothing_factor=each), mistral(), layout(reference="none"))[
+            0
+        ].gib_of("work space")
         for each in (0.1, 0.0)
     )
     assert smooth > plain
@@ -234,9 +234,11 @@ def test_precomputed_log_probabilities_need_no_reference() -> None:
 
 def test_checkpointing_keeps_a_layer_s_input() -> None:
     """16 sequences of 1024 tokens, 4096 numbers of 2 bytes, 32 layers: 4 GiB, and the head's."""
-    kept = usage(recipe(), mistral(), layout())[0].gib_of("activations")
+    kept = predict_usage(recipe(), mistral(), layout())[0].gib_of("activations")
     assert 4.0 < kept < 4.6
-    whole = usage(recipe(), mistral(), layout(activation_checkpointing=False))[0].gib_of("activations")
+    whole = predict_usage(recipe(), mistral(), layout(activation_checkpointing=False))[0].gib_of(
+        "activations"
+    )
     assert whole > 90
 
 
@@ -245,7 +247,7 @@ def test_eager_attention_keeps_its_scores() -> None:
     float32, and dropout).
     """
     eager, flash = (
-        usage(recipe(), mistral(), layout(activation_checkpointing=False, attention=kind))[0].gib_of(
+        predict_usage(recipe(), mistral(), layout(activation_checkpointing=False, attention=kind))[0].gib_of(
             "activations"
         )
         for kind in ("eager", "flash_attention_2")
@@ -269,7 +271,7 @@ def test_loading_and_training_do_not_add_up() -> None:
 def test_three_checkpoints_wait_in_memory() -> None:
     """14 bytes for each weight: ZeRO's 12, and the weights themselves."""
     assert checkpoint_bytes(recipe(), mistral(), layout()) == pytest.approx(14e9 * BILLIONS)
-    staged = staged_host(recipe(), mistral(), layout()).gib_of("staging")
+    staged = predict_usage_with_staging(recipe(), mistral(), layout()).gib_of("staging")
     assert staged * GIB == pytest.approx(3 * 14e9 * BILLIONS)
 
 
@@ -277,7 +279,7 @@ def test_every_term_says_why() -> None:
     """A number with no reason is not believed."""
     whole, cut = (layout("single"), layout("ddp")), (layout("zero2"), layout("fsdp2"))
     for how in (layout("zero3", offload_optimizer=True), *whole, *cut):
-        for side in usage(recipe(), mistral(), how):
+        for side in predict_usage(recipe(), mistral(), how):
             assert all(each.why for each in side.terms)
             assert side.gib == pytest.approx(sum(each.gib for each in side.terms))
 
@@ -315,7 +317,7 @@ layouts = st.builds(
 @given(how=layouts, length=st.integers(64, 4096))
 def test_more_at_once_takes_more(how: Layout, length: int) -> None:
     """A longer sequence or a larger micro batch never takes less; nor does keeping what could be computed again."""
-    here = usage(recipe(max_length=length), mistral(), how)[0].gib
-    assert usage(recipe(max_length=length + 64), mistral(), how)[0].gib >= here
+    here = predict_usage(recipe(max_length=length), mistral(), how)[0].gib
+    assert predict_usage(recipe(max_length=length + 64), mistral(), how)[0].gib >= here
     larger = how.model_copy(update={"micro_batch": how.micro_batch + 1})
-    assert usage(recipe(max_length=length), mistral(), larger)[0].gib >= here
+    assert predict_usage(recipe(max_length=length), mistral(), larger)[0].gib >= here

@@ -58,9 +58,9 @@ class Pass(NamedTuple):
 def one_pass(run: StepInputs, batch: MicroBatch, *, adapted: bool = True) -> Pass:
     """A forward pass of a micro batch; the adapters' share is in it, where there are any and unless told."""
     architecture, machine = run.architecture, run.machine
-    targets = lora.targets(run.recipe, architecture) if adapted else ()
+    targets = lora.list_targets(run.recipe, architecture) if adapted else ()
     weights = architecture.linear_weights + architecture.embedding_parameters
-    added = lora.adapter_parameters(run.recipe, architecture) if adapted else 0
+    added = lora.count_adapter_parameters(run.recipe, architecture) if adapted else 0
     layers = architecture.num_hidden_layers
     kernels = efficiency.KERNELS_PER_LAYER + efficiency.KERNELS_PER_ADAPTER * len(targets)
     moved = elementwise_bytes(architecture, targets, run.stack)

@@ -193,7 +193,7 @@ def _evaluation(run: StepInputs, workload: Workload) -> float:
     full = batches.rows(run.recipe, workload.model_copy(update={"rows": workload.test_rows}))
     passes = math.ceil(full / (each * run.layout.processes))
     seconds = _forward_only(run, micro)
-    if run.layout.cuts_parameters:
+    if run.layout.shards_parameters:
         gathers = traffic.gathers(run) - 1  # none for a backward pass
         between = gathers * traffic.collective(run, HALF * run.architecture.parameters)
         seconds += traffic.exposed(between, seconds)
@@ -226,7 +226,7 @@ def _tested(run: StepInputs, workload: Workload) -> int:
 
 def _gathered(run: StepInputs, seconds: float) -> float:
     """What a forward pass of so many seconds waits for where they are cut: one gather of the parameters."""
-    if not run.layout.cuts_parameters:
+    if not run.layout.shards_parameters:
         return 0.0
     between = traffic.exposed(traffic.collective(run, HALF * run.architecture.parameters), seconds)
     return between + traffic.parameters_from_host(run, 1) / traffic.gathers(run)

@@ -44,7 +44,7 @@ def between_gpus(run: StepInputs, accumulation: int) -> float:
     """Of one optimizer step, if nothing hid it."""
     if run.layout.processes == 1:
         return 0.0
-    gradients = lora.trainable(run.recipe, run.architecture)
+    gradients = lora.count_trained_parameters(run.recipe, run.architecture)
     parameters = HALF * run.architecture.parameters
     match run.layout.engine:
         case "zero3" | "fsdp2":
@@ -68,7 +68,7 @@ def gradients_to_host(run: StepInputs, accumulation: int) -> float:
     """Of every micro batch, and the new parameters back once, unless they stay in the host."""
     if not run.layout.offload_optimizer:
         return 0.0
-    shard = HALF * lora.trainable(run.recipe, run.architecture) / run.layout.state_shards
+    shard = HALF * lora.count_trained_parameters(run.recipe, run.architecture) / run.layout.state_shards
     back = 0 if run.layout.offload_parameters else 1
     return (accumulation + back) * shard / run.machine.pcie
 
@@ -90,7 +90,7 @@ def values_moved(run: StepInputs) -> int:
 
 def optimizer_step(run: StepInputs) -> float:
     """On the GPU, each value once through its memory; on the host, at the rate of the code that does it there."""
-    parameters = lora.trainable(run.recipe, run.architecture)
+    parameters = lora.count_trained_parameters(run.recipe, run.architecture)
     if not run.layout.offload_optimizer:
         moved = 2 * (FULL + state_bytes(run)) + FULL + HALF  # parameter and states twice, gradient, bf16 copy
         return parameters / run.layout.state_shards * moved / run.machine.memory

@@ -12,7 +12,7 @@ from trainer.errors import NoFit
 from trainer.estimate import step_s, usual_workload
 from trainer.fit.recipe_choices import attention_of, checkpointing_of, engine_of, reference_of
 from trainer.hardware import Gpu, Shape, gpu_of, has_bf16
-from trainer.memory import Attention, Engine, Layout, Usage, usage
+from trainer.memory import Attention, Engine, Layout, Usage, predict_usage
 from trainer.memory.precision import half_precision, loaded_dtype
 from trainer.memory.resident import DEFAULT_OPTIMIZER, optimizer_of
 from trainer.recipe import Recipe
@@ -121,7 +121,7 @@ def _try(
 
 def taking(recipe: Recipe, shape: Shape, architecture: Architecture, layout: Layout) -> Tried:
     """A layout with what it takes on a shape."""
-    return Tried(layout, *usage(recipe, architecture, layout, has_bf16=has_bf16(gpu_of(shape))))
+    return Tried(layout, *predict_usage(recipe, architecture, layout, has_bf16=has_bf16(gpu_of(shape))))
 
 
 def attention_on(recipe: Recipe, architecture: Architecture, board: Gpu | None) -> Attention:

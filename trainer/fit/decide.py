@@ -16,7 +16,7 @@ from trainer.fit.candidates import (
 from trainer.fit.recipe_choices import attention_of, checkpointing_of, engine_of, reference_of
 from trainer.fit.result import NAMES, Fit
 from trainer.hardware import Shape, gpu_of, has_bf16, usable_gib
-from trainer.memory import Layout, Usage, staged_host, usage
+from trainer.memory import Layout, Usage, predict_usage, predict_usage_with_staging
 from trainer.memory.precision import needs_bf16
 from trainer.recipe import Recipe
 
@@ -58,7 +58,7 @@ def fit(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> Fit:
 
 def _chosen(choice: reasons.Choice, recipe: Recipe, shape: Shape, architecture: Architecture) -> Fit:
     best, layout, share = choice.best, choice.best.layout, recipe.global_batch_size // shape.gpus
-    staged = staged_host(recipe, architecture, layout)
+    staged = predict_usage_with_staging(recipe, architecture, layout)
     in_memory = staged.gib <= choice.room.host
     threads = max(1, shape.cores // layout.processes_per_node)
     return Fit(
@@ -130,4 +130,4 @@ def _on_cpu(recipe: Recipe, shape: Shape, architecture: Architecture | None) -> 
 def _cpu_memory(recipe: Recipe, architecture: Architecture | None, layout: Layout) -> Usage:
     if architecture is None or recipe.trainer_args.get("max_length", 1) is None:
         return Usage()
-    return usage(recipe, architecture, layout, has_bf16=False, on_cpu=True)[1]
+    return predict_usage(recipe, architecture, layout, has_bf16=False, on_cpu=True)[1]

@@ -1,9 +1,9 @@
-"""What a run takes of the memory of its GPUs and hosts, term by term; no I/O."""
+"""Predict the memory that a run takes on its GPUs and hosts, term by term. This package does no I/O."""
 
 from trainer.memory.layout import GIB, Attention, Engine, Layout, Reference, Term, Usage
 from trainer.memory.lora import lora_of
 from trainer.memory.resident import Case
-from trainer.memory.usage import checkpoint_bytes, staged_host, usage
+from trainer.memory.usage import checkpoint_bytes, predict_usage, predict_usage_with_staging
 
 __all__ = [
     "GIB",
@@ -16,6 +16,6 @@ __all__ = [
     "Usage",
     "checkpoint_bytes",
     "lora_of",
-    "staged_host",
-    "usage",
+    "predict_usage",
+    "predict_usage_with_staging",
 ]

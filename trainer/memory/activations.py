@@ -1,9 +1,11 @@
-"""What the forward pass leaves for the backward pass: tensors that autograd saves, operation by operation.
+"""The tensors that autograd saves in the forward pass for the backward pass, operation by operation.
 
-The count of Korthikanti et al. (arXiv:2205.05198, section 4.1: s b h (34 + 5 a s / h) bytes a layer) is of GPT's
-layer: biases, LayerNorm, GELU, dropout, as many heads of keys as of queries. This one is of Llama's, as
-Transformers writes it in eager torch: RMSNorm computed in float32, rotary positions, grouped keys and values, a
-gated feed-forward layer. Every line below is held against `torch.autograd.graph.saved_tensors_hooks` by a test.
+Korthikanti et al. (arXiv:2205.05198, section 4.1) count s b h (34 + 5 a s / h) bytes per layer for GPT's layer: biases,
+LayerNorm, GELU, dropout, and as many key heads as query heads. This module counts Llama's layer, as Transformers
+writes it in eager torch: RMSNorm in float32, rotary positions, grouped keys and values, and a gated feed-forward
+layer. A test compares every line below with `torch.autograd.graph.saved_tensors_hooks`.
+
+A function without a unit in its docstring returns bytes per token.
 """
 
 from __future__ import annotations
@@ -11,18 +13,18 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import NamedTuple
 
-from trainer.memory.layout import Term, term
+from trainer.memory.layout import Term, make_term
 from trainer.memory.lora import Lora
 from trainer.memory.resident import Case
 
 ROOT_BYTES = 4
-"""Of the reciprocal root that RMSNorm keeps for each vector."""
+"""Bytes of the reciprocal root that RMSNorm saves for each vector."""
 SCORE_BYTES = 4
-"""Eager attention computes its softmax in float32, and keeps it."""
+"""Bytes per attention score: eager attention computes its softmax in float32 and saves it."""
 
 
 class TokenBatch(NamedTuple):
-    """What passes through the model at once: `sequences`, each of `length` tokens."""
+    """The tokens that pass through the model at once: `sequences` of `length` tokens."""
 
     sequences: int
     length: int
@@ -32,52 +34,47 @@ class TokenBatch(NamedTuple):
         return self.sequences * self.length
 
 
-def activations(case: Case, tokens: TokenBatch, *, padded: bool = True) -> Term:
-    """All that is saved at the end of the forward pass, the head's part apart; `padded` batches need a mask."""
+def predict_activations(case: Case, tokens: TokenBatch, *, padded: bool = True) -> Term:
+    """Return the term of all tensors saved at the end of the forward pass, except those of the head.
+
+    Args:
+        case: the recipe on its layout.
+        tokens: the batch.
+        padded: whether the batch has padding, and therefore an attention mask.
+    """
     layers, precision = case.architecture.num_hidden_layers, case.precision
     rest = shared_bytes(case, tokens)
     if case.layout.activation_checkpointing:
-        each = checkpoint_bytes(case, tokens)
+        each = layer_input_bytes(case, tokens)
         numbers = f"{tokens.total:,} tokens x {case.architecture.hidden_size} x {precision.stream} bytes"
-        return term("activations", layers * each + rest, f"{layers} layers' inputs, {numbers}")
+        return make_term("activations", layers * each + rest, f"{layers} layers' inputs, {numbers}")
     each = layer_bytes(case, tokens, padded=padded)
-    rest += _rotary(case, tokens) + cast_weights(case) - _first_layer(case) * tokens.total
+    rest += _rotary_bytes(case, tokens) + cast_weights(case) - _unsaved_first_layer(case) * tokens.total
     why = f"{layers} layers x {each / tokens.total:,.0f} bytes x {tokens.total:,} tokens, {case.layout.attention}"
-    return term("activations", layers * each + rest, why)
+    return make_term("activations", layers * each + rest, why)
 
 
 def cast_weights(case: Case) -> float:
-    """Autocast's copies of the weights: it keeps them until the forward pass is over, and the products that they are
-    in until their backward pass (https://docs.pytorch.org/docs/stable/amp.html).
+    """Return the bytes of autocast's copies of the weights.
+
+    Autocast keeps the copies until the end of the forward pass. The matrix products keep them until their backward
+    pass (https://docs.pytorch.org/docs/stable/amp.html).
     """
     return case.architecture.linear_weights * float(case.precision.computed) if case.precision.casts else 0.0
 
 
-def checkpoint_bytes(case: Case, tokens: TokenBatch) -> float:
-    """A layer's input: all that is kept of it with checkpointing (arXiv:1604.06174)."""
+def layer_input_bytes(case: Case, tokens: TokenBatch) -> float:
+    """Return the bytes of a layer's input, the only tensor that checkpointing keeps (arXiv:1604.06174)."""
     return tokens.total * case.architecture.hidden_size * case.precision.stream
 
 
 def shared_bytes(case: Case, tokens: TokenBatch) -> float:
-    """Saved beside the layers: token ids, and by the last norm."""
+    """Return the bytes saved outside the layers: token ids (8 bytes each), and the last norm."""
     return tokens.total * (8 + _norm(case, case.architecture.hidden_size))
 
 
-def _rotary(case: Case, tokens: TokenBatch) -> float:
-    """Sine and cosine of the positions, which all layers share."""
-    return 2.0 * tokens.length * case.architecture.head_dim * case.precision.stream
-
-
-def _first_layer(case: Case) -> float:
-    """What the first layer does not save: nothing before LoRA's first matrix has a gradient."""
-    if case.lora is None:
-        return 0.0
-    masks = [_mask(case, name) for name in case.lora.targets if name in ("q_proj", "k_proj", "v_proj")]
-    return _norm(case, case.architecture.hidden_size) + sum(masks)
-
-
 def layer_bytes(case: Case, tokens: TokenBatch, *, padded: bool = True) -> float:
-    """Saved by one layer without checkpointing."""
+    """Return the bytes that one layer saves without checkpointing."""
     per_token = (
         _norms(case)
         + _attention_inputs(case)
@@ -88,21 +85,36 @@ def layer_bytes(case: Case, tokens: TokenBatch, *, padded: bool = True) -> float
     return tokens.total * per_token
 
 
-def _trained_whole(case: Case) -> bool:
+def _rotary_bytes(case: Case, tokens: TokenBatch) -> float:
+    """Return the bytes of the positions' sine and cosine, which all layers share."""
+    return 2.0 * tokens.length * case.architecture.head_dim * case.precision.stream
+
+
+def _unsaved_first_layer(case: Case) -> float:
+    """Return what the first layer does not save under LoRA: nothing before its first adapter has a gradient."""
+    if case.lora is None:
+        return 0.0
+    masks = [_mask(case, name) for name in case.lora.targets if name in ("q_proj", "k_proj", "v_proj")]
+    return _norm(case, case.architecture.hidden_size) + sum(masks)
+
+
+def _trains_weights(case: Case) -> bool:
+    """Whether the model's own weights are trained, not an adapter."""
     return case.lora is None
 
 
 def _norm(case: Case, width: int, *, vectors: int = 1, each: int | None = None) -> float:
-    """Of one RMSNorm over `width` numbers a token: its input in float32, its root, and what its weight multiplies.
+    """Count one RMSNorm over `width` values: its input in float32, its root, and the tensor that its weight multiplies.
 
-    Gemma multiplies in float32, by a weight that it adds 1 to; others in the precision of the input, `each` bytes, or
-    the hidden states'.
+    Gemma multiplies in float32, by a weight that it adds 1 to. Other models multiply in the precision of the input,
+    which has `each` bytes per element, by default those of the hidden states.
     """
     scaled = 4 if case.architecture.family.upcast_norms else each or case.precision.stream
-    return 4 * width + ROOT_BYTES * vectors + (scaled * width if _trained_whole(case) else 0)
+    return 4 * width + ROOT_BYTES * vectors + (scaled * width if _trains_weights(case) else 0)
 
 
 def _norms(case: Case) -> float:
+    """Count all norms of a layer, with those of queries and keys where the model has them."""
     architecture = case.architecture
     layer = architecture.family.norms_per_layer * _norm(case, architecture.hidden_size)
     if not architecture.family.qk_norm:
@@ -112,24 +124,24 @@ def _norms(case: Case) -> float:
 
 
 def _attention_inputs(case: Case) -> float:
-    """Of the projections of queries, keys and values, for their weights' gradients."""
+    """Count the input of the query, key and value projections, saved for the gradients of their weights."""
     return _inputs(case, case.architecture.hidden_size, 3)
 
 
 def _inputs(case: Case, width: int, linears: int) -> float:
-    """An input that `linears` projections share; autocast makes a copy for each of them."""
-    if not _trained_whole(case):
+    """Count an input that `linears` projections share. Autocast makes one copy per projection."""
+    if not _trains_weights(case):
         return 0.0
     return case.precision.computed * width * (linears if case.precision.casts else 1)
 
 
 def _attention(case: Case, length: int, *, padded: bool) -> float:
-    """Queries, keys, values and the result, and what the kind of attention keeps beside them.
+    """Count queries, keys, values, the result, and the extra tensors of the attention implementation.
 
-    FlashAttention keeps a float32 sum for each row of scores (arXiv:2205.14135, section 3.1); so do torch's fused
-    kernels, which with a mask want as many keys as queries, and the mask itself as numbers. Eager attention keeps
-    the scores: 5 a s of Korthikanti's formula. FlashAttention 2 keeps no more keys than there are, but where its package
-    is missing the worker takes torch's kernels, so it is counted as they are.
+    FlashAttention saves a float32 sum per row of scores (arXiv:2205.14135, section 3.1), and so do torch's fused
+    kernels. With a mask these also save as many keys as queries, and the mask as numbers. Eager attention saves the
+    scores, which is 5 a s in Korthikanti's formula. FlashAttention 2 saves only the grouped keys, but the worker uses
+    torch's kernels where the package is missing, so FlashAttention 2 counts like them.
     """
     architecture, e = case.architecture, case.precision.computed
     queries, keys = architecture.query_size, architecture.key_value_size
@@ -142,15 +154,15 @@ def _attention(case: Case, length: int, *, padded: bool) -> float:
 
 
 def _feed_forward(case: Case) -> float:
-    """The input; the gate before and after its activation; the other half; their product."""
+    """Count the input, the gate before and after its activation, the other half, and the product of both."""
     architecture, e = case.architecture, case.precision.computed
-    product = e * architecture.intermediate_size if _trained_whole(case) else 0
+    product = e * architecture.intermediate_size if _trains_weights(case) else 0
     gated = 3 * e * architecture.intermediate_size
     return _inputs(case, architecture.hidden_size, 2) + gated + product
 
 
 def _adapters(case: Case) -> float:
-    """Of LoRA: the input of each first matrix, a mask where it has dropout, and the input of the second."""
+    """Count LoRA: the input of each first matrix, its dropout mask, and the input of each second matrix."""
     if case.lora is None:
         return 0.0
     lora, precision = case.lora, case.precision
@@ -159,25 +171,29 @@ def _adapters(case: Case) -> float:
 
 
 def _adapter_input(case: Case, lora: Lora, name: str) -> float:
-    """A copy for each matrix if it is cast to the matrix' dtype or dropped out; else what is kept anyhow, once."""
+    """Count the input of one first matrix.
+
+    An input that is cast or dropped out is a copy per matrix. Otherwise it is the projection's own input, which is
+    saved once.
+    """
     precision = case.precision
     width = case.architecture.linears[name].inputs
-    in_hand = precision.adapter == precision.computed == precision.stream and not lora.dropout
-    if in_hand and (name == "o_proj" or _shares(name, lora.targets)):
+    uncopied = precision.adapter == precision.computed == precision.stream and not lora.dropout
+    if uncopied and (name == "o_proj" or _is_saved_earlier(name, lora.targets)):
         return 0.0
-    kept = precision.computed if precision.autocast else precision.adapter
-    return kept * width + _mask(case, name)
+    element = precision.computed if precision.autocast else precision.adapter
+    return element * width + _mask(case, name)
 
 
 def _mask(case: Case, name: str) -> float:
-    """Of the dropout before a matrix: a byte for each input on a GPU, and on the CPU a number."""
+    """Count a dropout mask before a projection: one byte per input on a GPU, one number per input on the CPU."""
     if case.lora is None or not case.lora.dropout:
         return 0.0
     return float(case.architecture.linears[name].inputs * (case.precision.trained if case.on_cpu else 1))
 
 
-def _shares(name: str, targets: Container[str]) -> bool:
-    """Whether an earlier projection of the same input keeps it already."""
+def _is_saved_earlier(name: str, targets: Container[str]) -> bool:
+    """Whether an earlier adapted projection saves the same input."""
     groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     group = next((group for group in groups if name in group), (name,))
     return any(earlier in targets for earlier in group[: group.index(name)])

@@ -1,4 +1,4 @@
-"""Which numbers are kept in how many bytes: what the recipe says, as TRL, PEFT and DeepSpeed carry it out."""
+"""The dtype of each tensor of a run: what the recipe asks for, and how TRL, PEFT, DeepSpeed and FSDP2 apply it."""
 
 from __future__ import annotations
 
@@ -11,65 +11,71 @@ from trainer.recipe import Recipe
 Dtype = Literal["float32", "bfloat16", "float16"]
 BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BITS = 4 + 32 / 64
-"""A 4-bit number, and a 32-bit constant for each block of 64 (QLoRA, arXiv:2305.14314, section 2)."""
+"""Bits of a weight: 4, and one 32-bit constant per block of 64 weights (QLoRA, arXiv:2305.14314, section 2)."""
 NF4_DOUBLE_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-"""With the constants in 8 bits, and a 32-bit constant for 256 of them (QLoRA, section 3, "Double Quantization")."""
+"""The same with double quantization: the constants have 8 bits, and 256 of them share one 32-bit constant (QLoRA,
+section 3)."""
 INT8_BITS = 8
-"""LLM.int8 (arXiv:2208.07339); its constants, one for each row, are lost in the rounding."""
+"""Bits of a weight under LLM.int8 (arXiv:2208.07339). Its constants, one per row, are too few to count."""
 
 
 class Precision(NamedTuple):
-    """Bytes of an element, on the device that trains."""
+    """Bytes per element of each kind of tensor, on the device that trains."""
 
     compute: Dtype
-    """Of matrix products, and of what they leave for the backward pass."""
+    """The dtype of matrix products, and of the tensors that they save for the backward pass."""
     stream: int
-    """Of the hidden states that run from layer to layer."""
+    """The hidden states between the layers."""
     weights: int
-    """Of the base model: trained if all is trained, else frozen; of its projections see `projection_bits`."""
+    """The base model, trained or frozen. For its projections see `projection_bits`."""
     projection_bits: float
-    """Of an element of the layers' projections, which 4-bit and 8-bit loading quantise."""
+    """Bits (not bytes) per element of the layers' projections, which 4-bit and 8-bit loading quantise."""
     trained: int
-    """Of a trained weight."""
+    """The trained weights."""
     gradients: int
     masters: int
-    """Of the float32 copy beside a trained weight that is kept in half precision; 0 without one."""
+    """The float32 copies of trained weights that are in half precision; 0 without such copies."""
     state: int
-    """Of an element of an optimizer that keeps its state in the precision of what it steps."""
+    """The optimizer state, for optimizers that keep it in the dtype of the weights that they step."""
     autocast: bool
-    """torch casts the inputs of matrix products to `compute`; DeepSpeed casts the model, and nothing after."""
+    """Whether torch casts the inputs of matrix products to `compute`. DeepSpeed casts the model once instead."""
     gathers_cast: bool = False
-    """FSDP 2 keeps weights as they are and gathers them in `compute`, adapters too: their gradients come in it."""
+    """Whether parameters, adapters included, are cast to `compute` when they are gathered, as FSDP2 does. Their gradients
+    are in `compute` too."""
 
     @property
     def computed(self) -> int:
+        """Bytes per element in `compute`."""
         return BYTES[self.compute]
 
     @property
     def arriving(self) -> int:
-        """Of a gradient, as the backward pass makes it."""
+        """Bytes per element of a gradient when the backward pass makes it."""
         return self.computed if self.gathers_cast else self.gradients
 
     @property
     def adapter(self) -> int:
-        """Of a trained weight, as a forward pass without autocast has it."""
+        """Bytes per element of a trained weight in a forward pass without autocast."""
         return self.computed if self.gathers_cast else self.trained
 
     @property
     def casts(self) -> bool:
-        """Whether weights are cast as they are used."""
+        """Whether weights are cast at each use."""
         return self.autocast and self.weights > self.computed
 
 
 def loaded_dtype(recipe: Recipe, architecture: Architecture) -> Dtype:
-    """Of the weights as they are read; float32 is TRL's default, and what `auto` falls back to."""
+    """Return the dtype that the weights are loaded in. float32 is TRL's default, and the fallback of `auto`."""
     wanted = recipe.model_args.get("dtype")
     name = architecture.dtype if wanted == "auto" else wanted
     return "bfloat16" if name == "bfloat16" else "float16" if name == "float16" else "float32"
 
 
 def half_precision(recipe: Recipe, *, has_bf16: bool) -> Dtype | None:
-    """What matrix products are cast to; None if nothing is cast. Silence means bf16 where the device has it."""
+    """Return the dtype that matrix products are cast to; None if nothing is cast.
+
+    A recipe without `bf16` and `fp16` uses bf16 where the device has it.
+    """
     if recipe.trainer_args.get("fp16"):
         return "float16"
     wanted = recipe.trainer_args.get("bf16")
@@ -77,60 +83,62 @@ def half_precision(recipe: Recipe, *, has_bf16: bool) -> Dtype | None:
 
 
 def needs_bf16(recipe: Recipe, architecture: Architecture) -> bool:
-    """Whether the recipe cannot do without bf16 in hardware: it says so, or TRL does, of adapters over 4 or 8 bits."""
-    said = bool(recipe.trainer_args.get("bf16")) or loaded_dtype(recipe, architecture) == "bfloat16"
-    return said or recipe.is_quantised
+    """Whether the recipe needs a device with bf16: it asks for bf16, or TRL uses bf16 for adapters of a quantised base."""
+    asked = bool(recipe.trainer_args.get("bf16")) or loaded_dtype(recipe, architecture) == "bfloat16"
+    return asked or recipe.is_quantised
 
 
 def trains_in_float32(recipe: Recipe, engine: Engine, *, has_half: bool) -> bool:
-    """Whether the weights are loaded in float32 whatever the recipe's `dtype` is.
+    """Whether the weights are loaded in float32, whatever `dtype` the recipe has.
 
-    Mixed precision keeps the weights that are trained in float32 (arXiv:1710.03740, section 3.1): a step of 5e-7
-    is lost in bf16's 8 bits. DeepSpeed makes those copies itself; one process, DDP and FSDP 2 have only the weights.
+    Mixed precision keeps trained weights in float32 (arXiv:1710.03740, section 3.1), because a step of 5e-7 is lost
+    in the 8 bits of bf16. DeepSpeed makes float32 copies itself. One process, DDP and FSDP2 have no copies, so their
+    weights have to be float32.
     """
     return has_half and not recipe.is_lora and engine not in ("zero2", "zero3")
 
 
-def precision(
+def choose_precision(
     recipe: Recipe, architecture: Architecture, engine: Engine, *, has_bf16: bool = True
 ) -> Precision:
-    """Of a recipe under an engine."""
+    """Return the bytes of each kind of tensor when this engine trains this recipe."""
     half = half_precision(recipe, has_bf16=has_bf16)
     loaded = loaded_dtype(recipe, architecture)
     if engine in ("zero2", "zero3"):
-        return _sharded(half or loaded)
+        return _zero_precision(half or loaded)
     if engine == "fsdp2":
-        return _gathered(recipe, half, loaded)
+        return _fsdp_precision(recipe, half, loaded)
     if recipe.is_lora:
-        return _adapter(recipe, half, loaded)
+        return _lora_precision(recipe, half, loaded)
     weights: Dtype = "float32" if half else loaded
     size = BYTES[weights]
     compute = half or weights
     return Precision(compute, size, size, 8.0 * size, size, size, 0, size, autocast=half is not None)
 
 
-def _sharded(compute: Dtype) -> Precision:
-    """ZeRO: parameters and gradients in half precision, float32 masters and state (arXiv:1910.02054, section 3.1).
+def _zero_precision(compute: Dtype) -> Precision:
+    """Return ZeRO's precision: half-precision parameters and gradients, float32 masters and state (arXiv:1910.02054,
+    section 3.1).
 
-    Adapters too are cast to the base's dtype (https://github.com/huggingface/trl/issues/6089).
+    Adapters are cast to the dtype of the base too (https://github.com/huggingface/trl/issues/6089).
     """
     size = BYTES[compute]
     masters = 4 if size < 4 else 0
     return Precision(compute, size, size, 8.0 * size, size, size, masters, 4, autocast=False)
 
 
-def _gathered(recipe: Recipe, half: Dtype | None, loaded: Dtype) -> Precision:
-    """FSDP 2: what is trained stays in float32 and is its own master; whatever is gathered is cast first
+def _fsdp_precision(recipe: Recipe, half: Dtype | None, loaded: Dtype) -> Precision:
+    """Return FSDP2's precision: trained weights stay in float32 and are their own masters; gathered weights are cast
     (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html, `MixedPrecisionPolicy`).
     """
-    kept = BYTES["float32" if half and not recipe.is_lora else loaded]
-    trained = 4 if recipe.is_lora else kept
+    weights = BYTES["float32" if half and not recipe.is_lora else loaded]
+    trained = 4 if recipe.is_lora else weights
     compute = half or loaded
     return Precision(
         compute=compute,
         stream=BYTES[compute],
-        weights=kept,
-        projection_bits=8.0 * kept,
+        weights=weights,
+        projection_bits=8.0 * weights,
         trained=trained,
         gradients=trained,
         masters=0,
@@ -140,9 +148,11 @@ def _gathered(recipe: Recipe, half: Dtype | None, loaded: Dtype) -> Precision:
     )
 
 
-def _adapter(recipe: Recipe, half: Dtype | None, loaded: Dtype) -> Precision:
-    """LoRA's matrices are float32 over a base in half precision (PEFT's `autocast_adapter_dtype`); over a quantised
-    base TRL makes them bf16, after QLoRA (arXiv:2305.14314, section 3).
+def _lora_precision(recipe: Recipe, half: Dtype | None, loaded: Dtype) -> Precision:
+    """Return the precision of LoRA in one process or under DDP.
+
+    Adapters are float32 on a half-precision base (PEFT's `autocast_adapter_dtype`). On a quantised base TRL makes
+    them bf16, as QLoRA does (arXiv:2305.14314, section 3).
     """
     base = BYTES[loaded]
     trained = 2 if recipe.is_quantised else 4

@@ -162,7 +162,7 @@ def whole_weights(trainer: Any, fit: Fit) -> dict[str, Any] | None:
 
     Returns None if the model holds its own weights, and an empty dict on the other ranks.
     """
-    if not fit.cuts_parameters:
+    if not fit.shards_parameters:
         return None
     from peft import PeftModel
 
