@@ -125,7 +125,7 @@ def test_a_foreign_reference_is_refused(small: Small, tmp_path: Path, change: di
     about.write_text(json.dumps({**json.loads(about.read_text()), **change}))
     second = again(tmp_path, shelf)
     assert computed(second) == [16, 4]
-    assert any("of another reference" in line["message"] for line in second.of("log"))
+    assert any("to another reference" in line["message"] for line in second.of("log"))
     assert losses(second) == losses(small(DPO, *PLAIN))
 
 
