@@ -1,4 +1,7 @@
-"""The commands: parse, call one function, print. Whatever weighs something is imported where it is used."""
+"""The command line: each command parses its options, calls one function and prints.
+
+Slow imports are inside the functions, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,7 @@ from trainer.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud, JobStatus
-    from launcher.registry.known import Known, Local, Submitted
-    from launcher.runs.run import Reader
+    from launcher.registry.submitted import RunRecord
     from launcher.submit.status import RowDict
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -39,8 +41,8 @@ COLUMNS = {
     "attempts": "attempts",
     "usd": "$ so far",
 }
-"""Of `status`: the row's key, and its title."""
-NOT_OURS = (
+"""Columns of `status`: the key of the row, and the title."""
+USER_ERRNOS = (
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -50,14 +52,14 @@ NOT_OURS = (
     errno.ENOSPC,
     errno.EDQUOT,
 )
-"""What a folder refuses with, such as a home that belongs to nobody."""
+"""Errors of the file system that the user can fix, such as a home folder without write access."""
 
 
 def main(arguments: Sequence[str] | None = None, *, cloud: Cloud | None = None) -> NoReturn:
-    """Run a command. The one place where a UserError becomes text.
+    """Run a command and exit. A UserError becomes text here, and nowhere else.
 
     Args:
-        arguments: as typed; None: of this process.
+        arguments: the words after `launcher`; None: those of this process.
         cloud: a stand-in for SkyPilot.
     """
     terminal.take_any_text(sys.stdout)
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None, *, cloud: Cloud | None = None) 
         click.echo(f"error: {error}", err=True)
         code = ExitCode.USAGE
     except OSError as error:
-        if error.errno not in NOT_OURS:
+        if error.errno not in USER_ERRNOS:
             raise
         click.echo(f"error: cannot use {error.filename or 'a file'}: {error.strerror}", err=True)
         code = ExitCode.USAGE
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None, *, cloud: Cloud | None = None) 
 
 
 class Commands(click.Group):
-    """A command that nobody knows is answered with the nearest one, as newer versions of click do by themselves."""
+    """A group that suggests the nearest command for an unknown one, as newer versions of click do."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -97,7 +99,7 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings=CONTEXT)
 def cli() -> None:
-    """Post-training that survives losing its machine."""
+    """Post-training that survives the loss of its machine."""
 
 
 cli.add_command(build)
@@ -111,19 +113,21 @@ cli.add_command(submit)
 cli.add_command(watch)
 
 
-@cli.command(short_help="The runs that were started from here.")
-@click.option("--all", "everything", is_flag=True, help="Also what SkyPilot has from elsewhere.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON list on stdout.")
+@cli.command(short_help="List the runs that were started from here.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Include jobs that were submitted to SkyPilot from elsewhere."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_obj
 def status(cloud: Cloud | None, everything: bool, as_json: bool) -> None:
-    """The runs that were started or submitted from this machine, the latest first.
+    """List the runs that were started or submitted from this machine, the latest first.
 
-    Dollars are the attempts' hours at the price of each one's machine, else of the machine that was chosen.
+    The cost is each attempt's hours at the price of its machine, else at the price of the planned machine.
     """
     from launcher import render
-    from launcher.submit import status as standing
+    from launcher.submit.status import table
 
-    rows = standing.table(terminal.state_folder(), _cloud(cloud), now=time.time(), everything=everything)
+    rows = table(terminal.state_folder(), cloud, now=time.time(), everything=everything)
     if as_json:
         click.echo(render.to_json(rows))
         return
@@ -132,118 +136,80 @@ def status(cloud: Cloud | None, everything: bool, as_json: bool) -> None:
         return
     terminal.stdout().print(render.list_table(tuple(COLUMNS.values()), map(_cells, rows)))
     for fault in dict.fromkeys(str(row["error"]) for row in rows if row["error"]):
-        click.echo(f"not all is known: {fault}", err=True)
+        click.echo(f"incomplete: {fault}", err=True)
 
 
-@cli.command(short_help="A run's log.")
+@cli.command(short_help="Print the log of a run.")
 @click.argument("run", shell_complete=completion.runs)
-@click.option("-f", "--follow", is_flag=True, help="Stay until it ends.")
-@click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
+@click.option("-f", "--follow", is_flag=True, help="Continue until the run ends.")
+@click.option("--checkpoints", metavar="URI", help="Folder of runs, if several runs have this name.")
 @click.pass_obj
 def logs(cloud: Cloud | None, run: str, follow: bool, checkpoints: str | None) -> None:
-    """Print the log of RUN: the supervisor's, by way of SkyPilot if it runs elsewhere."""
-    from launcher.local import submit as machine
-    from launcher.registry import known
-
-    found = _find(run, checkpoints)
-    if isinstance(found, known.Local):
-        machine.print_log(found.home, click.echo, follow=follow)
-        return
-    there = _standing(found, _cloud(cloud))
-    if there is None:
+    """Print the log of RUN's supervisor."""
+    record, backend, status = _find(run, checkpoints, cloud)
+    if status is None:
         raise UserError(
-            f"SkyPilot has no {found.record.kind} {found.record.name} any more, nor its log",
-            hint=f"its events are in {found.record.checkpoints}/{run}/events",
+            f"SkyPilot no longer has the {record.kind} {record.name} or its log",
+            hint=f"its events are in {record.checkpoints}/{run}/events",
         )
-    out = sys.stdout  # the adapter sends what SkyPilot itself prints to stderr, and this is not that
-    _cloud(cloud).logs(there, lambda line: click.echo(line, file=out), follow=follow)
+    out = sys.stdout  # kept before the backend redirects what SkyPilot prints to stderr
+    backend.logs(status, lambda line: click.echo(line, file=out), follow=follow)
 
 
 @cli.command(short_help="Stop a run: it saves and commits first.")
 @click.argument("run", shell_complete=completion.runs)
-@click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
+@click.option("--checkpoints", metavar="URI", help="Folder of runs, if several runs have this name.")
 @click.pass_obj
 def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
-    """Stop RUN: it saves, uploads and commits first, as far as the machine's notice allows."""
-    from launcher.registry import known
-    from launcher.submit import launch
+    """Stop RUN. It saves, uploads and commits first, if the machine's notice is long enough."""
+    from launcher.registry.find import place_of, status_of
+    from launcher.submit import follow
 
-    found = _find(run, checkpoints)
-    if isinstance(found, known.Local):
-        return _cancel_here(found)
-    there = _standing(found, _cloud(cloud))
-    if there is None or not there.at_work:
-        click.echo(f"{run} is not at work: {there.said if there else 'SkyPilot has nothing of it'}")
+    record, backend, status = _find(run, checkpoints, cloud)
+    if status is None or not status.at_work:
+        click.echo(f"{run} is not running: {status.raw_status if status else 'SkyPilot has no job of it'}")
         return ExitCode.DONE
-    click.echo(f"cancelling {run} ({there.kind} {there.name}): it saves, uploads and commits first")
-    left = launch.cancel(there, _cloud(cloud), _reader(found), lambda line: click.echo(line, err=True))
-    if there.kind == "cluster" and _standing(found, _cloud(cloud)):  # Slurm's goes with its job
-        click.echo(f"its cluster is still there, and paid: `launcher down {run}` gives it back")
-    place = f"step {max(left.commits)}" if left.commits else "the beginning: nothing was committed yet"
-    click.echo(f"cancelled; the command that submitted it goes on from {place}")
+    click.echo(f"cancelling {run} ({status.kind} {status.name}): it saves, uploads and commits first")
+    # The log of a local run goes to stdout; SkyPilot's own messages go to stderr.
+    to_stderr = record.kind != "local"
+    reader = place_of(record).reader()
+    left = follow.cancel(status, backend, reader, lambda line: click.echo(line, err=to_stderr))
+    # Slurm's cluster ends with its job; others stay up.
+    if record.kind == "cluster" and status_of(record, terminal.state_folder(), cloud):
+        click.echo(f"its cluster is still up and costs money: `launcher down {run}` gives it back")
+    step = f"step {max(left.commits)}" if left.commits else "the beginning: nothing was committed yet"
+    click.echo(f"cancelled; the command that submitted it resumes from {step}")
     return ExitCode.DONE
 
 
-@cli.command(short_help="Give back what a run has rented.")
+@cli.command(short_help="Give back the machines of a run.")
 @click.argument("run", shell_complete=completion.runs)
-@click.option("--checkpoints", metavar="URI", help="Tells runs of one name apart.")
+@click.option("--checkpoints", metavar="URI", help="Folder of runs, if several runs have this name.")
 @click.pass_context
 def down(context: click.Context, run: str, checkpoints: str | None) -> int:
-    """Give back what RUN has rented; what is at work is cancelled first."""
-    from launcher.registry import known
-
-    found = _find(run, checkpoints)
+    """Give back the machines that RUN has rented. A running job is cancelled first."""
     context.invoke(cancel, run=run, checkpoints=checkpoints)
-    if isinstance(found, known.Submitted) and found.record.kind == "cluster":
-        cloud = _cloud(context.obj)
-        if _standing(found, cloud):
-            cloud.down(found.record.name, lambda line: click.echo(line, err=True))
-        click.echo(f"the cluster {found.record.name} is gone")
+    record, backend, status = _find(run, checkpoints, context.obj)
+    if record.kind == "cluster":
+        if status:
+            backend.down(record.name, lambda line: click.echo(line, err=True))
+        click.echo(f"the cluster {record.name} is gone")
     return ExitCode.DONE
 
 
-def _cancel_here(found: Local) -> int:
-    from launcher.local import follow, process
-    from launcher.local import submit as machine
-
-    supervisor = process.attach(found.home)
-    if supervisor is None:
-        click.echo(f"{found.record.run_id} is not at work on this machine")
-        return ExitCode.DONE
-    click.echo(
-        f"cancelling {found.record.run_id} (pid {supervisor.pid}): it saves, uploads and commits first"
-    )
-    follow.cancel(found.home, supervisor)
-    machine.print_log(found.home, click.echo, follow=True, last_lines=0)
-    click.echo("cancelled; the command that started it goes on from the newest commit")
-    return ExitCode.DONE
-
-
-def _find(run: str, checkpoints: str | None) -> Known:
-    from launcher.registry import known
+def _find(
+    run: str, checkpoints: str | None, cloud: Cloud | None
+) -> tuple[RunRecord, Cloud, JobStatus | None]:
+    """Return the run's record, its backend, and its job as the backend has it."""
+    from launcher.cloud.protocol import find as find_job
+    from launcher.registry import find
     from trainer.bucket.address import canonical
 
+    state = terminal.state_folder()
     address = canonical(checkpoints, Path.cwd()) if checkpoints else None
-    return known.find(terminal.state_folder(), run, address)
-
-
-def _standing(found: Submitted, cloud: Cloud) -> JobStatus | None:
-    from launcher.cloud.protocol import find
-
-    return find(cloud, found.record.name, found.record.kind)
-
-
-def _reader(found: Submitted) -> Reader:
-    from launcher.runs.run import Reader
-    from trainer.bucket import open_run
-
-    return Reader(open_run(found.record.checkpoints, found.record.run_id), found.record.run_id)
-
-
-def _cloud(given: Cloud | None) -> Cloud:
-    from launcher.cloud.skypilot import SkyPilot
-
-    return given or SkyPilot()
+    record = find.find(state, run, address)
+    backend = find.backend_of(record.kind, state, cloud)
+    return record, backend, find_job(backend, record.name, record.kind)
 
 
 def _cells(row: RowDict) -> list[str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from types import FrameType, TracebackType
+from typing import IO, TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,3 +69,48 @@ def ask() -> Answer:
     except EOFError:
         return "continue"
     return answers.get(typed.strip().lower()[:1], "continue")
+
+
+class Signals:
+    """Records SIGINT and SIGTERM until the loop asks for them; a signal ends the loop's current wait."""
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._wake = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to `seconds`; return whether a signal has arrived."""
+        return self._wake.wait(seconds)
+
+    def take(self) -> int | None:
+        """Return the signal that arrived and forget it; SIGTERM goes before SIGINT."""
+        received, self._received = self._received, []
+        self._wake.clear()
+        return max(received, default=None)
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Turn either signal into KeyboardInterrupt while the user is asked, so that it ends the question."""
+        for number in self._before:
+            signal.signal(number, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            for number in self._before:
+                signal.signal(number, self._record)
+
+    def _record(self, number: int, _frame: FrameType | None) -> None:
+        self._received.append(number)
+        self._wake.set()

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from launcher.checkpoints.inspect import OnBytes
-from launcher.local.signals import Signals
+from launcher.terminal import Signals
 from trainer.bucket import Bucket
 from trainer.bucket.byte_streams import checksum_file, in_parallel
 from trainer.bucket.manifest import File, Manifest

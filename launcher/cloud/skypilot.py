@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from launcher.cloud.protocol import CatalogRow, JobStatus, Say
+from launcher.cloud.protocol import CatalogRow, JobStatus, LaunchRequest, Say
 from launcher.cloud.skypilot_errors import absent, sort_fault
 from launcher.cloud.skypilot_records import LineStream, enabled_of, of_cluster, of_job
 from trainer.errors import Unavailable, UserError
@@ -227,30 +227,27 @@ JOB_FIELDS = (
 class SkyPilot:
     """SkyPilot's API server through its Python SDK; the server is started by the SDK where it is local and down."""
 
-    def launch(
-        self,
-        config: Mapping[str, Any],
-        *,
-        name: str,
-        secrets: Mapping[str, str],
-        retry_until_up: bool,
-        say: Say,
-    ) -> int | None:
-        with _asking(f"launch {name}") as sky:
-            request = sky.launch(
-                _task(sky, config, secrets), cluster_name=name, retry_until_up=retry_until_up
+    polls = False
+
+    def launch(self, request: LaunchRequest, say: Say) -> int | None:
+        if request.kind == "managed job":
+            return self._launch_managed(request, say)
+        with _asking(f"launch {request.name}") as sky:
+            asked = sky.launch(
+                _task(sky, request.task, request.secrets),
+                cluster_name=request.name,
+                retry_until_up=request.retry_until_up,
             )
-            job_id, _ = sky.stream_and_get(request, output_stream=LineStream(say))
+            job_id, _ = sky.stream_and_get(asked, output_stream=LineStream(say))
         return None if job_id is None else int(job_id)
 
-    def launch_managed(
-        self, config: Mapping[str, Any], *, name: str, secrets: Mapping[str, str], say: Say
-    ) -> int:
-        with _asking(f"launch the managed job {name}") as sky:
-            request = sky.jobs.launch(_task(sky, config, secrets), name=name)
-            job_ids, _ = sky.stream_and_get(request, output_stream=LineStream(say))
+    def _launch_managed(self, request: LaunchRequest, say: Say) -> int:
+        """Hand the task to the controller of managed jobs; return the job's id."""
+        with _asking(f"launch the managed job {request.name}") as sky:
+            asked = sky.jobs.launch(_task(sky, request.task, request.secrets), name=request.name)
+            job_ids, _ = sky.stream_and_get(asked, output_stream=LineStream(say))
         if not job_ids:
-            raise Unavailable(f"SkyPilot took the managed job {name}, and gave it no number")
+            raise Unavailable(f"SkyPilot accepted the managed job {request.name} but returned no job id")
         return int(job_ids[0] if isinstance(job_ids, Sequence) else job_ids)
 
     def enabled(self, infra: Sequence[str]) -> Mapping[str, str | None]:
@@ -268,42 +265,50 @@ class SkyPilot:
                 return {}
         ours = [record for record in records if names is None or record.job_name in names]
         newest = sorted(ours, key=lambda record: (record.job_id or 0, -(record.task_id or 0)))
-        return {standing.name: standing for standing in map(of_job, newest)}
+        return {status.name: status for status in map(of_job, newest)}
 
     def clusters(self, names: Sequence[str] | None = None) -> Mapping[str, JobStatus]:
         with _asking("list clusters") as sky:
             listed = sky.get(sky.status(list(names) if names is not None else None))
             return {record.name: of_cluster(record, _job_on(sky, record)) for record in listed}
 
-    def tried(self, standing: JobStatus) -> Sequence[str]:
+    def tried(self, status: JobStatus) -> Sequence[str]:
         said: list[str] = []
-        with _asking(f"read the controller's log of {standing.name}") as sky:
+        with _asking(f"read the controller's log of {status.name}") as sky:
             sky.jobs.tail_logs(
-                job_id=standing.job_id, follow=False, controller=True, output_stream=LineStream(said.append)
+                job_id=status.job_id, follow=False, controller=True, output_stream=LineStream(said.append)
             )
         return said
 
-    def logs(self, standing: JobStatus, say: Say, *, follow: bool, tail: int = 0) -> None:
+    def logs(
+        self,
+        status: JobStatus,
+        say: Say,
+        *,
+        follow: bool,
+        tail: int = 0,
+        poll: Callable[[], bool] | None = None,  # noqa: ARG002 (SkyPilot's stream blocks)
+    ) -> None:
         lines = LineStream(say)
-        with _asking(f"read the log of {standing.name}") as sky:
-            if standing.kind == "managed job":
+        with _asking(f"read the log of {status.name}") as sky:
+            if status.kind == "managed job":
                 sky.jobs.tail_logs(
-                    job_id=standing.job_id, follow=follow, tail=tail or None, output_stream=lines
+                    job_id=status.job_id, follow=follow, tail=tail or None, output_stream=lines
                 )
             else:
-                sky.tail_logs(standing.name, standing.job_id, follow, tail=tail, output_stream=lines)
+                sky.tail_logs(status.name, status.job_id, follow, tail=tail, output_stream=lines)
 
-    def cancel(self, standing: JobStatus, say: Say) -> None:
-        with _asking(f"cancel {standing.name}") as sky:
+    def cancel(self, status: JobStatus, say: Say) -> None:
+        with _asking(f"cancel {status.name}") as sky:
             # Gracefully: SIGTERM, and only then is the machine taken away. On Slurm it is the other way round:
             # to cancel a job is SIGKILL to its step, while the end of the allocation begins with SIGTERM.
-            slurm = standing.cloud == "slurm"
-            if standing.kind == "managed job":
-                request = sky.jobs.cancel(job_ids=[standing.job_id], graceful=not slurm)
+            slurm = status.cloud == "slurm"
+            if status.kind == "managed job":
+                request = sky.jobs.cancel(job_ids=[status.job_id], graceful=not slurm)
             elif slurm:
-                request = sky.down(standing.name)
+                request = sky.down(status.name)
             else:
-                request = sky.cancel(standing.name, all=True)
+                request = sky.cancel(status.name, all=True)
             sky.stream_and_get(request, output_stream=LineStream(say))
 
     def down(self, name: str, say: Say) -> None:

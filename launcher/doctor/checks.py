@@ -22,7 +22,7 @@ from launcher.cloud.skypilot import INSTALL, UNPRICED
 from launcher.doctor.bucket import check_bucket
 from launcher.doctor.findings import Check, Finding, ignore_check, run_all
 from launcher.doctor.hub import check_data, check_model, check_token
-from launcher.local.submit import supervisor_environment
+from launcher.local.process import supervisor_environment
 from launcher.settings import Settings
 from trainer.architecture.lookup import with_login
 from trainer.bucket.address import canonical

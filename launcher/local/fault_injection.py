@@ -1,4 +1,4 @@
-"""Preemptions on request: at which steps a run on this machine loses its machine, and which were had."""
+"""Preemptions on request (`--preempt`): the steps at which a local run is killed, and which have happened."""
 
 from __future__ import annotations
 
@@ -8,64 +8,63 @@ from dataclasses import dataclass
 from launcher.runs.run import AttemptHistory
 
 LATEST = 0.9
-"""Share of what is left to train, beyond which no machine is taken away."""
+"""Share of the remaining training in which preemptions are planned."""
 
 
 @dataclass(frozen=True)
 class KillMoment:
-    """A moment of training: `delay` of a step's duration after `step` has been seen."""
+    """A moment of training: `delay` is the share of a step's duration to wait after `step`."""
 
     step: int
     delay: float
 
 
 def plan(*, after: int, total_steps: int, times: int, seed: int) -> tuple[KillMoment, ...]:
-    """One spot in each of `times` equal parts of what is left to train, in order, no two at one step.
+    """Return one random moment in each of `times` equal parts of the remaining training, no two at one step.
 
-    The last tenth is spared: a run that is nearly over is over before it could be stopped.
-
-    Fewer than `times` if there are not as many steps between the first and the last.
+    The last tenth has none, because a run that is nearly done may end before it can be killed. There are fewer
+    moments than `times` if there are fewer steps.
     """
     generator = random.Random(seed)
-    spots: list[KillMoment] = []
+    moments: list[KillMoment] = []
     for part in range(times):
         fraction = LATEST * (part + generator.random()) / times
-        earliest = (spots[-1].step if spots else after) + 1
+        earliest = (moments[-1].step if moments else after) + 1
         step = max(earliest, after + round(fraction * (total_steps - after)))
-        spot = KillMoment(min(step, total_steps - 1), generator.random())
-        if spot.step < earliest:
+        moment = KillMoment(min(step, total_steps - 1), generator.random())
+        if moment.step < earliest:
             break
-        spots.append(spot)
-    return tuple(spots)
+        moments.append(moment)
+    return tuple(moments)
 
 
 class Preemptions:
-    """The preemptions that were asked for; planned once the length of the training is known."""
+    """The requested preemptions. They are planned once the length of the training is known."""
 
     def __init__(self, *, times: int = 0, seed: int = 0) -> None:
         self._times = times
         self._seed = seed
-        self._spots: tuple[KillMoment, ...] | None = None
+        self._moments: tuple[KillMoment, ...] | None = None
         self.steps: list[int] = []
-        """Where the machine was lost: the last step known of each attempt that was killed."""
+        """The last known step of each attempt that was killed."""
 
     @property
     def missed(self) -> int:
-        """How many of them have not been done."""
+        """The number of preemptions that have not happened."""
         return self._times - len(self.steps)
 
     def due(self, attempt: AttemptHistory, total_steps: int | None) -> KillMoment | None:
-        """The spot that the running attempt has reached, beyond the place of the last preemption."""
+        """Return the moment that the running attempt has reached, if it is beyond the last preemption."""
         if not self.missed or total_steps is None or attempt.end or attempt.step >= total_steps:
             return None
-        if self._spots is None:
-            self._spots = plan(
+        if self._moments is None:
+            self._moments = plan(
                 after=attempt.start, total_steps=total_steps, times=self._times, seed=self._seed
             )
         last = self.steps[-1] if self.steps else 0
-        spot = self._spots[len(self.steps)] if len(self.steps) < len(self._spots) else None
-        return spot if spot and attempt.step >= max(spot.step, last + 1) else None
+        moment = self._moments[len(self.steps)] if len(self.steps) < len(self._moments) else None
+        return moment if moment and attempt.step >= max(moment.step, last + 1) else None
 
     def happened(self, step: int) -> None:
-        """The machine was lost when the attempt had come to `step`."""
+        """Record a preemption at `step`."""
         self.steps.append(step)

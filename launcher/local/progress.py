@@ -1,9 +1,9 @@
-"""What is shown while a run is followed: its log and, on a terminal, a line that is drawn over."""
+"""Views of a run that is followed: its log and, on a terminal, a progress line below it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -17,26 +17,32 @@ from trainer.metrics import LOSS, REWARD_ACCURACY
 
 
 class ProgressView(Protocol):
-    """Where a follower tells what happens."""
+    """Shows a run that is followed."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
 
     def line(self, text: str) -> None:
-        """A line of the supervisor's log."""
+        """Show a line of the run's log."""
 
     def note(self, text: str) -> None:
-        """A word of the launcher's own."""
+        """Show a message of the launcher."""
 
     def show(self, run: RunHistory) -> None:
-        """How the run stands."""
+        """Show the progress of the run."""
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
-        """The terminal is left alone, so that the user can be asked."""
+        """Draw nothing while the user is asked."""
 
 
-class PlainView:
-    """For pipes and log files: lines only, in the order in which they come."""
+class LineView:
+    """Passes log lines and messages on unchanged, in the order in which they come."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
 
     def __enter__(self) -> Self:
         return self
@@ -44,24 +50,35 @@ class PlainView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Nothing was drawn."""
+        """Leave nothing behind: lines only."""
 
     def line(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
+        self._say(text)
 
     def note(self, text: str) -> None:
-        self._console.print(Text(f"launcher: {text}"), soft_wrap=True)
+        self._say(text)
 
     def show(self, run: RunHistory) -> None:
-        """The log tells it."""
+        """Show nothing: the log has the progress."""
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         yield
 
 
+class PlainView(LineView):
+    """Writes lines to pipes and log files; the launcher's messages carry its name."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(lambda text: console.print(Text(text), soft_wrap=True))
+        self._console = console
+
+    def note(self, text: str) -> None:
+        self.line(f"launcher: {text}")
+
+
 class LiveView(PlainView):
-    """For terminals: the log scrolls above one line that says how far the run is."""
+    """For terminals: the log scrolls above one line with the progress of the run."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -103,12 +120,12 @@ class LiveView(PlainView):
 
 
 def view_on(console: Console) -> LiveView | PlainView:
-    """The view that the console can show."""
+    """Return the view that the console can show."""
     return LiveView(console) if console.is_terminal else PlainView(console)
 
 
 def facts(run: RunHistory) -> str:
-    """The words behind the bar: time left, newest metrics, commits, preemptions."""
+    """Return the text behind the bar: time left, newest metrics, commits, preemptions."""
     if not run.attempts:
         return "starting"
     newest = run.attempts[-1]

@@ -1,1 +1,1 @@
-"""The runs that were started from this machine, wherever they train."""
+"""The runs that were started or submitted from this machine."""

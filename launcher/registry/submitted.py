@@ -1,4 +1,4 @@
-"""What was submitted from this machine to SkyPilot: one small file each, so that `status` knows where to look."""
+"""Records of the runs that this machine has submitted to SkyPilot: one small file for each run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trainer.files import write_atomically
 FOLDER = "submitted"
 
 
-class Sent(BaseModel):
-    """A submission. Holds no overrides and no environment: either may carry a token."""
+class RunRecord(BaseModel):
+    """A run that was started from here. It holds no overrides and no environment: either may contain a token."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,44 +25,50 @@ class Sent(BaseModel):
     """Canonical address of the folder of runs."""
     kind: Kind
     name: str
-    """SkyPilot's, of the managed job or of the cluster."""
+    """The backend's name of the managed job, the cluster or the local job."""
     job_id: int | None
     """None until SkyPilot has answered."""
     where: str
-    """What was chosen: `A100-80GB:8 spot on gcp`; SkyPilot may have had to take its next choice."""
+    """The planned place, such as `A100-80GB:8 spot on gcp`. SkyPilot may have used its next choice instead."""
     usd_per_h: float | None
-    """Of what was chosen; None where machines are not rented."""
+    """Price of the planned place; None for machines that are not rented."""
     submitted: float
     """Unix time, seconds."""
     over: bool = False
-    """Whether SkyPilot has been seen to have nothing of it any more, so that nobody needs to ask again."""
+    """Whether SkyPilot no longer has the job, so that `status` need not ask again."""
     options: dict[str, Any] = {}
-    """Where it was asked for: GPUs, clouds, market."""
+    """The options that choose the place (GPUs, clouds, market), for `--resume`."""
     mounts: dict[str, str] = {}
-    """What was copied to its nodes: path there, path here."""
+    """Files that were copied to the nodes: path on the node, path here."""
 
 
-def remember(state: Path, sent: Sent) -> None:
-    """Write it down, in place of an earlier submission of the same run; before the launch, so that none is lost."""
-    path = _path(state, sent.run_id, sent.checkpoints)
+def remember(state: Path, record: RunRecord) -> None:
+    """Write the record in place of an earlier one of the same run.
+
+    It is written before the launch, so that no launched job is forgotten. A local job needs none: it has a pid file.
+    """
+    if record.kind == "local":
+        return
+    path = _path(state, record.run_id, record.checkpoints)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_atomically(path, sent.model_dump_json())
+    write_atomically(path, record.model_dump_json())
 
 
-def recall(state: Path, run_id: str, checkpoints: str) -> Sent | None:
-    """The newest submission of a run."""
+def recall(state: Path, run_id: str, checkpoints: str) -> RunRecord | None:
+    """Return the newest submission of a run."""
     return _read(_path(state, run_id, checkpoints))
 
 
-def forget(state: Path, sent: Sent) -> None:
-    """It was never launched."""
-    _path(state, sent.run_id, sent.checkpoints).unlink(missing_ok=True)
+def forget(state: Path, record: RunRecord) -> None:
+    """Remove the record of a job that was never launched."""
+    if record.kind != "local":
+        _path(state, record.run_id, record.checkpoints).unlink(missing_ok=True)
 
 
-def known(state: Path) -> list[Sent]:
-    """All that was submitted from this machine, the latest first."""
+def submissions(state: Path) -> list[RunRecord]:
+    """Return everything that was submitted from this machine, the latest first."""
     found = [_read(path) for path in (state / FOLDER).glob("*.json")]
-    return sorted((sent for sent in found if sent), key=lambda sent: sent.submitted, reverse=True)
+    return sorted((record for record in found if record), key=lambda record: record.submitted, reverse=True)
 
 
 def _path(state: Path, run_id: str, checkpoints: str) -> Path:
@@ -70,8 +76,8 @@ def _path(state: Path, run_id: str, checkpoints: str) -> Path:
     return state / FOLDER / f"{run_id}-{digest}.json"
 
 
-def _read(path: Path) -> Sent | None:
+def _read(path: Path) -> RunRecord | None:
     try:
-        return Sent.model_validate_json(path.read_text())
-    except (FileNotFoundError, ValidationError):  # the latter: another version's
+        return RunRecord.model_validate_json(path.read_text())
+    except (FileNotFoundError, ValidationError):  # the latter: written by another version
         return None

@@ -1,4 +1,4 @@
-"""The tasks of `jobs/`: which one a name means, and which recipe it trains."""
+"""Find the task file of `jobs/` that a name means, and the recipe that it trains."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ DEFAULT = "dpo_full"
 
 
 class JobFile(NamedTuple):
-    """A task, and what it trains."""
+    """A task file and the recipe that it trains."""
 
     name: str
-    """`dpo_full`: the file's."""
+    """Name of the file, such as `dpo_full`."""
     base: dict[str, Any]
     recipe: str
-    """A shipped name, or the path of a file here."""
+    """A shipped name, or the path of a file on this machine."""
     overrides: tuple[str, ...]
-    """Those of the task itself."""
+    """Overrides of the task itself."""
     gpus: str | None = None
-    """`A100:8`, where the task is for these alone."""
+    """`A100:8` if the task is for these GPUs only."""
 
 
 def names(folder: Path = JOBS) -> list[str]:
-    """The shipped tasks, such as `dpo_full`."""
+    """Return the names of the shipped tasks, such as `dpo_full`."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def find(source: str | None, *, folder: Path = JOBS) -> JobFile:
-    """The task that a name or a file means; a recipe gets the task of its name, else that of its method.
+    """Return the task that a name or a file means. A recipe gets the task of its name, else the default task.
 
     Args:
-        source: a task's name or file, or a recipe's; None is `DEFAULT`.
-        folder: of the shipped tasks.
+        source: name or file of a task or a recipe; None: `DEFAULT`.
+        folder: folder of the shipped tasks.
 
     Raises:
-        UserError: a file that is no task, or a task of several parts.
+        UserError: the file is not a task, or it is a pipeline of several tasks.
     """
     source = source or DEFAULT
     if source in names(folder):
@@ -54,15 +54,17 @@ def find(source: str | None, *, folder: Path = JOBS) -> JobFile:
     return task._replace(recipe=source, overrides=(), gpus=None)
 
 
-def recipe_of(source: str, *, folder: Path = JOBS) -> str:
-    """The recipe that a name means where no task is needed: a recipe's own name or file goes before a task's."""
+def find_local(source: str | None, *, folder: Path = JOBS) -> JobFile:
+    """Return what a name means on this machine, which needs no task: a recipe's name or file goes before a task's."""
+    source = source or DEFAULT
     known = recipe_names()
     is_recipe = source in known or any(name.endswith(f"/{source}") for name in known)
-    return find(source, folder=folder).recipe if source in names(folder) and not is_recipe else source
+    recipe = find(source, folder=folder).recipe if source in names(folder) and not is_recipe else source
+    return JobFile(name=source, base={}, recipe=recipe, overrides=())
 
 
 def _task_in(path: Path) -> JobFile | None:
-    """None for a file that is a recipe, or that cannot be read: the reader of recipes says what is wrong."""
+    """Return the task in a file; None if it is a recipe or unreadable. The recipe reader then reports the error."""
     try:
         return _of_task(path) if "run" in (_documents(path) or [{}])[-1] else None
     except (OSError, yaml.YAMLError):
@@ -70,18 +72,16 @@ def _task_in(path: Path) -> JobFile | None:
 
 
 def _of_task(path: Path) -> JobFile:
-    documents = [each for each in _documents(path) if set(each) - {"name", "execution"}]
+    documents = [document for document in _documents(path) if set(document) - {"name", "execution"}]
     if len(documents) != 1:
         raise UserError(
-            f"{path.name} has {len(documents)} tasks, one after the other; submit takes one at a time",
+            f"{path.name} is a pipeline of {len(documents)} tasks; submit takes one at a time",
             hint=f"sky jobs launch {path} --env CHECKPOINTS=…",
         )
     base = documents[0]
     envs = base.get("envs") or {}
     if not envs.get("RECIPE"):
-        raise UserError(
-            f"{path} names no recipe", hint="give it `envs: {RECIPE: …}`, as jobs/dpo_full.yaml has it"
-        )
+        raise UserError(f"{path} names no recipe", hint="add `envs: {RECIPE: …}`, as in jobs/dpo_full.yaml")
     words = str(envs.get("OVERRIDES") or "").split()
     return JobFile(path.stem, base, str(envs["RECIPE"]), tuple(words), _gpus(base.get("resources") or {}))
 
@@ -94,4 +94,4 @@ def _gpus(resources: dict[str, Any]) -> str | None:
 
 def _documents(path: Path) -> list[dict[str, Any]]:
     loaded = yaml.safe_load_all(path.read_text(encoding="utf-8"))
-    return [each for each in loaded if isinstance(each, dict)]
+    return [document for document in loaded if isinstance(document, dict)]

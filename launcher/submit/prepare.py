@@ -1,4 +1,7 @@
-"""A submission, decided: the plan's choice, and the task for SkyPilot. What a dry run prints is what is launched."""
+"""Prepare a submission: resolve its facts once, decide where it runs, build the job to launch.
+
+A dry run prints exactly what is launched.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launcher import settings
 from launcher.cloud import skypilot
+from launcher.cloud.local import WHERE
+from launcher.cloud.protocol import Kind, LaunchRequest
 from launcher.image.builders import BuildOptions
+from launcher.local.process import Home, supervisor_command, supervisor_environment
 from launcher.plan.plan import LoadPrices, make_plan, no_fit_error
 from launcher.plan.rank import PlanRequest, PlanRow, parse_gpus
 from launcher.prices.load import load_prices
+from launcher.prices.offer import Prices
 from launcher.runs.limits import limits_for
 from launcher.settings import Settings
-from launcher.submit import cost_variables, job_files, node_inputs, task
-from launcher.submit.image import container, login
+from launcher.submit import job_files, node_inputs, task
 from launcher.submit.job_files import JobFile
-from launcher.submit.task import Candidate, Config, TaskSpec
+from launcher.submit.node_inputs import Container
+from launcher.submit.task import Candidate, TaskSpec
 from trainer.accounting import Limits
 from trainer.architecture.lookup import find_architecture, with_login
 from trainer.bucket.address import canonical
@@ -29,11 +36,16 @@ from trainer.fit import fit
 from trainer.hardware import Shape, gpu
 from trainer.recipe import Recipe, default_run_id, load
 
+LOCAL = "local"
+"""The `--infra` of this machine."""
 REMEMBERED = ("gpus", "nodes", "spot", "managed", "infra", "image", "retry_until_up", "rows")
+"""Options that `--resume` repeats."""
 SHARED = ("slurm", "ssh")
-"""Machines of one's own that often have a file system in common with where one submits."""
+"""Infrastructure whose nodes often share a file system with the machine that submits."""
 NO_HOST_LIMIT_GIB = 1e6
-"""Of a machine of one's own nobody knows the memory here; the trainer measures it there."""
+"""The memory of the user's own nodes is unknown here; the trainer measures it there."""
+Venue = Literal["local", "own", "rented"]
+"""`local`: this machine. `own`: a cluster of the user, without prices and spot. `rented`: a cloud."""
 
 
 @dataclass(frozen=True)
@@ -57,215 +69,294 @@ class SubmitOptions:
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is going to be launched."""
+class SubmitFacts:
+    """Everything that a submission depends on, looked up once."""
 
-    recipe: str
-    request: TaskSpec
-    config: Config
-    managed: bool
-    retry_until_up: bool
-    row: PlanRow | None
-    """The plan's; None where machines are not rented."""
-    said: tuple[str, ...]
-    """Why it is this, a line each."""
-    secrets: Mapping[str, str] = field(repr=False)
-    """Values: for the launch alone."""
-    build: BuildOptions | None = None
-    """The image has to be made before a machine can start from it."""
-    limits: Limits = field(default_factory=Limits)
-    """Of the whole run, all attempts together."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Where it was asked for, so that `--resume` asks for the same."""
+    options: SubmitOptions
+    site: Settings
+    environ: Mapping[str, str] = field(repr=False)
+    infra: tuple[str, ...]
+    venue: Venue
+    job: JobFile
+    recipe: Recipe
+    notes: tuple[str, ...]
+    """Keys of the recipe that are read differently from how they are written, a line each."""
+    run_id: str
+    checkpoints: str
+    """Canonical address of the folder of runs."""
+    limits: Limits
+    nodes: int
+    gpus: tuple[str | None, int | None]
+    """The GPUs that a node must have: name and number; None: the plan chooses."""
+    image: Container
 
-    @property
-    def name(self) -> str:
-        """SkyPilot's."""
-        return str(self.config["name"])
+    data_overrides: tuple[str, ...]
+    """Overrides that name local data files by their path on the node."""
+    data_files: Mapping[str, str]
+    """The files that these overrides name: path on the node, path here."""
 
     @property
     def where(self) -> str:
-        first = self.request.candidates[0]
-        kind = {True: " spot", False: " on demand", None: ""}[first.use_spot]
-        nodes = f"{self.request.nodes} x " if self.request.nodes > 1 else ""
-        return f"{nodes}{first.accelerators}{kind} on {first.infra}"
+        return ", ".join(self.infra)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where it may run, and why there."""
+class Submission:
+    """A job that is ready to launch."""
+
+    launch: LaunchRequest
+    where: str
+    """The first place that is asked for, such as `A100:8 spot on gcp`."""
+    limits: Limits = field(default_factory=Limits)
+    """Limits of the whole run, all attempts together."""
+    row: PlanRow | None = None
+    """The plan's row; None for machines that are not rented."""
+    reasons: tuple[str, ...] = ()
+    """Why the job is like this, a line each."""
+    build: BuildOptions | None = None
+    """The image that must be built before a machine can start from it."""
+    mounts: Mapping[str, str] = field(default_factory=dict)
+    """Files that are copied to the nodes: path on the node, path here."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The options that choose the place, so that `--resume` repeats them."""
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """The decision where a job may run."""
 
     candidates: tuple[Candidate, ...]
     managed: bool
     row: PlanRow | None
-    said: tuple[str, ...]
-    envs: Mapping[str, str] = field(default_factory=dict)
-    """What the nodes are told of money."""
+    reasons: tuple[str, ...]
+    envs: Mapping[str, str]
+    """Prices, for the nodes."""
 
 
 def prepare(
-    wanted: SubmitOptions,
+    options: SubmitOptions,
     *,
     environ: Mapping[str, str],
     now: datetime,
     prices: LoadPrices = load_prices,
     cwd: Path | None = None,
-) -> Order:
-    """Everything about a submission but its launch; asks for prices, and rents nothing.
+) -> Submission:
+    """Return the job that the options ask for. Prices are looked up; nothing is rented or started.
 
     Raises:
-        NoFit: no machine that can be rented fits; the error has the reasons and a hint.
-        UserError: the recipe, the task, the settings, or an option is wrong; the nodes could not reach the bucket.
+        NoFit: no machine that can be rented fits the recipe. The message has the reasons and the alternatives.
+        UserError: the recipe, the task, the settings or an option is wrong, or the nodes cannot reach the bucket.
     """
+    facts = resolve(options, environ, cwd or Path.cwd())
+    if facts.venue == "local":
+        return _local_submission(facts)
+    if facts.venue == "own":
+        return _cloud_submission(facts, _place_on_own(facts))
+    offers = prices(now=now, infra=facts.infra, refresh=False)
+    return _cloud_submission(facts, _place_on_rented(facts, offers, now))
+
+
+def resolve(options: SubmitOptions, environ: Mapping[str, str], cwd: Path) -> SubmitFacts:
+    """Look up all facts of a submission; raises UserError for what is wrong before any price is asked for."""
     site = settings.load(environ)
-    job = job_files.find(wanted.source)
-    overrides = (*job.overrides, *wanted.overrides)
-    loaded = load(job.recipe, overrides)
-    infra = wanted.infra or site.infra
-    own = _own(infra)
-    limits = limits_for(
-        site,
-        budget_usd=wanted.budget_usd,
-        deadline_h=wanted.deadline_h,
-        owned=", ".join(infra) if own else None,
+    infra = options.infra or site.infra
+    venue = _venue(infra, local=LOCAL in options.infra)
+    job = job_files.find_local(options.source) if venue == "local" else job_files.find(options.source)
+    loaded = load(job.recipe, (*job.overrides, *options.overrides))
+    owned = {"local": WHERE, "own": ", ".join(infra), "rented": None}[venue]
+    limits = limits_for(site, budget_usd=options.budget_usd, deadline_h=options.deadline_h, owned=owned)
+    checkpoints = canonical(options.checkpoints or site.checkpoints, cwd)
+    if venue != "local":
+        node_inputs.reachable_bucket(checkpoints, environ, infra, own=venue == "own")
+    data, files = _copied_data(loaded.recipe, infra, venue)
+    gpus = options.gpus or (job.gpus if venue == "rented" else None)
+    image = (
+        Container() if venue == "local" else node_inputs.container(options.image, site, own=venue == "own")
     )
-    checkpoints = node_inputs.reachable(
-        canonical(wanted.checkpoints or site.checkpoints, cwd or Path.cwd()), environ, infra, own=own
-    )
-    data, files = ((), {}) if _shared(infra) else node_inputs.data_there(loaded.recipe)
-    if not _shared(infra):
-        node_inputs.refuse_local_model(loaded.recipe)
-    nodes = wanted.nodes or int(job.base.get("num_nodes") or 1)
-    place = (
-        _at_home(loaded.recipe, wanted, site, infra, nodes)
-        if own
-        else _rented(loaded.recipe, wanted, limits, job, infra=infra, nodes=nodes, now=now, prices=prices)
-    )
-    save = _save_steps(place, wanted.overrides)
-    recipe, mounts = node_inputs.recipe_there(job.recipe)
-    secrets = node_inputs.secrets(job.base, checkpoints, with_login(environ))
-    made = container(wanted.image, site, own=own)
-    secrets |= login(made.image, environ)
-    request = TaskSpec(
-        run_id=checked_run_id(wanted.name, new=True) if wanted.name else default_run_id(loaded.recipe),
-        recipe=recipe,
+    return SubmitFacts(
+        options=options,
+        site=site,
+        environ=environ,
+        infra=infra,
+        venue=venue,
+        job=job,
+        recipe=loaded.recipe,
+        notes=loaded.notes,
+        run_id=checked_run_id(options.name, new=True) if options.name else default_run_id(loaded.recipe),
         checkpoints=checkpoints,
-        overrides=(*overrides, *data, *save),
-        candidates=place.candidates,
-        nodes=nodes,
-        image=made.image,
-        secrets=tuple(secrets),
-        workdir=node_inputs.workdir(made.image),
-        mounts={**mounts, **files},
-        node_python=str(site.node_python) if own and site.node_python else None,
-        autostop=not place.managed and not own,
-        envs={**place.envs, **cost_variables.limits(limits)},
-    )
-    return Order(
-        recipe=loaded.recipe.name,
-        request=request,
-        config=task.task_config(job.base, request),
-        managed=place.managed,
-        retry_until_up=wanted.retry_until_up,
-        row=place.row,
-        said=(*loaded.notes, *place.said, *(f"{word}: the plan's interval for spot" for word in save)),
-        secrets=secrets,
-        build=made.wishes,
         limits=limits,
-        options={name: getattr(wanted, name) for name in REMEMBERED},
+        nodes=options.nodes or int(job.base.get("num_nodes") or 1),
+        gpus=parse_gpus(gpus) if gpus else (None, None),
+        image=image,
+        data_overrides=data,
+        data_files=files,
     )
 
 
-def _shared(infra: Sequence[str]) -> bool:
-    """Whether the nodes may see this machine's files; pods and rented machines never do."""
-    return all(name.partition("/")[0].lower() in SHARED for name in infra)
+def _copied_data(
+    recipe: Recipe, infra: Sequence[str], venue: Venue
+) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """Return what `node_inputs.copied_data` does if the nodes cannot have this machine's files; refuse a model here.
+
+    Pods and rented machines never have them.
+    """
+    if venue == "local" or all(_cloud_of(name) in SHARED for name in infra):
+        return (), {}
+    node_inputs.refuse_local_model(recipe)
+    return node_inputs.copied_data(recipe)
 
 
-def _own(infra: Sequence[str]) -> bool:
-    """Whether the machines are one's own: no prices, no spot."""
-    own = {name.partition("/")[0].lower() in (*skypilot.UNPRICED, "k8s") for name in infra}
+def _venue(infra: Sequence[str], *, local: bool) -> Venue:
+    if local:
+        return "local"
+    own = {_cloud_of(name) in (*skypilot.UNPRICED, "k8s") for name in infra}
     if len(own) > 1:
         raise UserError(
-            f"machines that are rented and machines that are not: {', '.join(infra)}", hint="name one kind"
+            f"--infra has both rented machines and machines of your own: {', '.join(infra)}",
+            hint="name one kind",
         )
-    return own == {True}
+    return "own" if own == {True} else "rented"
 
 
-def _rented(  # noqa: PLR0913 (what a plan depends on)
-    recipe: Recipe,
-    wanted: SubmitOptions,
-    limits: Limits,
-    job: JobFile,
-    *,
-    infra: Sequence[str],
-    nodes: int,
-    now: datetime,
-    prices: LoadPrices,
-) -> _Place:
-    gpus = wanted.gpus or job.gpus
-    accelerator, count = parse_gpus(gpus) if gpus else (None, None)
-    wishes = PlanRequest(
-        accelerator=accelerator,
-        count=count,
-        nodes=nodes,
-        spot=wanted.spot,
-        budget_usd=limits.budget_usd,
-        deadline_h=limits.deadline_h,
-    )
-    asked = prices(now=now, infra=infra, refresh=False)
-    found = make_plan(recipe, wishes, infra=infra, now=now, rows=wanted.rows, prices=lambda **_: asked)
-    chosen = found.chosen
-    if chosen is None:
-        raise no_fit_error(found)
-    managed = wanted.managed or chosen.spot
-    named = bool(gpus or wishes.budget_usd)
-    said = [
-        f"chosen: {found.why}",
-        f"  {chosen.fit.words()}: ${chosen.usd:,.0f} in {chosen.hours:.1f} h expected",
-    ]
-    said += [f"  {reason}" for reason in chosen.fit.reasons]
-    said += [
-        f"  data: {found.workload.source}",
-        f"  prices: {found.prices}",
-        *(f"  {note}" for note in found.notes),
-    ]
-    if managed and not wanted.managed:
-        said.append("as a managed job: spot machines are lost, and SkyPilot finds the next one")
-    places = task.candidates(found, managed=managed, asked=infra, named=named)
-    told = cost_variables.variables(chosen, places, asked.offers, nodes=nodes)
-    return _Place(places, managed, chosen, tuple(said), told)
+def _cloud_of(infra: str) -> str:
+    """Return `gcp` for `gcp/us-central1`."""
+    return infra.partition("/")[0].lower()
 
 
-def _at_home(
-    recipe: Recipe, wanted: SubmitOptions, site: Settings, infra: Sequence[str], nodes: int
-) -> _Place:
-    """Machines that are not rented: nothing to rank, but what cannot fit on such GPUs is refused all the same."""
-    if wanted.spot:
-        raise UserError(f"{', '.join(infra)} has no spot", hint="`--managed` recovers a lost job there, too")
-    accelerator, count = parse_gpus(wanted.gpus) if wanted.gpus else (None, None)
+def _place_on_own(facts: SubmitFacts) -> _Placement:
+    """Place the job on the user's machines. Nothing is ranked, but a recipe that cannot fit the GPUs is refused."""
+    if facts.options.spot:
+        raise UserError(f"{facts.where} has no spot", hint="`--managed` recovers a lost job there, too")
+    accelerator, count = facts.gpus
     if accelerator is None or count is None:
-        raise UserError(f"which GPUs of {', '.join(infra)}?", hint="`--gpus A100:8`")
+        raise UserError(f"which GPUs of {facts.where}?", hint="`--gpus A100:8`")
     shape = Shape(
         accelerator=accelerator,
         count=count,
         memory_gib=gpu(accelerator).memory_gib,
         cores=count,
         host_memory_gib=NO_HOST_LIMIT_GIB,
-        node=infra[0],
-        nodes=nodes,
+        node=facts.infra[0],
+        nodes=facts.nodes,
     )
-    chosen = fit(recipe, shape, find_architecture(recipe))
-    said = (
-        f"{shape} on {', '.join(infra)}: {chosen.words()}, if the host's memory allows: it is not known here",
+    chosen = fit(facts.recipe, shape, find_architecture(facts.recipe))
+    reason = f"{shape} on {facts.where}: {chosen.words()}, if the host has enough memory (unknown here)"
+    candidates = tuple(
+        Candidate(infra=name, accelerators=f"{accelerator}:{count}", use_spot=None) for name in facts.infra
     )
-    places = tuple(
-        Candidate(infra=name, accelerators=f"{accelerator}:{count}", use_spot=None) for name in infra
-    )
-    return _Place(places, wanted.managed, None, said, cost_variables.own_price(site.usd_per_h))
+    envs = node_inputs.own_price(facts.site.usd_per_h)
+    return _Placement(candidates, facts.options.managed, None, (reason,), envs)
 
 
-def _save_steps(place: _Place, overrides: Sequence[str]) -> tuple[str, ...]:
-    """The plan's interval between checkpoints on spot, unless the user names one."""
-    steps = place.row.save_steps if place.row else None
-    said = any(word.startswith("save_steps=") for word in overrides)
-    return (f"save_steps={steps}",) if steps and not said else ()
+def _place_on_rented(facts: SubmitFacts, offers: Prices, now: datetime) -> _Placement:
+    """Place the job on the machines that the plan ranks first."""
+    accelerator, count = facts.gpus
+    request = PlanRequest(
+        accelerator=accelerator,
+        count=count,
+        nodes=facts.nodes,
+        spot=facts.options.spot,
+        budget_usd=facts.limits.budget_usd,
+        deadline_h=facts.limits.deadline_h,
+    )
+    found = make_plan(
+        facts.recipe,
+        request,
+        infra=facts.infra,
+        now=now,
+        rows=facts.options.rows,
+        prices=lambda **_: offers,
+    )
+    chosen = found.chosen
+    if chosen is None:
+        raise no_fit_error(found)
+    managed = facts.options.managed or chosen.spot
+    reasons = [
+        f"chosen: {found.why}",
+        f"  {chosen.fit.words()}: ${chosen.usd:,.0f} in {chosen.hours:.1f} h expected",
+        *(f"  {reason}" for reason in chosen.fit.reasons),
+        f"  data: {found.workload.source}",
+        f"  prices: {found.prices}",
+        *(f"  {note}" for note in found.notes),
+    ]
+    if managed and not facts.options.managed:
+        reasons.append("as a managed job: SkyPilot replaces a spot machine that is lost")
+    named = bool(accelerator or facts.limits.budget_usd)
+    candidates = task.candidates(found, managed=managed, asked=facts.infra, named=named)
+    envs = node_inputs.price_variables(chosen, candidates, offers.offers, nodes=facts.nodes)
+    return _Placement(candidates, managed, chosen, tuple(reasons), envs)
+
+
+def _cloud_submission(facts: SubmitFacts, placement: _Placement) -> Submission:
+    """Build SkyPilot's task for a decided placement."""
+    options, site, own = facts.options, facts.site, facts.venue == "own"
+    recipe, mounts = node_inputs.copied_recipe(facts.job.recipe)
+    save = _save_steps(placement, options.overrides)
+    secrets = node_inputs.secrets(facts.job.base, facts.checkpoints, with_login(facts.environ))
+    secrets |= node_inputs.login(facts.image.image, facts.environ)
+    spec = TaskSpec(
+        run_id=facts.run_id,
+        recipe=recipe,
+        checkpoints=facts.checkpoints,
+        overrides=(*facts.job.overrides, *options.overrides, *facts.data_overrides, *save),
+        candidates=placement.candidates,
+        nodes=facts.nodes,
+        image=facts.image.image,
+        secrets=tuple(secrets),
+        workdir=node_inputs.workdir(facts.image.image),
+        mounts={**mounts, **facts.data_files},
+        node_python=str(site.node_python) if own and site.node_python else None,
+        # A managed job's controller gives its machine back; a cluster must go down by itself.
+        autostop=not placement.managed and not own,
+        envs={**placement.envs, **node_inputs.limit_variables(facts.limits)},
+    )
+    config = task.task_config(facts.job.base, spec)
+    kind: Kind = "managed job" if placement.managed else "cluster"
+    launch = LaunchRequest(
+        kind=kind,
+        name=str(config["name"]),
+        run_id=facts.run_id,
+        recipe=facts.recipe.name,
+        checkpoints=facts.checkpoints,
+        task=config,
+        secrets=secrets,
+        retry_until_up=options.retry_until_up,
+    )
+    interval = (f"{override}: the plan's interval for spot" for override in save)
+    return Submission(
+        launch=launch,
+        where=spec.where,
+        limits=facts.limits,
+        row=placement.row,
+        reasons=(*facts.notes, *placement.reasons, *interval),
+        build=facts.image.build,
+        mounts=spec.mounts,
+        options={name: getattr(options, name) for name in REMEMBERED},
+    )
+
+
+def _local_submission(facts: SubmitFacts) -> Submission:
+    """Build the supervisor's command for this machine."""
+    variables = node_inputs.own_price(facts.site.usd_per_h) | node_inputs.limit_variables(facts.limits)
+    environment = supervisor_environment(
+        facts.environ, trainer_python=facts.site.trainer_python, variables=variables
+    )
+    command = supervisor_command(
+        facts.job.recipe, facts.options.overrides, checkpoints=facts.checkpoints, run_id=facts.run_id
+    )
+    launch = LaunchRequest(
+        kind="local",
+        name=Home.of(Path(), facts.run_id, facts.checkpoints).path.name,
+        run_id=facts.run_id,
+        recipe=facts.job.recipe,
+        checkpoints=facts.checkpoints,
+        task={"run": command, "envs": environment},
+    )
+    return Submission(launch=launch, where=WHERE, limits=facts.limits)
+
+
+def _save_steps(placement: _Placement, overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return the plan's interval between checkpoints on spot as an override, unless the user sets one."""
+    steps = placement.row.save_steps if placement.row else None
+    given = any(override.startswith("save_steps=") for override in overrides)
+    return (f"save_steps={steps}",) if steps and not given else ()

@@ -1,4 +1,4 @@
-"""`submit --resume RUN`: what a run trains, from its bucket; where it ran, from this machine's memory of it."""
+"""`submit --resume RUN`: the recipe and limits come from the run's bucket, the place from this machine's records."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from launcher import settings
-from launcher.registry import known
-from launcher.registry.known import Known, Local
+from launcher.registry.find import find_or_none
+from launcher.registry.submitted import RunRecord
 from launcher.runs.limits import current_limits
 from launcher.runs.run import Reader
 from trainer.bucket import open_run
@@ -23,34 +23,33 @@ from trainer.recipe import Recipe, load
 
 FOLDER = "resumed"
 LIMITS = {"budget": "budget_usd", "deadline": "deadline_h"}
-"""Options, and what a run's events call them."""
+"""Options and their names in a run's events."""
 
 
 class Resumed(NamedTuple):
-    """A submission that goes on with a run."""
+    """The arguments of `submit` that continue a run."""
 
     recipe: str
-    """A file, made of what the run's bucket says."""
+    """A recipe file, written from the run's bucket."""
     options: dict[str, Any]
 
 
 def resume(run_id: str, options: Mapping[str, Any], *, state: Path, environ: Mapping[str, str]) -> Resumed:
-    """The run's own recipe, bucket, place and limits, with what the user now wants otherwise.
+    """Return the run's own recipe, bucket, place and limits, overridden by the given options.
 
     Args:
         run_id: the run's name in its bucket.
-        options: those of `submit`; what is given goes before what is known.
-        state: this machine's.
-        environ: settings and their overrides.
+        options: the options of `submit`, as typed.
+        state: folder with this machine's records.
+        environ: for the settings.
 
     Raises:
-        UserError: no such run, several, or one whose recipe this version reads otherwise.
+        UserError: there is no such run, there are several, or this version reads its recipe differently.
     """
-    known = _known(run_id, options["checkpoints"], state)
-    checkpoints = options["checkpoints"] or (
-        known.record.checkpoints if known else settings.load(environ).checkpoints
-    )
-    address = canonical(checkpoints, Path.cwd())
+    given = canonical(options["checkpoints"], Path.cwd()) if options["checkpoints"] else None
+    record = find_or_none(state, run_id, given)
+    known = record.checkpoints if record else settings.load(environ).checkpoints
+    address = given or canonical(known, Path.cwd())
     bucket = open_run(address, run_id)
     data = bucket.get_or_none(RUN_KEY)
     if data is None:
@@ -60,34 +59,24 @@ def resume(run_id: str, options: Mapping[str, Any], *, state: Path, environ: Map
         )
     limits = current_limits(Reader(bucket, run_id).read())
     before = {option: getattr(limits, key) for option, key in LIMITS.items()}
-    there = {**before, **_place(known, options), "checkpoints": address, "name": run_id}
-    mounts = {} if known is None or isinstance(known, Local) else known.record.mounts
-    recipe = _recipe_file(json.loads(data), run_id, state, mounts)
-    return Resumed(str(recipe), {**options, **{key: options[key] or value for key, value in there.items()}})
+    earlier = {**before, **_place(record, options), "checkpoints": address, "name": run_id}
+    recipe = _recipe_file(json.loads(data), run_id, state, record.mounts if record else {})
+    merged = {**options, **{key: options[key] or value for key, value in earlier.items()}}
+    return Resumed(str(recipe), merged)
 
 
-def _known(run_id: str, checkpoints: str | None, state: Path) -> Known | None:
-    here = [each for each in known.known(state) if each.record.run_id == run_id]
-    if not here:
-        return None
-    if checkpoints is None:
-        return known.find(state, run_id, None)
-    address = canonical(checkpoints, Path.cwd())
-    return next((each for each in here if each.record.checkpoints == address), None)
-
-
-def _place(known: Known | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Where it ran, unless the user names another place."""
-    if known is None or options["infra"]:
+def _place(record: RunRecord | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the place where the run was, unless the user names another place."""
+    if record is None or options["infra"]:
         return {}
-    if isinstance(known, Local):
+    if record.kind == "local":
         return {} if options["gpus"] else {"infra": ("local",)}
-    asked = {name: value for name, value in known.record.options.items() if name in options}
+    asked = {name: value for name, value in record.options.items() if name in options}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
 
 
 def _recipe_file(record: Mapping[str, Any], run_id: str, state: Path, mounts: Mapping[str, str]) -> Path:
-    """The recipe of `run.json` as a file under its own name, which finds it its task again."""
+    """Write the recipe of `run.json` to a file. It keeps its name, by which its task is found."""
     recipe = _as_here(Recipe.model_validate(record["recipe"]), mounts)
     folder, _, stem = recipe.name.rpartition("/")
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", word) or "-" for word in (run_id, folder or "recipe", stem)]
@@ -97,13 +86,13 @@ def _recipe_file(record: Mapping[str, Any], run_id: str, state: Path, mounts: Ma
     read = load(path).recipe
     if read.digest() != record["recipe_digest"]:
         raise UserError(
-            f"run {run_id} is of a recipe that this version reads otherwise: {'; '.join(recipe.differences(read))}",
-            hint="submit the recipe that it was started with, with `--name` and the higher limit",
+            f"this version reads the recipe of run {run_id} differently: {'; '.join(recipe.differences(read))}",
+            hint="submit the original recipe with `--name` and the higher limit",
         )
     return path
 
 
 def _as_here(recipe: Recipe, mounts: Mapping[str, str]) -> Recipe:
-    """With data files that were copied to the nodes where they lie on this machine."""
+    """Replace the paths of data files that were copied to the nodes by their paths on this machine."""
     here = {there.removeprefix("~"): path for there, path in mounts.items()}
     return recipe.with_data(lambda name: next((here[end] for end in here if name.endswith(end)), name))

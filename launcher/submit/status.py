@@ -1,147 +1,135 @@
-"""How the runs of this machine stand: local ones, managed jobs and clusters, by their buckets and by SkyPilot."""
+"""The table of `status`: each run by its bucket and by the backend that runs it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launcher.cloud.protocol import Cloud, JobStatus, Kind
 from launcher.registry import submitted
-from launcher.registry.known import Known, Local, Submitted, known
-from launcher.registry.local import LocalRecord
-from launcher.registry.submitted import Sent
-from launcher.runs.run import Reader, RunHistory
-from trainer.bucket import open_run
+from launcher.registry.find import backend_of, place_of, started_runs
+from launcher.registry.submitted import RunRecord
+from launcher.runs.run import RunHistory
 from trainer.errors import UserError
 
 READERS = 8
-"""Buckets that are read at once."""
+"""Number of buckets that are read at once."""
 RowDict = dict[str, str | int | float | None]
 
 
-def table(state: Path, cloud: Cloud, *, now: float, everything: bool = False) -> list[RowDict]:
-    """A row a run, the latest first. SkyPilot is asked only of what was submitted and is not known to be over.
+def table(state: Path, cloud: Cloud | None, *, now: float, everything: bool = False) -> list[RowDict]:
+    """Return a row for each run, the latest first.
+
+    SkyPilot is asked only about jobs that may still exist.
 
     Args:
-        state: this machine's.
-        cloud: what is asked.
+        state: folder with this machine's records.
+        cloud: a stand-in for SkyPilot.
         now: unix time, seconds.
-        everything: also what SkyPilot has that was not submitted from here.
+        everything: whether to include SkyPilot's jobs that were not submitted from here.
     """
-    runs = known(state)
-    open_ones = [each.record for each in runs if isinstance(each, Submitted) and not each.record.over]
-    standings, fault = _standings(cloud, open_ones, everything=everything)
+    records = started_runs(state)
+    local, _ = _statuses(backend_of("local", state), [r for r in records if r.kind == "local"])
+    open_ones = [record for record in records if record.kind != "local" and not record.over]
+    statuses, fault = _statuses(backend_of("cluster", state, cloud), open_ones, everything=everything)
     with ThreadPoolExecutor(READERS) as readers:
-        seen = list(readers.map(_read, runs))
+        runs = list(readers.map(_read, records))
     rows = []
-    for each, run in zip(runs, seen, strict=True):
-        if isinstance(each, Local):
-            rows.append(_local(each, run, now=now))
-        else:
-            standing = standings.pop((each.record.kind, each.record.name), None)
-            if fault is None and not each.record.over and (standing is None or _gone(standing)):
-                seen_at = standing.where if standing and standing.where else each.record.where
-                submitted.remember(state, each.record.model_copy(update={"over": True, "where": seen_at}))
-            rows.append(_submitted(each.record, standing, run, fault=fault, now=now))
-    return [*rows, *(_unknown(standing) for standing in standings.values() if everything)]
+    for record, run in zip(records, runs, strict=True):
+        found = local if record.kind == "local" else statuses
+        status = found.pop((record.kind, record.name), None)
+        if fault is None and record.kind != "local" and not record.over and _is_over(status):
+            last_place = status.where if status and status.where else record.where
+            submitted.remember(state, record.model_copy(update={"over": True, "where": last_place}))
+        rows.append(_row(record, status, run, fault=fault if record.kind != "local" else None, now=now))
+    return [*rows, *(_foreign_row(status) for status in statuses.values() if everything)]
 
 
 def usd_so_far(run: RunHistory, usd_per_h: float | None, *, now: float, at_work: bool) -> float | None:
-    """The attempts' hours, each at its own price, else at that of what was chosen; of the newest until now, if it is
-    at work.
+    """Return the cost of the attempts' hours, each at its own price, else at the planned price.
+
+    The newest attempt counts until `now` if it is running.
     """
     usd = run.cost(now=now if at_work else None, usd_per_h=usd_per_h).usd
     return None if usd is None else round(usd, 2)
 
 
-def _standings(
-    cloud: Cloud, sents: Sequence[Sent], *, everything: bool
+def state_of(status: JobStatus | None, run: RunHistory, *, unsure: bool) -> str:
+    """Return the state of a run: its end by its bucket, until then by its backend.
+
+    Args:
+        status: the run's job; None if the backend has none, or was not asked.
+        run: the run as its bucket has it.
+        unsure: whether the backend could not be asked. Else an attempt without an end was lost with its machine.
+    """
+    if run.state == "done":
+        return "done"
+    if run.state == "stopped" and not (status and status.at_work):
+        return "stopped"  # SkyPilot calls it failed
+    if status and (status.at_work or status.kind != "local") and status.phase != "idle":
+        return status.phase
+    return run.state if unsure else stopped(run)
+
+
+def stopped(run: RunHistory) -> str:
+    """Return the state of a run that is not running."""
+    return "preempted" if run.state == "running" else run.state
+
+
+def job_text(record: RunRecord) -> str:
+    """Return the job in words: `managed job 3`, `cluster`."""
+    number = f" {record.job_id}" if record.kind == "managed job" and record.job_id is not None else ""
+    return f"{record.kind}{number}"
+
+
+def _statuses(
+    backend: Cloud, records: Sequence[RunRecord], *, everything: bool = False
 ) -> tuple[dict[tuple[Kind, str], JobStatus], UserError | None]:
+    """Return the jobs of these runs, or all jobs, and the error that cut the answer short."""
     found: dict[tuple[Kind, str], JobStatus] = {}
-    jobs = [sent.name for sent in sents if sent.kind == "managed job"]
-    clusters = [sent.name for sent in sents if sent.kind == "cluster"]
+    jobs = [record.name for record in records if record.kind != "cluster"]
+    clusters = [record.name for record in records if record.kind == "cluster"]
     try:
         if jobs or everything:
-            found |= _keyed(cloud.jobs(None if everything else jobs))
+            found |= _keyed(backend.jobs(None if everything else jobs))
         if clusters or everything:
-            found |= _keyed(cloud.clusters(None if everything else clusters))
+            found |= _keyed(backend.clusters(None if everything else clusters))
     except UserError as error:
         return found, error
     return found, None
 
 
-def _keyed(standings: Mapping[str, JobStatus]) -> dict[tuple[Kind, str], JobStatus]:
-    return {(standing.kind, name): standing for name, standing in standings.items()}
+def _keyed(statuses: Mapping[str, JobStatus]) -> dict[tuple[Kind, str], JobStatus]:
+    return {(status.kind, name): status for name, status in statuses.items()}
 
 
-def _read(each: Known) -> RunHistory | UserError:
-    record = each.record
+def _read(record: RunRecord) -> RunHistory | UserError:
     try:
-        return Reader(open_run(record.checkpoints, record.run_id), record.run_id).read()
-    except UserError as error:  # a bucket may be out of reach; the row says so
+        return place_of(record).reader().read()
+    except UserError as error:  # the bucket may be unreachable; the row has the message
         return error
 
 
-def _local(each: Local, run: RunHistory | UserError, *, now: float) -> RowDict:
-    alive = each.record.process() is not None
-    row = _row(each.record, "local", "this machine", run)
-    row["pid"] = each.record.pid if alive else None
-    if not isinstance(run, UserError):
-        row["usd"] = usd_so_far(run, None, now=now, at_work=alive)
-    if isinstance(run, UserError):
-        row["state"] = "running" if alive else "?"
-    else:
-        row["state"] = "running" if alive and run.state != "done" else stopped(run)
-    return row
+def _is_over(status: JobStatus | None) -> bool:
+    """Return whether SkyPilot need not be asked again. A cluster costs money until it is gone."""
+    return status is None or (status.kind == "managed job" and not status.at_work)
 
 
-def _submitted(
-    sent: Sent,
-    standing: JobStatus | None,
+def _row(
+    record: RunRecord,
+    status: JobStatus | None,
     run: RunHistory | UserError,
     *,
     fault: UserError | None,
     now: float,
 ) -> RowDict:
-    where = standing.where if standing and standing.where else sent.where
-    number = f" {sent.job_id}" if sent.kind == "managed job" and sent.job_id is not None else ""
-    row = _row(sent, sent.kind, f"{sent.kind}{number}: {where}", run)
-    row["said"] = standing.said if standing else None
-    if isinstance(run, UserError):
-        row["state"] = standing.phase if standing else "?"
-        return row
-    at_work = standing is not None and standing.at_work
-    row["usd"] = usd_so_far(run, sent.usd_per_h, now=now, at_work=at_work)
-    row["state"] = state_of(standing, run, unsure=fault is not None)
-    row["error"] = fault.message if fault and not sent.over else None
-    return row
-
-
-def state_of(standing: JobStatus | None, run: RunHistory, *, unsure: bool) -> str:
-    """The bucket knows of the end, SkyPilot of the way there; an attempt with no end was lost with its machine."""
-    if run.state == "done":
-        return "done"
-    if run.state == "stopped" and not (standing and standing.at_work):
-        return "stopped"  # SkyPilot calls it failed
-    if standing and standing.phase != "idle":
-        return standing.phase
-    return run.state if unsure else stopped(run)
-
-
-def stopped(run: RunHistory) -> str:
-    return "preempted" if run.state == "running" else run.state
-
-
-def _gone(standing: JobStatus) -> bool:
-    return standing.kind == "managed job" and not standing.at_work
-
-
-def _row(record: LocalRecord | Sent, kind: str, where: str, run: RunHistory | UserError) -> RowDict:
+    local, at_work = record.kind == "local", status is not None and status.at_work
+    where = status.where if status and status.where else record.where
     row: RowDict = {
         "run": record.run_id,
-        "kind": kind,
-        "where": where,
+        "kind": record.kind,
+        "where": where if local else f"{job_text(record)}: {where}",
         "state": "?",
         "step": None,
         "committed": None,
@@ -149,19 +137,36 @@ def _row(record: LocalRecord | Sent, kind: str, where: str, run: RunHistory | Us
         "usd": None,
         "recipe": record.recipe,
         "checkpoints": record.checkpoints,
-        "pid": None,
-        "said": None,
+        "pid": status.job_id if status and local and at_work else None,
+        "said": status.raw_status if status and not local else None,
         "error": None,
     }
     if isinstance(run, UserError):
-        return {**row, "error": run.message}
-    seen = {"step": run.step, "committed": max(run.commits, default=None), "attempts": len(run.attempts)}
-    return {**row, **seen}
+        state = status.phase if status and (at_work or not local) else "?"
+        return {**row, "state": state, "error": run.message}
+    return {
+        **row,
+        "state": state_of(status, run, unsure=fault is not None),
+        "step": run.step,
+        "committed": max(run.commits, default=None),
+        "attempts": len(run.attempts),
+        "usd": usd_so_far(run, record.usd_per_h, now=now, at_work=at_work),
+        "error": fault.message if fault and not record.over else None,
+    }
 
 
-def _unknown(standing: JobStatus) -> RowDict:
-    """What SkyPilot has that was not submitted from here: it need not be a run of ours."""
-    where = f"{standing.kind}: {standing.where}" if standing.where else standing.kind
-    empty = dict.fromkeys(("step", "committed", "attempts", "usd", "recipe", "checkpoints", "pid", "error"))
-    facts = {"run": standing.name, "kind": standing.kind, "where": where, "state": standing.phase}
-    return {**facts, **empty, "said": standing.said}
+def _foreign_row(status: JobStatus) -> RowDict:
+    """Return the row of a job that was not submitted from here, and may not be a run of this program."""
+    where = f"{status.kind}: {status.where}" if status.where else status.kind
+    unknown: Iterable[str] = (
+        "step",
+        "committed",
+        "attempts",
+        "usd",
+        "recipe",
+        "checkpoints",
+        "pid",
+        "error",
+    )
+    facts = {"run": status.name, "kind": status.kind, "where": where, "state": status.phase}
+    return {**facts, **dict.fromkeys(unknown), "said": status.raw_status}

@@ -69,6 +69,14 @@ class TaskSpec(BaseModel):
     autostop: bool = False
     """Whether the cluster goes down `IDLE_MIN` after its last job; managed jobs see to that themselves."""
 
+    @property
+    def where(self) -> str:
+        """The first candidate in words: `2 x A100:8 spot on gcp`."""
+        first = self.candidates[0]
+        market = {True: " spot", False: " on demand", None: ""}[first.use_spot]
+        nodes = f"{self.nodes} x " if self.nodes > 1 else ""
+        return f"{nodes}{first.accelerators}{market} on {first.infra}"
+
 
 def task_config(base: Mapping[str, Any], request: TaskSpec) -> Config:
     """The task of `jobs/` with what was asked for: `setup` and `run` stay as they are.

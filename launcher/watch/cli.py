@@ -50,7 +50,7 @@ def watch(
     found = place(run, checkpoints, state=terminal.state_folder(), environ=os.environ, cwd=Path.cwd())
     if not started_here(found, terminal.state_folder()):
         found.read()  # refuses an unknown name instead of waiting for it
-    source = Source(found, lambda: _cloud(cloud), state=terminal.state_folder())
+    source = Source(found, cloud, state=terminal.state_folder())
     console = terminal.stdout()
     every_s = every or (5.0 if folder_of(found.checkpoints) is None else 1.0)
     if once or as_json:
@@ -79,9 +79,3 @@ def _print_json(snapshot: RunSnapshot) -> None:
         "fault": snapshot.fault,
     }
     click.echo(render.to_json({**snapshot.account.as_dict(), **state}))
-
-
-def _cloud(cloud: Cloud | None) -> Cloud:
-    from launcher.cloud.skypilot import SkyPilot
-
-    return cloud or SkyPilot()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.cloud.protocol import Cloud, JobStatus, find
-from launcher.registry import known
-from launcher.registry.find import RunPlace
-from launcher.registry.known import Local, Submitted
+from launcher.cloud.local import WHERE
+from launcher.cloud.protocol import Cloud, JobStatus
+from launcher.registry.find import RunPlace, place_of, started_runs, status_of
+from launcher.registry.submitted import RunRecord
 from launcher.runs.account import Account, account
 from launcher.runs.listing import SILENT_S
 from launcher.runs.run import RunHistory
@@ -22,7 +21,6 @@ RECOVERY_S = 60.0
 """Seconds without an event after which a run that is not running is not waiting for a recovery any more."""
 OVER = ("done", "failed", "superseded", "stopped", "cancelled")
 """States that no recovery follows."""
-HERE = "this machine"
 ELSEWHERE = "started elsewhere"
 
 
@@ -68,17 +66,11 @@ class RunSnapshot:
 class Source:
     """Reads a run repeatedly: from the bucket only what has grown, from SkyPilot every `ASK_EVERY_S`."""
 
-    def __init__(self, place: RunPlace, cloud: Callable[[], Cloud], *, state: Path) -> None:
+    def __init__(self, place: RunPlace, cloud: Cloud | None, *, state: Path) -> None:
         self._reader = place.reader()
         self._cloud = cloud
-        self._known = next(
-            (
-                entry
-                for entry in known.known(state)
-                if (entry.record.run_id, entry.record.checkpoints) == (place.run_id, place.checkpoints)
-            ),
-            None,
-        )
+        self._state_folder = state
+        self._known = next((record for record in started_runs(state) if place_of(record) == place), None)
         self._status: JobStatus | None = None
         self._asked_at = -ASK_EVERY_S
         self._fault: str | None = None
@@ -94,31 +86,29 @@ class Source:
 
     def _state(self, run: RunHistory, now: float) -> tuple[str, bool, str]:
         """Return the state, whether the run is at work, and what runs it."""
-        if isinstance(self._known, Local):
-            record = self._known.home.record() or self._known.record  # a recovery is a new process
-            process = record.process()
-            if process and run.state != "done":
-                return "running", True, f"{HERE}, pid {process.pid}"
-            return status.stopped(run), False, HERE
-        if isinstance(self._known, Submitted):
-            return self._submitted(self._known, run, now)
-        silent = not run.attempts or now - run.attempts[-1].ended > SILENT_S
-        if run.state == "running" and not silent:
-            return "running", True, ELSEWHERE
-        return status.stopped(run), False, ELSEWHERE
+        record = self._known
+        if record is None:
+            silent = not run.attempts or now - run.attempts[-1].ended > SILENT_S
+            if run.state == "running" and not silent:
+                return "running", True, ELSEWHERE
+            return status.stopped(run), False, ELSEWHERE
+        if record.kind == "local":
+            job = status_of(record, self._state_folder)  # a recovery is a new process
+            if job and job.at_work and run.state != "done":
+                return "running", True, f"{WHERE}, {job.raw_status}"
+            return status.stopped(run), False, WHERE
+        return self._submitted(record, run, now)
 
-    def _submitted(self, entry: Submitted, run: RunHistory, now: float) -> tuple[str, bool, str]:
-        sent = entry.record
-        if not sent.over and now - self._asked_at >= ASK_EVERY_S:
+    def _submitted(self, record: RunRecord, run: RunHistory, now: float) -> tuple[str, bool, str]:
+        if not record.over and now - self._asked_at >= ASK_EVERY_S:
             self._asked_at = now
             try:
-                self._status, self._fault = find(self._cloud(), sent.name, sent.kind), None
+                self._status, self._fault = status_of(record, self._state_folder, self._cloud), None
             except UserError as error:  # the bucket's events can still be shown
                 self._fault = error.message
         job = self._status
         state = status.state_of(job, run, unsure=self._fault is not None)
-        number = f" {sent.job_id}" if sent.kind == "managed job" and sent.job_id is not None else ""
-        held_by = f"{sent.kind}{number}" + (f", {job.said}" if job else "")
+        held_by = status.job_text(record) + (f", {job.raw_status}" if job else "")
         # Without an answer from SkyPilot, the bucket decides.
         at_work = run.state != "done" and (
             job.at_work if job else self._fault is not None and run.state == "running"

@@ -116,7 +116,7 @@ def test_a_cancelled_job_leaves_what_it_had_trained(job: MakesJobs, kind: str) -
     said = cancelled.launcher.run("cancel", cancelled.name).stdout
     [committed] = cancelled.view.committed_steps()
     assert committed == max(cancelled.view.steps())
-    assert f"goes on from step {committed}" in said
+    assert f"resumes from step {committed}" in said
     assert "still there" not in said
     assert cancelled.launcher.status(cancelled.name)["state"] in ("cancelled", "preempted")
     assert cancelled.gone()

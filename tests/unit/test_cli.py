@@ -14,8 +14,7 @@ import pytest
 
 from launcher.cli import main
 from launcher.local import process
-from launcher.local.submit import supervisor_environment
-from launcher.registry.local import Home
+from launcher.local.process import Home, supervisor_environment
 from launcher.runs.run import Reader
 from launcher.settings import VARIABLES
 from tests.fakes import trainer_program
@@ -173,12 +172,12 @@ def test_an_override_makes_another_run(launcher: Type, done_run: Path) -> None:
         (["submit", RECIPE, "--infra", "gpc"], "a folder of this machine, which gpc cannot reach"),
         (
             ["submit", RECIPE, "--infra", "local", "--gpus", "A100:8"],
-            "--gpus means nothing with --infra local",
+            "--gpus cannot be used with --infra local",
         ),
         (["submit", RECIPE, "--infra", "local", "--infra", "gcp"], "this machine alone"),
         (["submit", RECIPE, "--infra", "slurm", "--preempt", "1"], "--preempt is for --infra local"),
         (["submit", RECIPE], "a folder of this machine, which gcp, lambda cannot reach"),
-        (["submit", RECIPE, "--infra", "local", "--preempt", "2", "--detach"], "leave --detach out"),
+        (["submit", RECIPE, "--infra", "local", "--preempt", "2", "--detach"], "leave out --detach"),
         (["submit", RECIPE, "--infra", "local", "--preempt", "-1"], "--preempt"),
         (["submit", RECIPE, "--infra", "local", "--name", "a/b"], "cannot name a run"),
         (["submit", RECIPE, "--infra", "local", "bta=0.1"], "bta"),
@@ -236,7 +235,7 @@ def test_cancel_waits_until_it_is_saved(launcher: Type, at_work: Home, tmp_path:
     assert answer.code == 0
     assert process.attach(at_work) is None
     assert (tmp_path / "runs" / "a-run" / "commits" / "step-00000007.json").exists()
-    assert "not at work" in launcher("cancel", "a-run").out
+    assert "is not running" in launcher("cancel", "a-run").out
 
 
 def test_logs_prints_what_the_supervisor_said(launcher: Type, at_work: Home) -> None:

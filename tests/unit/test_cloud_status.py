@@ -10,8 +10,8 @@ import pytest
 from launcher.cloud.fake import FakeCloud
 from launcher.cloud.protocol import JobStatus, Kind, Phase
 from launcher.registry import submitted
-from launcher.registry.known import find
-from launcher.registry.submitted import Sent
+from launcher.registry.find import find
+from launcher.registry.submitted import RunRecord
 from launcher.runs.run import Reader
 from launcher.submit.status import table, usd_so_far
 from tests.fakes.runs import BEGIN, attempt_events, write_commit, write_events
@@ -27,7 +27,7 @@ class Site:
         self.runs = root / "runs"
         self.cloud = FakeCloud()
 
-    def send(self, run: str = "a-run", kind: Kind = "managed job", **given: Any) -> Sent:
+    def send(self, run: str = "a-run", kind: Kind = "managed job", **given: Any) -> RunRecord:
         some = {
             "run_id": run,
             "recipe": "r",
@@ -39,13 +39,13 @@ class Site:
             "usd_per_h": 36.0,
             "submitted": BEGAN,
         }
-        sent = Sent.model_validate({**some, **given})
+        sent = RunRecord.model_validate({**some, **given})
         submitted.remember(self.state, sent)
         return sent
 
     def stands(self, phase: Phase, run: str = "a-run", kind: Kind = "managed job", **given: Any) -> None:
-        some = {"kind": kind, "name": run, "job_id": 3, "phase": phase, "said": phase.upper()}
-        self.cloud.standings[kind, run] = JobStatus.model_validate({**some, "where": "gcp/us-east4", **given})
+        some = {"kind": kind, "name": run, "job_id": 3, "phase": phase, "raw_status": phase.upper()}
+        self.cloud.statuses[kind, run] = JobStatus.model_validate({**some, "where": "gcp/us-east4", **given})
 
     def train(self, run: str = "a-run", *, done: bool = False, **given: Any) -> None:
         write_events(self.runs / run, attempt_events(1, start=0, last=97, total_steps=200, **given))
@@ -192,10 +192,10 @@ def test_the_latest_comes_first_and_a_damaged_record_is_left_out(site: Site) -> 
 def test_a_run_is_found_by_its_name(site: Site) -> None:
     """Two buckets make a name ambiguous; nobody is an error with the known names."""
     site.send()
-    assert find(site.state, "a-run", None).record.run_id == "a-run"
+    assert find(site.state, "a-run", None).run_id == "a-run"
     site.send(checkpoints="gs://other")
     with pytest.raises(UserError, match="2 runs are called a-run"):
         find(site.state, "a-run", None)
-    assert find(site.state, "a-run", "gs://other").record.checkpoints == "gs://other"
+    assert find(site.state, "a-run", "gs://other").checkpoints == "gs://other"
     with pytest.raises(UserError, match="known runs: a-run"):
         find(site.state, "nobody", None)

@@ -7,7 +7,7 @@ import pytest
 from launcher.image import builders
 from launcher.image.builders import BuildOptions
 from launcher.settings import Settings
-from launcher.submit.image import Container, container, login
+from launcher.submit.node_inputs import Container, container, login
 from launcher.submit.task import to_yaml
 from tests.unit.test_orders import _no_settings, order  # noqa: F401 (a fixture)
 from trainer.errors import UserError
@@ -27,15 +27,15 @@ def test_an_image_is_the_one_that_is_named() -> None:
 def test_auto_is_this_checkouts_image_by_its_content() -> None:
     """Its name is known before it is there, so a dry run shows it and builds nothing."""
     made = container("auto", Settings(registry="ghcr.io/me"), own=False)
-    assert made.wishes == BuildOptions(registry="ghcr.io/me", push=True)
-    assert made.image == builders.image_name(made.wishes)
+    assert made.build == BuildOptions(registry="ghcr.io/me", push=True)
+    assert made.image == builders.image_name(made.build)
     assert made.image.startswith("ghcr.io/me/aeolus-trainer:")
     assert container(None, Settings(image="auto", registry="ghcr.io/me"), own=False) == made
 
 
 def test_auto_wants_a_registry() -> None:
     """Rented machines cannot pull from this one."""
-    with pytest.raises(UserError, match="no registry to push to") as refused:
+    with pytest.raises(UserError, match="nowhere to push to") as refused:
         container("auto", Settings(), own=False)
     assert "registry = " in str(refused.value.hint)
 
@@ -44,15 +44,15 @@ def test_a_dry_run_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builders, "ensure", None)
     made = order(gpus="A100:8", image="auto", environ={"AEOLUS_REGISTRY": "ghcr.io/me"})
     assert made.build == BuildOptions(registry="ghcr.io/me", push=True)
-    assert made.config["resources"]["image_id"] == f"docker:{builders.image_name(made.build)}"
+    assert made.launch.task["resources"]["image_id"] == f"docker:{builders.image_name(made.build)}"
 
 
 def test_a_login_goes_along_as_secrets() -> None:
     """The registry is the image's own unless another is named; the values are in no task file."""
     made = order(gpus="A100:8", image="ghcr.io/me/aeolus-trainer:1", environ=LOGIN)
-    assert made.secrets == {**LOGIN, "SKYPILOT_DOCKER_SERVER": "ghcr.io"}
-    assert set(made.config["secrets"]) == set(made.secrets)
-    assert PASSWORD not in to_yaml(made.config)
+    assert made.launch.secrets == {**LOGIN, "SKYPILOT_DOCKER_SERVER": "ghcr.io"}
+    assert set(made.launch.task["secrets"]) == set(made.launch.secrets)
+    assert PASSWORD not in to_yaml(made.launch.task)
     assert (
         login("docker:x.io/i:1", {**LOGIN, "SKYPILOT_DOCKER_SERVER": "y.io"})["SKYPILOT_DOCKER_SERVER"]
         == "y.io"

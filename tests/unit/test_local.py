@@ -7,28 +7,26 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from rich.console import Console
 
+from launcher.cloud.local import LocalMachine
+from launcher.cloud.protocol import LaunchRequest, find
 from launcher.local import process
 from launcher.local.fault_injection import Preemptions, plan
-from launcher.local.follow import (
-    MAX_FRUITLESS,
-    Answer,
-    Ending,
-    Follower,
-    FollowOptions,
-    Submission,
-    cancel,
-)
+from launcher.local.process import Home, LocalRecord, supervisor_command, supervisor_environment
 from launcher.local.progress import PlainView, facts
-from launcher.local.signals import Signals
-from launcher.local.submit import print_log, submit, supervisor_command, supervisor_environment
-from launcher.registry.local import Home, LocalRecord
 from launcher.runs.run import Reader, RunHistory
+from launcher.submit.follow import SubmitContext
+from launcher.submit.launch import submit
+from launcher.submit.outcome import MAX_FRUITLESS, Ending
+from launcher.submit.prepare import Submission
+from launcher.terminal import Answer
 from tests.fakes import trainer_program
 from trainer.bucket import open_run
 
@@ -47,20 +45,35 @@ class Site:
     def job(self, **options: object) -> Submission:
         words = [f"{key}={value}" for key, value in options.items()]
         _, _, _, *rest = supervisor_command("fake", words, checkpoints=str(self.runs), run_id="a-run")
-        command = (sys.executable, trainer_program.__file__, *rest)
-        environment = supervisor_environment(os.environ)
-        return Submission("a-run", "fake", str(self.runs), command, environment)
+        launch = LaunchRequest(
+            kind="local",
+            name=self.home.path.name,
+            run_id="a-run",
+            recipe="fake",
+            checkpoints=str(self.runs),
+            task={
+                "run": (sys.executable, trainer_program.__file__, *rest),
+                "envs": supervisor_environment(os.environ),
+            },
+        )
+        return Submission(launch=launch, where="this machine")
 
-    def submit(self, job: Submission, **wishes: object) -> tuple[Ending, RunHistory]:
-        asked = FollowOptions(poll_s=POLL_S, **wishes)  # type: ignore[arg-type]
-        return submit(job, asked, state=self.state, console=Console(file=self.said, width=400))
+    def submit(
+        self, job: Submission, *, view: PlainView | None = None, detach: bool = False, **given: Any
+    ) -> tuple[Ending, RunHistory]:
+        machine = LocalMachine(self.state)
+        context = SubmitContext(
+            backend=machine,
+            state=self.state,
+            view=view or PlainView(Console(file=self.said, width=400)),
+            poll_s=POLL_S,
+            kill=machine.kill,
+            **given,
+        )
+        return submit(job, context, detach=detach)
 
-    def follow(self, job: Submission, view: PlainView, **wishes: object) -> Ending:
-        reader = Reader(open_run(job.checkpoints, job.run_id), job.run_id)
-        with Signals() as signals:
-            asked = FollowOptions(poll_s=POLL_S, **wishes)  # type: ignore[arg-type]
-            follower = Follower(job, self.home, reader, view, signals, asked)
-            return follower.follow(follower.begin())
+    def follow(self, job: Submission, view: PlainView, **given: Any) -> Ending:
+        return self.submit(job, view=view, **given)[0]
 
     def read(self) -> RunHistory:
         return Reader(open_run(str(self.runs), "a-run"), "a-run").read()
@@ -211,7 +224,7 @@ def test_without_a_terminal_a_signal_cancels(site: Site, number: signal.Signals)
     run = site.read()
     assert (ending.how, ending.exit_code) == ("cancelled", 75)
     assert (run.state, run.commits, len(run.attempts)) == ("preempted", (5, 7), 1)
-    assert "goes on from step 7" in ending.message
+    assert "resumes from step 7" in ending.message
     assert process.attach(site.home) is None
 
 
@@ -238,7 +251,7 @@ def test_a_user_who_detaches_leaves_it_running(site: Site) -> None:
     assert (ending.how, ending.exit_code) == ("detached", 0)
     assert str(left.pid) in ending.message
     assert str(site.home.log) in ending.message
-    assert f"`launcher cancel {site.job().run_id}` stops it" in ending.message
+    assert f"`launcher cancel {site.job().launch.run_id}` stops it" in ending.message
 
 
 def test_ctrl_c_while_asking_cancels(site: Site) -> None:
@@ -261,7 +274,7 @@ def test_detach_comes_back_at_once_and_leaves_it_running(site: Site) -> None:
     first = process.attach(site.home)
     ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGTERM]))
     assert first
-    assert f"at work here already (pid {first.pid})" in site.said.getvalue()
+    assert f"is already running, as pid {first.pid}" in site.said.getvalue()
     assert (ending.how, len(site.read().attempts)) == ("cancelled", 1)
 
 
@@ -279,9 +292,10 @@ def test_cancelled_from_elsewhere_is_not_recovered(site: Site) -> None:
 
     class CancelsElsewhere(PlainView):
         def show(self, run: RunHistory) -> None:
-            found = process.attach(site.home)
-            if run.step >= 7 and found and not site.home.cancelled:
-                cancel(Home(site.home.path), found)
+            elsewhere = LocalMachine(site.state)
+            found = find(elsewhere, site.home.path.name, "local")
+            if run.step >= 7 and found and found.phase == "running":
+                elsewhere.cancel(found, str)
 
     ending = site.follow(site.job(stall="7"), CancelsElsewhere(Console(file=site.said, width=400)))
     assert (ending.how, len(site.read().attempts)) == ("cancelled", 1)
@@ -300,11 +314,8 @@ def test_a_recycled_pid_is_not_believed(site: Site) -> None:
 def test_the_pid_file_holds_no_secret(site: Site) -> None:
     """Overrides and environment may hold tokens, so neither is written down."""
     job = site.job(hub_token="hf_secret")
-    site.submit(
-        Submission(
-            job.run_id, job.recipe, job.checkpoints, job.command, {**job.environment, "T": "hf_secret"}
-        )
-    )
+    task = {**job.launch.task, "envs": {**job.launch.task["envs"], "T": "hf_secret"}}
+    site.submit(replace(job, launch=replace(job.launch, task=task)))
     files = [path for path in site.home.path.iterdir() if path.is_file()]
     assert files
     assert not any("hf_secret" in path.read_text() for path in files)
@@ -315,7 +326,10 @@ def test_the_log_of_an_ended_run_is_printed_whole(site: Site) -> None:
     """Following the log of a run that has ended comes back."""
     site.submit(site.job(steps=3))
     lines: list[str] = []
-    print_log(site.home, lines.append, follow=True)
+    machine = LocalMachine(site.state)
+    ended = find(machine, site.home.path.name)
+    assert ended
+    machine.logs(ended, lines.append, follow=True)
     assert lines == ["step 1/3", "step 2/3", "step 3/3"]
 
 

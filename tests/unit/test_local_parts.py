@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cloud.local import ended_phase
+from launcher.cloud.protocol import JobStatus
 from launcher.local import process
 from launcher.local.fault_injection import plan
-from launcher.local.follow import judge
-from launcher.local.process import LogTail
-from launcher.local.submit import supervisor_command, supervisor_environment
-from launcher.registry.local import Home
+from launcher.local.process import Home, LogTail, supervisor_command, supervisor_environment
 from launcher.runs.run import RunHistory
+from launcher.submit.outcome import judge
 
 
 def test_the_same_run_in_two_buckets_is_two_runs(tmp_path: Path) -> None:
@@ -70,7 +70,9 @@ def test_preemptions_are_planned_in_order_and_inside_the_training(after: int, to
 )
 def test_what_an_exit_code_means(code: int, cancelled: bool, how: str) -> None:
     """Every exit code of the supervisor has one meaning."""
-    assert judge(code, RunHistory("a-run", "/runs/a-run", (), ()), cancelled=cancelled) == how
+    phase = ended_phase(code, cancelled=cancelled)
+    status = JobStatus(kind="local", name="a-run", job_id=1, phase=phase, raw_status="pid 1", exit_code=code)
+    assert judge(status, RunHistory("a-run", "/runs/a-run", (), ())) == how
 
 
 def test_a_log_is_followed_by_lines(tmp_path: Path) -> None:

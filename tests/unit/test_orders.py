@@ -14,7 +14,7 @@ from launcher.prices.offer import Prices, offer_of
 from launcher.prices.store import load_snapshot
 from launcher.settings import Settings
 from launcher.submit.job_files import JOBS, find, names
-from launcher.submit.prepare import Order, SubmitOptions, prepare
+from launcher.submit.prepare import Submission, SubmitOptions, prepare
 from launcher.submit.task import to_yaml
 from trainer.errors import BucketError, NoFit, UserError
 from trainer.recipe import default_run_id, load
@@ -44,7 +44,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def order(
     source: str | None = None, *overrides: str, environ: dict[str, str] | None = None, **given: Any
-) -> Order:
+) -> Submission:
     wanted = {"checkpoints": "gs://b/runs", **given}
     return prepare(
         SubmitOptions(source=source, overrides=overrides, **wanted),
@@ -57,36 +57,36 @@ def order(
 def test_gpus_alone_are_enough() -> None:
     """`submit --gpus A100:8`: the recipe, the place and the way to fit are chosen, and it says why."""
     made = order(gpus="A100:8")
-    assert made.recipe == "zephyr-7b/dpo_full"
-    assert made.config["envs"]["RECIPE"] == "zephyr-7b/dpo_full"
-    assert {each["accelerators"] for each in made.config["resources"]["ordered"]} == {"A100:8"}
+    assert made.launch.recipe == "zephyr-7b/dpo_full"
+    assert made.launch.task["envs"]["RECIPE"] == "zephyr-7b/dpo_full"
+    assert {each["accelerators"] for each in made.launch.task["resources"]["ordered"]} == {"A100:8"}
     assert made.row
-    assert "ZeRO-2: DDP needs" in "\n".join(made.said)
-    assert made.row.describe() in made.said[0]
+    assert "ZeRO-2: DDP needs" in "\n".join(made.reasons)
+    assert made.row.describe() in made.reasons[0]
 
 
 def test_spot_is_a_managed_job_that_saves_as_often_as_the_plan_says() -> None:
     """A machine that is lost is replaced, and little is lost with it; the run stays the same run."""
     made = order(gpus="A100-80GB:8", spot=True)
-    assert made.managed
+    assert made.launch.kind == "managed job"
     assert made.row
-    assert made.config["envs"]["OVERRIDES"] == f"save_steps={made.row.save_steps}"
-    assert made.request.run_id == default_run_id(load("zephyr-7b/dpo_full").recipe)
-    assert "autostop" not in made.config["resources"]
+    assert made.launch.task["envs"]["OVERRIDES"] == f"save_steps={made.row.save_steps}"
+    assert made.launch.run_id == default_run_id(load("zephyr-7b/dpo_full").recipe)
+    assert "autostop" not in made.launch.task["resources"]
 
 
 def test_the_user_s_own_interval_stands() -> None:
     """What is said is not overridden."""
     made = order(None, "save_steps=7", gpus="A100-80GB:8", spot=True)
-    assert made.config["envs"]["OVERRIDES"] == "save_steps=7"
+    assert made.launch.task["envs"]["OVERRIDES"] == "save_steps=7"
 
 
 def test_on_demand_is_a_cluster_that_goes_down_after_its_work() -> None:
     """Nothing needs to recover it, and nobody pays for it once it is idle."""
     made = order(gpus="A100-80GB:8", spot=False)
-    assert not made.managed
-    assert made.config["resources"]["autostop"]["down"] is True
-    listed = made.config["resources"]["ordered"]
+    assert made.launch.kind == "cluster"
+    assert made.launch.task["resources"]["autostop"]["down"] is True
+    listed = made.launch.task["resources"]["ordered"]
     assert {each["use_spot"] for each in listed} == {False}
 
 
@@ -117,18 +117,18 @@ def test_a_store_on_this_machine_is_refused_for_rented_ones_alone() -> None:
     with pytest.raises(BucketError, match="on this machine, which gcp"):
         order(checkpoints="s3://b/runs", gpus="A100:8", environ=environ)
     made = order(TINY, checkpoints="s3://b/runs", gpus="A100:8", infra=("slurm",), environ=environ)
-    assert made.secrets["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9000"
+    assert made.launch.secrets["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9000"
 
 
 def test_slurm_takes_gpus_and_has_neither_prices_nor_spot() -> None:
     """Machines of one's own: what runs there is said, not ranked."""
     environ = {"AEOLUS_NODE_PYTHON": "/opt/python", "AEOLUS_IMAGE": "registry/image"}
     made = order(TINY, gpus="A100:8", infra=("slurm/lab",), managed=True, environ=environ)
-    resources = made.config["resources"]
+    resources = made.launch.task["resources"]
     assert (resources["infra"], resources["accelerators"]) == ("slurm/lab", "A100:8")
     assert not {"use_spot", "image_id", "autostop", "instance_type"} & set(resources)
-    assert made.config["envs"]["AEOLUS_TRAINER_PYTHON"] == "/opt/python"
-    assert made.managed
+    assert made.launch.task["envs"]["AEOLUS_TRAINER_PYTHON"] == "/opt/python"
+    assert made.launch.kind == "managed job"
     assert made.row is None
 
 
@@ -159,12 +159,12 @@ def test_what_cannot_fit_one_s_own_gpus_is_refused_too() -> None:
 def test_secrets_go_by_name_and_only_where_they_are_needed() -> None:
     """Values are in no file and no log; Amazon's keys are for Amazon's buckets."""
     made = order(gpus="A100:8", environ=SECRETS)
-    assert made.secrets == {"HF_TOKEN": SECRETS["HF_TOKEN"]}
-    assert made.config["secrets"] == {"HF_TOKEN": None}
+    assert made.launch.secrets == {"HF_TOKEN": SECRETS["HF_TOKEN"]}
+    assert made.launch.task["secrets"] == {"HF_TOKEN": None}
     s3 = order(gpus="A100:8", checkpoints="s3://b/runs", environ={**SECRETS, "AWS_REGION": "eu-west-1"})
-    assert set(s3.secrets) == {*SECRETS, "AWS_REGION"}
+    assert set(s3.launch.secrets) == {*SECRETS, "AWS_REGION"}
     for each in (made, s3):
-        shown = f"{each!r} {to_yaml(each.config)} {each.said} {each.request.model_dump_json()}"
+        shown = f"{each!r} {to_yaml(each.launch.task)} {each.reasons}"
         assert not any(value in shown for value in SECRETS.values())
 
 
@@ -173,12 +173,12 @@ def test_who_has_logged_in_to_the_hub_needs_no_variable(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("hf_fromthelogin\n")
     logged_in = {"HF_HOME": str(tmp_path)}
     made = order(gpus="A100:8", environ=logged_in)
-    assert made.secrets == {"HF_TOKEN": "hf_fromthelogin"}
-    assert "fromthelogin" not in to_yaml(made.config)
-    assert order(gpus="A100:8", environ={**logged_in, "HF_TOKEN": "hf_ours"}).secrets == {
+    assert made.launch.secrets == {"HF_TOKEN": "hf_fromthelogin"}
+    assert "fromthelogin" not in to_yaml(made.launch.task)
+    assert order(gpus="A100:8", environ={**logged_in, "HF_TOKEN": "hf_ours"}).launch.secrets == {
         "HF_TOKEN": "hf_ours"
     }
-    assert order(gpus="A100:8", environ={"HF_HOME": str(tmp_path / "none")}).secrets == {}
+    assert order(gpus="A100:8", environ={"HF_HOME": str(tmp_path / "none")}).launch.secrets == {}
 
 
 def test_a_recipe_file_goes_along_under_its_folder_s_name(tmp_path: Path) -> None:
@@ -188,9 +188,9 @@ def test_a_recipe_file_goes_along_under_its_folder_s_name(tmp_path: Path) -> Non
     (folder / "dpo.yaml").write_text((Path("jobs/recipes") / f"{TINY}.yaml").read_text())
     made = order(str(folder / "dpo.yaml"), gpus="A100:8", infra=("slurm",))
     there = "~/.aeolus/mine/dpo.yaml"
-    assert made.config["envs"]["RECIPE"] == there
-    assert made.config["file_mounts"] == {there: str(folder / "dpo.yaml")}
-    assert made.recipe == "mine/dpo"
+    assert made.launch.task["envs"]["RECIPE"] == there
+    assert made.launch.task["file_mounts"] == {there: str(folder / "dpo.yaml")}
+    assert made.launch.recipe == "mine/dpo"
 
 
 def test_data_of_this_machine_goes_along_to_rented_ones(tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_data_of_this_machine_goes_along_to_rented_ones(tmp_path: Path) -> None:
         "zephyr-7b/dpo_full", f"dataset_mixture={pairs}", f"test_dataset=[{tests},{pairs}]", gpus="A100:8"
     )
     there = ["~/.aeolus/data/0/pairs.jsonl", "~/.aeolus/data/1/pairs.jsonl"]
-    assert made.config["file_mounts"] == {there[0]: str(pairs), there[1]: str(tests)}
-    handed_on = str(made.config["envs"]["OVERRIDES"]).split()
+    assert made.launch.task["file_mounts"] == {there[0]: str(pairs), there[1]: str(tests)}
+    handed_on = str(made.launch.task["envs"]["OVERRIDES"]).split()
     assert [word for word in handed_on if word.startswith("dataset_mixture.")] == [
         f"dataset_mixture.datasets.0.id={there[0]}",
         f"dataset_mixture.test_datasets.0.id={there[1]}",
@@ -220,7 +220,7 @@ def test_pods_get_the_data_and_a_cluster_that_may_share_it_does_not(
     data = tmp_path / "pairs.jsonl"
     data.write_text("{}\n")
     made = order("zephyr-7b/dpo_full", f"dataset_mixture={data}", gpus="A100:8", infra=(infra,))
-    assert ("file_mounts" in made.config) == copied
+    assert ("file_mounts" in made.launch.task) == copied
 
 
 def test_the_node_reads_the_copied_data_as_the_same_run(
@@ -234,11 +234,11 @@ def test_the_node_reads_the_copied_data_as_the_same_run(
     (folder / "dpo.yaml").write_text("model_name_or_path: Qwen/Qwen2.5-7B\ndataset_mixture: pairs.jsonl\n"
                                      "global_batch_size: 64\n")  # fmt: skip
     made = order(str(folder / "dpo.yaml"), gpus="A100:8")
-    for there, here in made.config["file_mounts"].items():
+    for there, here in made.launch.task["file_mounts"].items():
         copy = Path(there).expanduser()
         copy.parent.mkdir(parents=True)
         copy.write_text(Path(here).read_text())
-    envs = made.config["envs"]
+    envs = made.launch.task["envs"]
     read = load(envs["RECIPE"], str(envs["OVERRIDES"]).split()).recipe
     assert read.dataset_mixture.datasets[0].id == str(tmp_path / "node/.aeolus/data/0/pairs.jsonl")
     assert read.digest() == load(folder / "dpo.yaml").recipe.digest()
@@ -250,9 +250,9 @@ def test_a_folder_with_blanks_leaves_none_in_what_the_node_s_shell_reads(tmp_pat
     folder.mkdir()
     (folder / "dpo.yaml").write_text((Path("jobs/recipes") / f"{TINY}.yaml").read_text())
     made = order(str(folder / "dpo.yaml"), gpus="A100:8", infra=("slurm",))
-    assert made.config["envs"]["RECIPE"] == "~/.aeolus/my-project-2-/dpo.yaml"
-    assert made.config["file_mounts"] == {"~/.aeolus/my-project-2-/dpo.yaml": str(folder / "dpo.yaml")}
-    assert str(made.config["name"]).startswith("my-project-2-dpo-")
+    assert made.launch.task["envs"]["RECIPE"] == "~/.aeolus/my-project-2-/dpo.yaml"
+    assert made.launch.task["file_mounts"] == {"~/.aeolus/my-project-2-/dpo.yaml": str(folder / "dpo.yaml")}
+    assert str(made.launch.task["name"]).startswith("my-project-2-dpo-")
 
 
 def test_data_whose_name_would_not_arrive_is_refused(tmp_path: Path) -> None:
@@ -262,7 +262,9 @@ def test_data_whose_name_would_not_arrive_is_refused(tmp_path: Path) -> None:
     recipe.write_text(
         "model_name_or_path: Qwen/Qwen2.5-7B\ndataset_mixture: my pairs.jsonl\nglobal_batch_size: 64\n"
     )
-    with pytest.raises(UserError, match=r"my pairs\.jsonl has a name that the way to the node would change"):
+    with pytest.raises(
+        UserError, match=r"my pairs\.jsonl: this file name cannot be passed to a node unchanged"
+    ):
         order(str(recipe), gpus="A100:8")
 
 
@@ -280,8 +282,8 @@ def test_a_task_for_one_kind_of_gpu_is_planned_for_that(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(task))
     made = order(str(path))
-    assert {each["accelerators"] for each in made.config["resources"]["ordered"]} == {"A100:8"}
-    assert made.recipe == "notus-7b/dpo_full"
+    assert {each["accelerators"] for each in made.launch.task["resources"]["ordered"]} == {"A100:8"}
+    assert made.launch.recipe == "notus-7b/dpo_full"
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name != PIPELINE])
@@ -289,10 +291,10 @@ def test_every_task_can_be_submitted_by_its_name(name: str) -> None:
     """Its own recipe, on whatever the plan chooses for it."""
     made = order(name)
     base = find(name).base
-    assert made.config["envs"]["RECIPE"] == base["envs"]["RECIPE"]
-    assert (made.config["setup"], made.config["run"]) == (base["setup"], base["run"])
-    assert made.config["resources"]["job_recovery"] == {"recover_on_exit_codes": [75]}
-    assert made.request.nodes == base.get("num_nodes", 1)
+    assert made.launch.task["envs"]["RECIPE"] == base["envs"]["RECIPE"]
+    assert (made.launch.task["setup"], made.launch.task["run"]) == (base["setup"], base["run"])
+    assert made.launch.task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75]}
+    assert made.launch.task.get("num_nodes", 1) == base.get("num_nodes", 1)
 
 
 def test_a_pipeline_is_launched_by_hand() -> None:

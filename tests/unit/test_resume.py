@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 import yaml
 
 from launcher.cloud.fake import FakeCloud
-from launcher.local.follow import EXIT_CODES
-from launcher.local.follow import judge as judge_here
+from launcher.cloud.local import ended_phase
+from launcher.local.progress import LineView
 from launcher.registry import submitted
-from launcher.registry.submitted import Sent
+from launcher.registry.submitted import RunRecord
 from launcher.runs.limits import changed_limits_note, current_limits, refuse_used_up
 from launcher.runs.run import AttemptHistory, RunHistory
-from launcher.submit.launch import SubmitContext, judge, submit
+from launcher.submit.follow import SubmitContext
+from launcher.submit.launch import submit
+from launcher.submit.outcome import EXIT_CODES, judge
 from launcher.submit.prepare import SubmitOptions, prepare
 from launcher.submit.resume import resume
 from launcher.submit.status import table
@@ -59,7 +62,7 @@ class Site:
         (self.runs / "r" / "run.json").write_text(json.dumps(record))
 
     def remember(self, **options: Any) -> None:
-        sent = Sent(
+        sent = RunRecord(
             run_id="r", recipe=TINY, checkpoints=str(self.runs), kind="managed job", name="r", job_id=1,
             where="A100:8 spot on gcp", usd_per_h=1.0, submitted=1.0, options=options,
         )  # fmt: skip
@@ -130,20 +133,20 @@ def test_what_is_no_run_is_said(site: Site) -> None:
 def test_the_same_run_whatever_its_limits(site: Site) -> None:
     """Budget and deadline are in the task's environment, and in no name."""
     free, limited = order(gpus="A100-80GB:8"), order(gpus="A100-80GB:8", budget_usd=200.0, deadline_h=36.0)
-    assert free.name == limited.name
-    assert free.request.run_id == limited.request.run_id
-    envs = limited.config["envs"]
+    assert free.launch.name == limited.launch.name
+    assert free.launch.run_id == limited.launch.run_id
+    envs = limited.launch.task["envs"]
     assert (envs[BUDGET_USD], envs[DEADLINE_H]) == ("200", "36")
-    assert not {BUDGET_USD, DEADLINE_H} & free.config["envs"].keys()
+    assert not {BUDGET_USD, DEADLINE_H} & free.launch.task["envs"].keys()
 
 
 def test_machines_of_one_s_own_take_a_deadline_and_with_a_price_a_budget() -> None:
     """What has no price has no budget."""
     there = {"gpus": "A100:8", "infra": ("slurm",)}
-    assert order(TINY, **there, deadline_h=2.0).config["envs"][DEADLINE_H] == "2"
+    assert order(TINY, **there, deadline_h=2.0).launch.task["envs"][DEADLINE_H] == "2"
     priced = order(TINY, **there, budget_usd=5.0, environ={"AEOLUS_USD_PER_H": "2"})
-    assert priced.config["envs"][BUDGET_USD] == "5"
-    assert BUDGET_USD not in order(TINY, **there, environ={"AEOLUS_BUDGET": "5"}).config["envs"]
+    assert priced.launch.task["envs"][BUDGET_USD] == "5"
+    assert BUDGET_USD not in order(TINY, **there, environ={"AEOLUS_BUDGET": "5"}).launch.task["envs"]
 
 
 @pytest.mark.parametrize(("budget", "refused"), [(10.0, True), (30.0, True), (31.0, False), (None, False)])
@@ -159,10 +162,11 @@ def test_nothing_is_rented_for_a_budget_that_is_spent(
         now=NOW,
         prices=shipped,
     )
-    request = made.request.model_copy(update={"checkpoints": str(site.runs)})
-    mine = type(made)(**{**vars(made), "request": request})
+    mine = replace(made, launch=replace(made.launch, checkpoints=str(site.runs)))
     cloud = FakeCloud(ends="failed")
-    desk = SubmitContext(cloud=cloud, state=site.state, say=lambda _line: None, now=NOW.timestamp)
+    desk = SubmitContext(
+        backend=cloud, state=site.state, view=LineView(lambda _line: None), now=NOW.timestamp
+    )
     if refused:
         with pytest.raises(UserError, match="has used up its budget") as caught:
             submit(mine, desk, detach=True)
@@ -205,12 +209,13 @@ def test_a_stopped_run_is_neither_failed_nor_recovered(site: Site) -> None:
     run = run_of(stopped_events())
     assert run.state == "stopped"
     failed = standing("failed")
+    local = standing(ended_phase(79, cancelled=False), kind="local", exit_code=79)
     assert judge(failed, run) == "stopped"
-    assert judge(failed, run, seen=1) == "failed"
-    assert judge_here(79, run, cancelled=False) == "stopped"
+    assert judge(failed, run, attempts_before=1) == "failed"
+    assert judge(local, run) == "stopped"
     assert EXIT_CODES["stopped"] == 79
     site.remember()
     cloud = FakeCloud()
-    cloud.standings["managed job", "r"] = failed.model_copy(update={"name": "r"})
+    cloud.statuses["managed job", "r"] = failed.model_copy(update={"name": "r"})
     (row,) = table(site.state, cloud, now=NOW.timestamp())
     assert row["state"] == "stopped"

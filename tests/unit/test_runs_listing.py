@@ -11,7 +11,7 @@ import pytest
 from launcher.cli import main
 from launcher.registry import submitted
 from launcher.registry.find import RunPlace, place
-from launcher.registry.submitted import Sent
+from launcher.registry.submitted import RunRecord
 from launcher.runs import listing as listing_module
 from launcher.runs.listing import SILENT_S, listing
 from tests.fakes.journeys import LEGS, journey, write_journey
@@ -93,7 +93,7 @@ def test_a_bucket_is_listed_like_a_folder(s3: str, capsys: pytest.CaptureFixture
 def submit(state: Path, checkpoints: str) -> None:
     facts = {"run_id": "a-run", "recipe": "r", "checkpoints": checkpoints, "kind": "cluster", "name": "a-run"}
     more = {"job_id": 1, "where": "gcp", "usd_per_h": None, "submitted": 0.0}
-    submitted.remember(state, Sent.model_validate({**facts, **more}))
+    submitted.remember(state, RunRecord.model_validate({**facts, **more}))
 
 
 def found(run: str, checkpoints: str | None, root: Path) -> RunPlace:
@@ -120,7 +120,7 @@ def test_a_submitted_run_is_found_where_it_was_submitted_to(tmp_path: Path) -> N
 
 def test_an_unknown_run_is_refused(tmp_path: Path) -> None:
     """The hint names the command that lists all runs."""
-    with pytest.raises(UserError, match="nothing of a run a-run") as caught:
+    with pytest.raises(UserError, match="has no run a-run") as caught:
         RunPlace(str(tmp_path), "a-run").read()
     assert "launcher runs" in (caught.value.hint or "")
 

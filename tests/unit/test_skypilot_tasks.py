@@ -86,7 +86,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     catalogs.write(home / ".sky" / "catalogs" / "v8")
     secret = {"HF_TOKEN": SECRET}
     made = {name: order(**{"environ": secret, **given}) for name, given in ORDERS.items()}
-    given = {name: (each.config, dict(each.secrets)) for name, each in made.items()}
+    given = {name: (each.launch.task, dict(each.launch.secrets)) for name, each in made.items()}
     environ = {
         **os.environ,
         "HOME": str(home),

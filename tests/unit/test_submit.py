@@ -11,15 +11,17 @@ import psutil
 import pytest
 
 from launcher.cloud.fake import FakeCloud
-from launcher.cloud.protocol import JobStatus, Kind, Phase
+from launcher.cloud.protocol import JobStatus, Kind, LaunchRequest, Phase
 from launcher.image.builders import BuildOptions
-from launcher.local.follow import Ending
+from launcher.local.process import Home, LocalRecord
+from launcher.local.progress import LineView
 from launcher.registry import submitted
-from launcher.registry.local import Home, LocalRecord
-from launcher.registry.submitted import Sent
+from launcher.registry.submitted import RunRecord
 from launcher.runs.run import Reader, RunHistory
-from launcher.submit.launch import SubmitContext, judge, submit
-from launcher.submit.prepare import Order
+from launcher.submit.follow import SubmitContext
+from launcher.submit.launch import submit
+from launcher.submit.outcome import Ending, judge
+from launcher.submit.prepare import Submission
 from launcher.submit.task import Candidate, TaskSpec, task_config
 from launcher.terminal import Answer
 from tests.fakes.runs import attempt_events, write_commit, write_events
@@ -32,7 +34,7 @@ PLACE = Candidate(infra="gcp", accelerators="A100:8", use_spot=True)
 
 
 def standing(phase: Phase = "running", *, kind: Kind = "managed job", **given: Any) -> JobStatus:
-    some = {"kind": kind, "name": NAME, "job_id": 3, "phase": phase, "said": phase.upper()}
+    some = {"kind": kind, "name": NAME, "job_id": 3, "phase": phase, "raw_status": phase.upper()}
     return JobStatus.model_validate({**some, **given})
 
 
@@ -44,23 +46,23 @@ class Scripted(FakeCloud):
         self.phases = list(phases)
         self.interrupted = False
 
-    def logs(self, standing: JobStatus, say: Any, *, follow: bool, tail: int = 0) -> None:
-        super().logs(standing, say, follow=follow, tail=tail)
+    def logs(self, status: JobStatus, say: Any, **options: Any) -> None:
+        super().logs(status, say, **options)
         if self.interrupted:
             self.interrupted = False
             raise KeyboardInterrupt
         self._next()
 
-    def tried(self, standing: JobStatus) -> Sequence[str]:
-        lines = super().tried(standing)
+    def tried(self, status: JobStatus) -> Sequence[str]:
+        lines = super().tried(status)
         self._next()
         return lines
 
     def _next(self) -> None:
         if self.phases:
             phase = self.phases.pop(0)
-            for key, each in self.standings.items():
-                self.standings[key] = each.model_copy(update={"phase": phase, "said": phase.upper()})
+            for key, each in self.statuses.items():
+                self.statuses[key] = each.model_copy(update={"phase": phase, "raw_status": phase.upper()})
 
 
 class Site:
@@ -73,27 +75,27 @@ class Site:
         self.wishes: BuildOptions | None = None
         self.built: list[BuildOptions] = []
 
-    def order(self, *, managed: bool = True) -> Order:
+    def order(self, *, managed: bool = True) -> Submission:
         request = TaskSpec(run_id=NAME, recipe="r", checkpoints=str(self.runs), candidates=(PLACE,))
-        return Order(
+        launch = LaunchRequest(
+            kind="managed job" if managed else "cluster",
+            name=NAME,
+            run_id=NAME,
             recipe="zephyr-7b/dpo_full",
-            request=request,
-            config=task_config(BASE, request),
-            managed=managed,
-            retry_until_up=True,
-            row=None,
-            said=(),
+            checkpoints=str(self.runs),
+            task=task_config(BASE, request),
             secrets={"HF_TOKEN": "hf_0123456789"},
-            build=self.wishes,
+            retry_until_up=True,
         )
+        return Submission(launch=launch, where=request.where, build=self.wishes)
 
     def submit(
         self, cloud: FakeCloud, *, managed: bool = True, detach: bool = False, answer: Answer | None = None
     ) -> tuple[Ending, RunHistory]:
         desk = SubmitContext(
-            cloud=cloud,
+            backend=cloud,
             state=self.state,
-            say=self.said.append,
+            view=LineView(self.said.append),
             build=lambda wishes, _say: self.built.append(wishes),
             ask=(lambda: answer) if answer else None,
             now=lambda: 1000.0,
@@ -101,7 +103,7 @@ class Site:
         )
         return submit(self.order(managed=managed), desk, detach=detach)
 
-    def sent(self) -> Sent | None:
+    def sent(self) -> RunRecord | None:
         return submitted.recall(self.state, NAME, str(self.runs))
 
     def trained(self, *, end: dict[str, Any] | None = None, done: bool = False) -> None:
@@ -122,7 +124,7 @@ def test_a_managed_job_is_launched_once_and_followed(site: Site) -> None:
     cloud = Scripted("running", "done", ends="waiting")
     ending, _ = site.submit(cloud)
     ((kind, name, config),) = cloud.launched
-    assert (kind, name, config) == ("managed job", NAME, site.order().config)
+    assert (kind, name, config) == ("managed job", NAME, site.order().launch.task)
     assert cloud.secrets == {"HF_TOKEN": "hf_0123456789"}
     assert "trying GCP for a-run" in site.said
     assert "a line of the log" in site.said
@@ -141,9 +143,9 @@ def test_the_bucket_says_that_it_is_done(site: Site) -> None:
     """A final model that is committed is what done means."""
 
     class Trains(Scripted):
-        def logs(self, standing: JobStatus, say: Any, *, follow: bool, tail: int = 0) -> None:
+        def logs(self, status: JobStatus, say: Any, **options: Any) -> None:
             site.trained(done=True)
-            super().logs(standing, say, follow=follow, tail=tail)
+            super().logs(status, say, **options)
 
     ending, run = site.submit(Trains("done"))
     assert (ending.how, ending.exit_code, run.state) == ("done", 0, "done")
@@ -164,10 +166,10 @@ def test_a_done_run_is_not_launched_again(site: Site) -> None:
 def test_what_is_at_work_is_followed_and_not_rented_twice(site: Site, kind: Kind, phase: Phase) -> None:
     """The same submission is the same run, whatever it runs as, and from wherever it was submitted."""
     cloud = Scripted("running", "done", "done")
-    cloud.standings[kind, NAME] = standing(phase, kind=kind)
+    cloud.statuses[kind, NAME] = standing(phase, kind=kind)
     site.submit(cloud)
     assert not cloud.launched
-    assert "is at work already" in site.said[0]
+    assert "is already running" in site.said[0]
     sent = site.sent()
     assert sent
     assert (sent.kind, sent.job_id) == (kind, 3)
@@ -177,7 +179,7 @@ def test_what_is_at_work_is_followed_and_not_rented_twice(site: Site, kind: Kind
 def test_what_is_over_is_launched_again(site: Site, phase: Phase) -> None:
     """It goes on from the bucket, under the same name."""
     cloud = Scripted("done")
-    cloud.standings["managed job", NAME] = standing(phase)
+    cloud.statuses["managed job", NAME] = standing(phase)
     site.submit(cloud)
     assert len(cloud.launched) == 1
 
@@ -209,7 +211,7 @@ def test_a_run_that_is_at_work_here_is_not_sent_away(site: Site) -> None:
             )
         )
     cloud = FakeCloud()
-    with pytest.raises(UserError, match="at work on this machine"):
+    with pytest.raises(UserError, match="already running on this machine"):
         site.submit(cloud)
     assert not cloud.asked
 
@@ -220,7 +222,7 @@ def test_detached_leaves_a_record(site: Site) -> None:
     assert (ending.how, ending.exit_code) == ("detached", 0)
     assert "launcher logs a-run -f" in ending.message
     sent = site.sent()
-    assert sent == Sent(
+    assert sent == RunRecord(
         run_id=NAME,
         recipe="zephyr-7b/dpo_full",
         checkpoints=str(site.runs),
@@ -257,9 +259,9 @@ class Broken(FakeCloud):
         self.message = message
         self.leaves = leaves
 
-    def _take(self, *_: Any, **__: Any) -> int:
+    def launch(self, *_: Any, **__: Any) -> int:
         if self.leaves:
-            self.standings[self.leaves, NAME] = standing("idle", kind=self.leaves)
+            self.statuses[self.leaves, NAME] = standing("idle", kind=self.leaves)
         raise Unavailable(self.message)
 
 
@@ -321,7 +323,7 @@ def test_no_line_names_a_secret(site: Site) -> None:
     """Not even by way of the order's own text."""
     site.submit(FakeCloud(), detach=True)
     order = site.order()
-    assert not any("hf_0123456789" in text for text in (*site.said, repr(order), str(order.config)))
+    assert not any("hf_0123456789" in text for text in (*site.said, repr(order), str(order.launch.task)))
 
 
 def test_an_image_is_made_when_a_machine_is_rented_for_it(site: Site) -> None:

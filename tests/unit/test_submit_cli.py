@@ -132,7 +132,7 @@ def test_submitting_twice_rents_once(user: User) -> None:
     user.submits("--managed", "--detach")
     user.submits("--managed", "--detach")
     assert len(user.cloud.launched) == 1
-    assert "at work already, as managed job 1 a-run" in user.err
+    assert "already running, as managed job 1 a-run" in user.err
 
 
 def test_logs_are_skypilot_s(user: User) -> None:
@@ -141,7 +141,7 @@ def test_logs_are_skypilot_s(user: User) -> None:
     assert user.types("logs", "a-run") == "a line of the log\n"
     user.types("logs", "a-run", "-f")
     assert "logs a-run -f" in user.cloud.asked
-    user.cloud.standings.clear()
+    user.cloud.statuses.clear()
     user.types("logs", "a-run")
     assert user.code == 2
     assert f"{user.uri}/a-run/events" in user.err
@@ -151,9 +151,9 @@ def test_logs_go_to_stdout(user: User) -> None:
     """Also while the adapter sends what SkyPilot prints elsewhere."""
 
     class Redirects(FakeCloud):
-        def logs(self, standing: JobStatus, say: Say, *, follow: bool, tail: int = 0) -> None:
+        def logs(self, status: JobStatus, say: Say, **options: Any) -> None:
             with contextlib.redirect_stdout(sys.stderr):
-                super().logs(standing, say, follow=follow, tail=tail)
+                super().logs(status, say, **options)
 
     user.cloud = Redirects()
     user.submits("--detach")
@@ -166,8 +166,8 @@ def test_cancel_and_down(user: User) -> None:
     user.trained(end={"kind": "preempted", "step": 10})
     assert "`launcher down a-run` gives it back" in user.types("cancel", "a-run")
     assert user.code == 0
-    assert "goes on from step 10" in user.out
-    assert "is not at work: " in user.types("cancel", "a-run")
+    assert "resumes from step 10" in user.out
+    assert "is not running: " in user.types("cancel", "a-run")
     assert "the cluster a-run is gone" in user.types("down", "a-run")
     assert user.cloud.clusters() == {}
     assert "is gone" in user.types("down", "a-run")

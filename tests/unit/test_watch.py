@@ -19,10 +19,10 @@ from rich.console import Console
 
 from launcher.cloud.fake import FakeCloud
 from launcher.cloud.protocol import JobStatus, Phase
+from launcher.local.process import Home, LocalRecord
 from launcher.registry import submitted as submissions
 from launcher.registry.find import RunPlace
-from launcher.registry.local import Home, LocalRecord
-from launcher.registry.submitted import Sent
+from launcher.registry.submitted import RunRecord
 from launcher.watch import follow
 from launcher.watch.braille import MARGIN, BrailleCurve, plot
 from launcher.watch.state import ASK_EVERY_S, RunSnapshot, Source
@@ -56,12 +56,18 @@ class Site:
             "name": "a-run",
         }
         more = {"job_id": 3, "where": "gcp", "usd_per_h": 13.18, "submitted": BEGIN.timestamp()}
-        submissions.remember(self.state, Sent.model_validate({**facts, **more}))
-        status = {"kind": "managed job", "name": "a-run", "job_id": 3, "phase": phase, "said": phase.upper()}
-        self.cloud.standings["managed job", "a-run"] = JobStatus.model_validate(status)
+        submissions.remember(self.state, RunRecord.model_validate({**facts, **more}))
+        status = {
+            "kind": "managed job",
+            "name": "a-run",
+            "job_id": 3,
+            "phase": phase,
+            "raw_status": phase.upper(),
+        }
+        self.cloud.statuses["managed job", "a-run"] = JobStatus.model_validate(status)
 
     def source(self) -> Source:
-        return Source(RunPlace(str(self.runs), "a-run"), lambda: self.cloud, state=self.state)
+        return Source(RunPlace(str(self.runs), "a-run"), self.cloud, state=self.state)
 
     def look(self, after_s: float = 0.0) -> RunSnapshot:
         return self.source().look(self.now + after_s)
@@ -199,7 +205,7 @@ def test_a_silent_run_from_elsewhere_is_not_running(site: Site) -> None:
 
 def test_a_run_without_attempts_can_be_watched(tmp_path: Path) -> None:
     """It may still wait for its first machine."""
-    seen = Source(RunPlace(str(tmp_path), "new"), FakeCloud, state=tmp_path / "state").look(0.0)
+    seen = Source(RunPlace(str(tmp_path), "new"), FakeCloud(), state=tmp_path / "state").look(0.0)
     assert "no events yet" in drawn(seen)
     assert "no events yet" in line(seen)
 
@@ -216,7 +222,7 @@ def test_only_files_that_grew_are_read_again(s3: str, faulty_s3: FaultyS3, tmp_p
 
     put(attempt_events(1, start=0, last=14, total_steps=40))
     put(attempt_events(2, start=10, last=20, total_steps=40))
-    source = Source(RunPlace(s3, "a-run"), FakeCloud, state=tmp_path)
+    source = Source(RunPlace(s3, "a-run"), FakeCloud(), state=tmp_path)
     source.look(0.0)
     read = [seen.key for seen in faulty_s3.requests if seen.method == "GET" and seen.key.endswith(".jsonl")]
     assert len(read) == 2
@@ -345,7 +351,7 @@ def test_an_unknown_name_is_refused(site: Site, environment: dict[str, str]) -> 
     command = [sys.executable, "-m", "launcher", "watch", str(site.runs / "no-run")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "nothing of a run no-run is in" in done.stderr
+    assert "has no run no-run" in done.stderr
 
 
 def test_a_finished_run_is_shown_once(site: Site, environment: dict[str, str]) -> None:
