@@ -26,7 +26,7 @@ from trainer.bucket.attempts import Attempt
 from trainer.bucket.byte_streams import in_parallel
 from trainer.bucket.layout import ATTEMPTS_PREFIX, RUN_FOLDERS, RUN_KEY
 from trainer.bucket.manifest import final
-from trainer.bucket.reference_cache import Entry, listed, shelves
+from trainer.bucket.reference_cache import Entry, cached_recipes, list_entries
 from trainer.errors import BucketError, UserError
 from trainer.fit import reference_of
 from trainer.recipe import Recipe
@@ -49,7 +49,7 @@ class RunReference:
         return sum(item.size for item in self.entry.objects)
 
     def as_dict(self) -> dict[str, Any]:
-        manifest = self.entry.shelved
+        manifest = self.entry.manifest
         return {
             "run": self.entry.run_id,
             "fingerprint": self.entry.fingerprint,
@@ -137,7 +137,7 @@ def find_runs(uri: str, cwd: Path) -> str:
         raise BucketError(
             f"{address} is a run, but references are stored in the folder of runs", hint=f"use {parent}"
         )
-    if not names and not shelves(address, patience=PATIENCE):
+    if not names and not cached_recipes(address, patience=PATIENCE):
         raise BucketError(
             f"no runs and no references are in {address}", hint="check the address of the folder of runs"
         )
@@ -162,8 +162,8 @@ def survey_references(runs: str, older_than: timedelta, *, now: datetime | None 
     """
     found = [
         RunReference(recipe, entry)
-        for recipe, bucket in shelves(runs, patience=PATIENCE).items()
-        for entry in listed(bucket)
+        for recipe, bucket in cached_recipes(runs, patience=PATIENCE).items()
+        for entry in list_entries(bucket)
     ]
     oldest = (now or datetime.now(UTC)) - older_than
     names = list_runs(runs, patience=PATIENCE) if found else []
@@ -171,7 +171,7 @@ def survey_references(runs: str, older_than: timedelta, *, now: datetime | None 
     needed = {name: digest for name, digest in zip(names, digests, strict=True) if digest is not None}
 
     def is_needed(reference: RunReference) -> bool:
-        manifest = reference.entry.shelved
+        manifest = reference.entry.manifest
         if reference.entry.run_id in needed:
             return True
         return manifest is not None and (reference.recipe in needed.values() or manifest.created > oldest)
@@ -185,7 +185,7 @@ def survey_references(runs: str, older_than: timedelta, *, now: datetime | None 
 def delete_references(runs: str, shown: Sequence[RunReference], older_than: timedelta) -> None:
     """Delete the references that were shown, except those that changed or became needed since; manifests go first."""
     still_unused = set(survey_references(runs, older_than).unused)
-    buckets = shelves(runs, patience=PATIENCE)
+    buckets = cached_recipes(runs, patience=PATIENCE)
     for reference in shown:
         if reference in still_unused:
             buckets[reference.recipe].delete(item.key for item in reference.entry.objects)

@@ -53,7 +53,7 @@ def uploader(bucket: Bucket, staging: Path, told: Told) -> Iterator[Uploader]:
     """Running, for an attempt that owns the run."""
     thread = Uploader(
         bucket, claim(bucket, {}), staging,
-        recipe_digest="digest", keep=2, tell=told, poll_s=0.01, backoff=lambda _: 0.01,
+        recipe_digest="digest", keep=2, listener=told, poll_s=0.01, backoff=lambda _: 0.01,
     )  # fmt: skip
     thread.start()
     yield thread
@@ -177,7 +177,7 @@ def test_credentials_that_come_back_in_their_file_are_used(
     bucket = open_run(s3, "run", patience=QUICK)
     uploader = Uploader(
         bucket, claim(bucket, {}), staging,
-        recipe_digest="digest", keep=2, tell=told, poll_s=0.01, backoff=lambda _: 0.01,
+        recipe_digest="digest", keep=2, listener=told, poll_s=0.01, backoff=lambda _: 0.01,
     )  # fmt: skip
     uploader.start()
     rule = faulty_s3.answer(403, "ExpiredToken", headers={"x-amz-security-token": "first"})

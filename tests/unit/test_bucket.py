@@ -117,8 +117,8 @@ def test_a_bucket_that_is_not_there_is_said_at_once(s3: str) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "way_out"),
     [
-        (403, "InvalidAccessKeyId", "not accepted"),
-        (403, "SignatureDoesNotMatch", "not accepted"),
+        (403, "InvalidAccessKeyId", "are invalid"),
+        (403, "SignatureDoesNotMatch", "are invalid"),
         (400, "ExpiredToken", "expired"),
         (403, "AccessDenied", "permission is missing"),
         (400, "AuthorizationHeaderMalformed", "AWS_REGION"),

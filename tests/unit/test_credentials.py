@@ -9,19 +9,19 @@ import pytest
 from tests.conftest import reach
 from tests.servers.gcs import GCS
 from trainer.bucket import open_run
-from trainer.bucket.address import Patience, shared_file
+from trainer.bucket.address import Patience, credentials_file
 from trainer.errors import BucketError
 
 
 def test_the_environment_goes_before_the_file(tmp_path: Path) -> None:
     """A file is looked into only where no keys are given."""
-    assert shared_file({"AWS_ACCESS_KEY_ID": "a", "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path)}) is None
+    assert credentials_file({"AWS_ACCESS_KEY_ID": "a", "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path)}) is None
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [("", "no credentials of profile trainer"), ("[trainer]\naws_access_key_id = s3cr3t", "aws_secret_access_key"),
-     ("s3cr3t", "no credentials file")],
+     ("s3cr3t", "not a credentials file")],
 )  # fmt: skip
 def test_a_named_profile_that_is_not_whole_is_said(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str

@@ -74,7 +74,7 @@ def test_a_manifest_survives_the_way_through_a_bucket() -> None:
         (manifest().model_dump_json().encode()[:100], "EOF"),
         (b"\xff\xfe\x00", "Invalid JSON"),
         (b"{}", "run_id: Field required"),
-        (b"[]", "is no manifest"),
+        (b"[]", "is not a manifest"),
         (manifest(99).model_dump_json().encode(), "holds the manifest of checkpoint step 99"),
         (manifest(kind="final").model_dump_json().encode(), "holds the manifest of final step 100"),
     ],

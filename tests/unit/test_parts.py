@@ -182,7 +182,7 @@ def test_uploaders_of_two_nodes_make_one_checkpoint(uri: str, tmp_path: Path) ->
             tmp_path / f"node-{node}",
             recipe_digest="digest",
             keep=2,
-            tell=told[node],
+            listener=told[node],
             node=Node(node, 2),
         )
         for node in (0, 1)

@@ -13,7 +13,7 @@ from tests.servers.stores import MemoryBucket
 from tests.unit.test_uploader import Told
 from trainer.bucket import Bucket, Checked, list_runs, open_run
 from trainer.bucket.attempts import claim
-from trainer.bucket.reference_cache import ReferenceCache, open_shelf
+from trainer.bucket.reference_cache import ReferenceCache, open_cache
 from trainer.bucket.uploader import DRAIN_TRIES, Uploader
 from trainer.errors import BucketError
 from trainer.fit import fit
@@ -38,7 +38,7 @@ def staged(
 
 
 def shelf(uri: str, run_id: str, attempt: int = 1) -> ReferenceCache:
-    return open_shelf(uri, "recipe", run_id=run_id, attempt=attempt)
+    return open_cache(uri, "recipe", run_id=run_id, attempt=attempt)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_the_shelf_is_no_run(uri: str, tmp_path: Path) -> None:
     shelf(uri, "run").put(*staged(tmp_path, 5))
     open_run(uri, "run").put("run.json", b"{}")
     assert list_runs(uri) == ["run"]
-    with pytest.raises(BucketError, match="where runs share"):
+    with pytest.raises(BucketError, match="the folder that runs share"):
         open_run(uri, "reference")
 
 
@@ -175,8 +175,8 @@ def test_the_uploader_shelves_the_newest_and_checkpoints_do_not_wait_for_ever(
     (staging / "checkpoint-4" / "weights").write_bytes(b"w")
     mark_staged(staging, Staged(folder="checkpoint-4", step=4))
     uploader = Uploader(
-        bucket, claim(bucket, {}), staging, recipe_digest="r", keep=2, tell=told,
-        shelf=ReferenceCache(keeps, "run", 1), poll_s=0.01, backoff=lambda _: 0.01,
+        bucket, claim(bucket, {}), staging, recipe_digest="r", keep=2, listener=told,
+        reference_cache=ReferenceCache(keeps, "run", 1), poll_s=0.01, backoff=lambda _: 0.01,
     )  # fmt: skip
     uploader.start()
     told.wait_for("committed", 4)
@@ -189,4 +189,4 @@ def test_the_uploader_shelves_the_newest_and_checkpoints_do_not_wait_for_ever(
     else:
         assert manifests == []
         assert [event for event in told.events if event[0] == "failed"] == [("failed", 0)] * (DRAIN_TRIES - 1)
-        assert "are not kept: no permission" in caplog.text
+        assert "are not saved: no permission" in caplog.text

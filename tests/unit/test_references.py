@@ -12,7 +12,7 @@ from launcher.checkpoints.prune import delete_references, survey_references
 from tests.unit.test_checkpoints import Type, keys, launcher, save  # noqa: F401 (a fixture)
 from tests.unit.test_reference_shelf import dpo, staged
 from trainer.bucket import Bucket, attempts, open_run
-from trainer.bucket.reference_cache import open_shelf, shelves
+from trainer.bucket.reference_cache import cached_recipes, open_cache
 from trainer.recipe import Recipe, load
 from trainer.recipe.model import reference_key
 from trainer.run_record import write_or_compare
@@ -38,7 +38,7 @@ class Folder:
     def keep(self, name: str, recipe: Recipe, *, days: float = 0.0) -> None:
         """What a run keeps of the recipe's reference, since so many days."""
         key = reference_key(recipe)
-        shelved = open_shelf(self.uri, key, run_id=name, attempt=1).put(*staged(self.work, 5))
+        shelved = open_cache(self.uri, key, run_id=name, attempt=1).put(*staged(self.work, 5))
         older = shelved.model_copy(update={"created": datetime.now(UTC) - timedelta(days=days)})
         self.shelf(recipe).put(older.key, older.model_dump_json().encode())
 
@@ -47,7 +47,7 @@ class Folder:
 
     def kept(self) -> list[str]:
         """The runs that a manifest is left of."""
-        left = [key for bucket in shelves(self.uri).values() for key in keys(bucket)]
+        left = [key for bucket in cached_recipes(self.uri).values() for key in keys(bucket)]
         return sorted(Path(key).stem for key in left if key.endswith(".json") and key.count("/") == 1)
 
 
@@ -64,12 +64,12 @@ def test_references_are_shown_first_and_go_only_when_told(folder: Folder, launch
     for name, days in (("done", 8), ("gone", 30), ("just-done", 6)):
         folder.keep(name, dpo(), days=days)
     folder.keep("at-work", OTHER, days=300)
-    before = {key: keys(bucket) for key, bucket in shelves(folder.uri).items()}
+    before = {key: keys(bucket) for key, bucket in cached_recipes(folder.uri).items()}
     shown = launcher("prune", folder.uri, "--references")
     assert "would delete 2 references (of done, gone), 6 files" in shown.out
     assert "2 stay" in shown.out
     assert "add --yes" in shown.out
-    assert {key: keys(bucket) for key, bucket in shelves(folder.uri).items()} == before
+    assert {key: keys(bucket) for key, bucket in cached_recipes(folder.uri).items()} == before
     told = launcher("prune", folder.uri, "--references", "--yes", "--json").json
     assert [row["run"] for row in told["references"]] == ["done", "gone"]
     assert (told["files"], told["kept"], told["deleted"]) == (6, 2, True)

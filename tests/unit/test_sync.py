@@ -134,10 +134,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(bucket: Bucket, tmp_path:
             reasons = [key, f"expected {len(whole)} bytes with xxh3 {manifest.files[2].xxh3}", "got"]
         case "cut manifest":
             bucket.put(manifest.key, bucket.get(manifest.key)[:-20])
-            reasons = [manifest.key, "is no manifest", "EOF"]
+            reasons = [manifest.key, "is not a manifest", "EOF"]
         case _:
             bucket.put(manifest.key, b"<html>")
-            reasons = [manifest.key, "is no manifest", "Invalid JSON"]
+            reasons = [manifest.key, "is not a manifest", "Invalid JSON"]
     rejected: list[tuple[int, str]] = []
     restored = restore(bucket, tmp_path / "restored", lambda step, reason: rejected.append((step, reason)))
     assert restored is not None

@@ -266,7 +266,7 @@ def test_draining_waits_until_the_commit_was_told(staging: Path, start: Start) -
     bucket = MemoryBucket()
     told = SlowListener()
     stage(staging, 10)
-    uploader = start(bucket, claim(bucket, {}), tell=told)
+    uploader = start(bucket, claim(bucket, {}), listener=told)
     assert told.reached.wait(30)
     assert not uploader.drain(timeout_s=0.01)
     told.go_on.set()

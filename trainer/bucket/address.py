@@ -1,4 +1,4 @@
-"""Addresses of object stores, and how long to be patient with them."""
+"""Addresses of object stores, how to connect to them, and timeouts of their requests."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ from trainer.bucket.store_errors import sort_fault
 from trainer.errors import BucketError
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Credential
 
 VALID = "use s3://bucket/prefix, gs://bucket/prefix, file:///folder or a folder"
 ENDPOINT_VARIABLES = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
     "gs": ("GOOGLE_BASE_URL",),
 }
+CREDENTIALS_LIFETIME = timedelta(seconds=30)
+"""How long obstore may use credentials from a file. For lifetimes below 5 minutes it asks again before each request, at
+most every 0.1 s, so renewed credentials are used at once."""
 
 
 class Patience(NamedTuple):
-    """How long faults that may pass are tried again, in seconds from the first try of a request."""
+    """Timeouts in seconds. Temporary faults are retried until the time since the first try of a request is up."""
 
     open_s: float = 15.0
-    """Somebody may be waiting at a terminal."""
+    """For the first request to a store; a user may be waiting at a terminal."""
     transfer_s: float = 180.0
-    """obstore does not renew credentials between tries: keep it below 5 minutes."""
+    """For all other requests. Below 5 minutes, because obstore does not renew credentials between retries."""
     request_s: float = 120.0
-    """One try of one request; a part of 8 MiB must get through in it, also over a slow line."""
+    """For one try of one request. A slow line must be able to transfer a part of 8 MiB in this time."""
 
 
 class BucketAddress(NamedTuple):
-    """A URI taken apart."""
+    """A parsed URI."""
 
     scheme: Literal["s3", "gs", "file"]
     bucket: str
     """Empty for a folder."""
     path: str
-    """Prefix without slashes at its ends, or an absolute folder."""
+    """Prefix without leading and trailing slashes, or an absolute folder."""
 
     def __str__(self) -> str:
         if self.scheme == "file":
@@ -57,10 +60,10 @@ class BucketAddress(NamedTuple):
 
 
 def parse(uri: str) -> BucketAddress:
-    """Take a URI apart; a folder may be relative and may begin with `~`.
+    """Parse a URI. A folder may be relative and may begin with `~`.
 
     Raises:
-        BucketError: unknown scheme, or no bucket named.
+        BucketError: unknown scheme, or no bucket name.
     """
     scheme, separator, rest = uri.partition("://")
     if separator and scheme in ("s3", "gs"):
@@ -73,7 +76,7 @@ def parse(uri: str) -> BucketAddress:
     if separator and scheme == "file":
         return BucketAddress("file", "", _absolute(rest))
     if not uri or separator or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri):
-        raise BucketError(f"{uri!r} is no address of a bucket that is known here", hint=VALID)
+        raise BucketError(f"{uri!r} is not the address of a bucket or folder", hint=VALID)
     return BucketAddress("file", "", _absolute(uri))
 
 
@@ -100,10 +103,15 @@ def _absolute(folder: str) -> str:
 
 
 def connect(place: BucketAddress, patience: Patience, *, opening: bool = False) -> ObjectStore:
-    """A store whose keys are relative to `place`; for a bucket, nothing is sent yet.
+    """Return a store whose keys are relative to `place`. No request is sent to a bucket yet.
+
+    Args:
+        place: the address.
+        patience: the timeouts.
+        opening: use the shorter timeouts of a first request.
 
     Raises:
-        BucketError: a folder that cannot be made, or credentials that are incomplete.
+        BucketError: a folder cannot be created, or credentials are incomplete.
     """
     retry = _retry(patience.open_s if opening else patience.transfer_s)
     client = _client(place, min(patience.request_s, patience.open_s) if opening else patience.request_s)
@@ -114,7 +122,7 @@ def connect(place: BucketAddress, patience: Patience, *, opening: bool = False) 
                 prefix=place.path or None,
                 client_options=client,
                 retry_config=retry,
-                credential_provider=shared_file(),
+                credential_provider=credentials_file(),
             )
         if place.scheme == "gs":
             return GCSStore(
@@ -126,7 +134,7 @@ def connect(place: BucketAddress, patience: Patience, *, opening: bool = False) 
 
 
 def _retry(total_s: float) -> RetryConfig:
-    # Backoffs grow from 0.1 s to the maximum, so that the time runs out before the 30 tries do.
+    # The backoff grows from 0.1 s to its maximum, so that the timeout ends the retries before the limit of 30 does.
     return {
         "max_retries": 30,
         "retry_timeout": timedelta(seconds=total_s),
@@ -150,31 +158,24 @@ def _client(place: BucketAddress, request_s: float) -> ClientConfig:
     return client
 
 
-if TYPE_CHECKING:
-    from obstore.store import S3Credential
-
-READ_AGAIN = timedelta(seconds=30)
-"""obstore asks anew for what lives shorter than 5 minutes: at each request, at most every 0.1 s."""
-
-
-class SharedFile:
-    """A profile of the file that `aws configure` writes, read again whenever obstore asks."""
+class CredentialsFile:
+    """Credentials of one profile in the file that `aws configure` writes; read anew whenever obstore asks."""
 
     def __init__(self, path: Path, profile: str) -> None:
         self._path = path
         self._profile = profile
 
     def __call__(self) -> S3Credential:
-        """What the file says now.
+        """Return the current credentials.
 
         Raises:
-            OSError, ValueError: the file cannot be read, or lacks the profile or one of its keys; quotes no value.
+            OSError, ValueError: the file cannot be read, or lacks the profile or one of its keys. The message quotes no value.
         """
         parser = configparser.RawConfigParser()
         try:
             parser.read_string(self._path.read_text())
         except configparser.Error:
-            raise ValueError(f"{self._path} is no credentials file") from None
+            raise ValueError(f"{self._path} is not a credentials file") from None
         if not parser.has_section(self._profile):
             raise ValueError(f"{self._path} has no credentials of profile {self._profile}")
         section = parser[self._profile]
@@ -185,22 +186,25 @@ class SharedFile:
             "access_key_id": section["aws_access_key_id"],
             "secret_access_key": section["aws_secret_access_key"],
             "token": section.get("aws_session_token"),
-            "expires_at": datetime.now(UTC) + READ_AGAIN,
+            "expires_at": datetime.now(UTC) + CREDENTIALS_LIFETIME,
         }
 
 
-def shared_file(environ: Mapping[str, str] = os.environ) -> SharedFile | None:
-    """The file that AWS's own tools would read; None where the environment or the machine gives credentials.
+def credentials_file(environ: Mapping[str, str] = os.environ) -> CredentialsFile | None:
+    """Return the credentials file that AWS's own tools would read.
+
+    Returns:
+        None if the environment or the machine provides the credentials.
 
     Raises:
-        OSError, ValueError: a file or profile was named, but is not there or is not whole.
+        OSError, ValueError: the environment names a file or profile that is missing or incomplete.
     """
     if environ.get("AWS_ACCESS_KEY_ID") or environ.get("AWS_SECRET_ACCESS_KEY"):
         return None
     named = environ.get("AWS_SHARED_CREDENTIALS_FILE")
     path = Path(named or "~/.aws/credentials").expanduser()
     profile = environ.get("AWS_PROFILE")
-    found = SharedFile(path, profile or "default")
+    found = CredentialsFile(path, profile or "default")
     try:
         found()
     except (OSError, ValueError):

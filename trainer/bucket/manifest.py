@@ -1,17 +1,17 @@
-"""Manifests: what makes a checkpoint one. No manifest, no checkpoint.
+"""Manifests: a checkpoint exists if and only if its manifest does.
 
     checkpoints/step-00000100/0003/...   files of step 100, uploaded by attempt 3
     commits/step-00000100.json           manifest: attempt 3, its files with sizes and checksums
     final/...                            the exported model
     commits/final.json                   its manifest
 
-A checkpoint's files lie in a folder of the attempt that uploaded them, because an attempt that has
-lost its run does not know it at once (a frozen machine, a cut network) and no object store can
-fence it off: in a folder shared by all attempts it could overwrite files under its successor's
-manifest. Here the worst that it can do is to leave files that no manifest names. The final model
-is the exception, for its address is what people use: there, each file is preceded by a look at who
-owns the run, and what an attempt frozen just then could overwrite has the same bytes, since
-training is exact.
+Each attempt uploads a checkpoint's files into a folder of its own. An attempt that has lost its run may not know it yet
+(a frozen machine, a cut network), and no object store can fence it off. In a shared folder it could overwrite files
+that its successor's manifest names. In its own folder it can only leave files that no manifest names.
+
+The final model is the exception, because users need one fixed address. There, the attempt checks before each file that
+it still owns the run. An attempt that freezes between this check and the write overwrites a file with the same bytes,
+since training is exact.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trainer.bucket.layout import (
 from trainer.bucket.store import Bucket
 
 WEIGHTS = (".safetensors", ".bin")
-NO_WEIGHTS = "training_args.bin"  # Transformers keeps paths of the machine in it
+NO_WEIGHTS = "training_args.bin"  # Transformers stores the machine's paths in it
 
 
 class File(BaseModel):
@@ -53,15 +53,15 @@ class File(BaseModel):
     @field_validator("path")
     @classmethod
     def _stays_inside(cls, path: str) -> str:
-        """What a bucket says must not write outside the folder that it is restored to."""
+        """Reject paths that a restore would write outside its folder."""
         parts = PurePosixPath(path).parts
         if not parts or path.startswith("/") or ".." in parts or "\\" in path:
-            raise ValueError(f"{path!r} is no path inside a checkpoint")
+            raise ValueError(f"{path!r} is not a path inside a checkpoint")
         return path
 
 
 class Manifest(BaseModel):
-    """A committed checkpoint, or the final model. Fields that a newer version adds are ignored."""
+    """A committed checkpoint, or the final model. Unknown fields, from newer releases, are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -77,22 +77,22 @@ class Manifest(BaseModel):
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Total size of all files in bytes."""
         return sum(file.size for file in self.files)
 
     @property
     def prefix(self) -> str:
-        """Where the files lie in the run; ends at a slash."""
+        """Prefix of the files in the run; ends with a slash."""
         return files_prefix(self.kind, self.step, self.attempt)
 
     @property
     def key(self) -> str:
-        """Where this manifest lies in the run."""
+        """Key of this manifest in the run."""
         return FINAL_COMMIT_KEY if self.kind == "final" else commit_key(self.step)
 
     @property
     def weights_digest(self) -> str:
-        """One hex over the checksums of the files of weights: equal if and only if the weights are."""
+        """A hex digest of the checksums of all weight files: equal if and only if the weights are equal."""
         lines = sorted(
             f"{file.path} {file.xxh3}\n"
             for file in self.files
@@ -101,7 +101,7 @@ class Manifest(BaseModel):
         return xxhash.xxh3_128_hexdigest("".join(lines).encode())
 
     def fault(self, sizes: Mapping[str, int]) -> str | None:
-        """Why this manifest must not be believed, given the sizes of the bucket's objects; None if it may."""
+        """Return which file is missing or has another size, given the sizes of the bucket's objects; None if all match."""
         if not self.files:
             return f"{self.key} names no files"
         for file in self.files:
@@ -114,7 +114,7 @@ class Manifest(BaseModel):
 
 
 class CommittedFiles(Protocol):
-    """Files of a bucket, with where they lie."""
+    """Files in a bucket, and their common prefix."""
 
     @property
     def files(self) -> tuple[File, ...]: ...
@@ -123,25 +123,25 @@ class CommittedFiles(Protocol):
 
 
 class Unreadable(NamedTuple):
-    """A manifest that is cut short, or no manifest at all."""
+    """An object at a manifest's key that is truncated, or is no valid manifest."""
 
     step: int
     reason: str
 
 
 def files_prefix(kind: Literal["checkpoint", "final", "reference"], step: int, attempt: int) -> str:
-    """Where an attempt uploads the files of a step, or the final model; ends at a slash.
+    """Return the prefix of the files that an attempt uploads for a step, or for the final model.
 
     Raises:
-        ValueError: of a reference, which is shelved and not committed.
+        ValueError: for a reference, which goes to the reference cache and is not committed.
     """
     if kind == "reference":
-        raise ValueError("log-probabilities of a reference are no checkpoint")
+        raise ValueError("log-probabilities of a reference are not a checkpoint")
     return FINAL_PREFIX if kind == "final" else upload_prefix(step, attempt)
 
 
 def read(bucket: Bucket, key: str, step: int = 0) -> Manifest | Unreadable | None:
-    """The manifest at a key; None if there is nothing."""
+    """Return the manifest at a key; None if there is no object."""
     data = bucket.get_or_none(key)
     if data is None:
         return None
@@ -151,7 +151,7 @@ def read(bucket: Bucket, key: str, step: int = 0) -> Manifest | Unreadable | Non
         first = error.errors(include_url=False)[0]
         at = ".".join(map(str, first["loc"]))
         return Unreadable(
-            step, f"{key} ({len(data)} bytes) is no manifest: {at + ': ' if at else ''}{first['msg']}"
+            step, f"{key} ({len(data)} bytes) is not a manifest: {at + ': ' if at else ''}{first['msg']}"
         )
     if manifest.key != key:
         return Unreadable(step, f"{key} holds the manifest of {manifest.kind} step {manifest.step}")
@@ -159,7 +159,7 @@ def read(bucket: Bucket, key: str, step: int = 0) -> Manifest | Unreadable | Non
 
 
 def commits(bucket: Bucket) -> Iterator[Manifest | Unreadable]:
-    """What was committed as a checkpoint, newest step first, read one by one."""
+    """Yield the manifests of checkpoints, newest step first. Each is read only when it is needed."""
     found = (committed_step(object_.key) for object_ in bucket.list(COMMITS_PREFIX))
     for step in sorted((step for step in found if step is not None), reverse=True):
         if (manifest := read(bucket, commit_key(step), step)) is not None:
@@ -167,12 +167,12 @@ def commits(bucket: Bucket) -> Iterator[Manifest | Unreadable]:
 
 
 def committed(bucket: Bucket) -> list[Manifest]:
-    """The checkpoints, newest step first; whether their files are there is for `fault` to say."""
+    """Return the readable manifests of checkpoints, newest step first. `Manifest.fault` checks their files."""
     return [manifest for manifest in commits(bucket) if isinstance(manifest, Manifest)]
 
 
 def final(bucket: Bucket) -> Manifest | None:
-    """The final model, if it is committed and all its files are there with their sizes."""
+    """Return the final model's manifest if it is committed and all its files exist with the right sizes."""
     manifest = read(bucket, FINAL_COMMIT_KEY)
     if not isinstance(manifest, Manifest):
         return None
@@ -180,5 +180,5 @@ def final(bucket: Bucket) -> Manifest | None:
 
 
 def sizes(bucket: Bucket, prefix: str) -> dict[str, int]:
-    """Bytes by key, of what lies below the prefix."""
+    """Return the size in bytes of each object below the prefix, by key."""
     return {object_.key: object_.size for object_ in bucket.list(prefix)}

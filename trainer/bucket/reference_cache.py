@@ -1,11 +1,14 @@
-"""Log-probabilities of DPO's reference models, beside the runs of a bucket and shared by them.
+"""The cache of log-probabilities of DPO's reference models, which all runs of a folder share.
 
     reference/<recipe>/<fingerprint>/<run>.json           manifest: files with sizes and checksums, created last
-    reference/<recipe>/<fingerprint>/<run>/<serial>/...   what that run has computed, or taken over, so far
+    reference/<recipe>/<fingerprint>/<run>/<serial>/...   what that run has computed, or copied from others, so far
 
-`<recipe>` is a digest of what a recipe says of model and data, by which a supervisor, who has neither, finds what may
-be of use; the fingerprint, of the weights and tokens themselves, is what a worker goes by. Each run has its own files:
-of two that compute the same on unlike machines each keeps its last bits, and neither writes to what the other reads.
+`<recipe>` is a digest of the recipe's keys for model and data. A supervisor has neither model nor data, and finds entries
+by this digest. The fingerprint is computed from the weights and tokens; a worker uses only entries with its own
+fingerprint.
+
+Each run has its own files, so no run writes to files that another reads. Two runs that compute the same values on
+different machines each keep their own last bits.
 """
 
 from __future__ import annotations
@@ -19,19 +22,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.bucket.address import Patience
 from trainer.bucket.commit import upload_files
-from trainer.bucket.layout import reference_manifest_key, reference_owner, reference_prefix, reference_uri
+from trainer.bucket.layout import (
+    reference_manifest_key,
+    reference_owner,
+    reference_prefix,
+    reference_uri,
+)
 from trainer.bucket.manifest import File
 from trainer.bucket.restore import CorruptCheckpoint, fetch
 from trainer.bucket.store import PATIENCE, Bucket, Object, list_runs, open_run
 from trainer.staged import Staged
 
 log = logging.getLogger(__name__)
-AT_MOST = 8
-"""Of the runs that have computed something for a recipe; more are not fetched."""
+MOST_ENTRIES = 8
+"""The most entries, each from one run, that are fetched for a recipe."""
 
 
 class ReferenceManifest(BaseModel):
-    """The manifest of what one run keeps."""
+    """The manifest of one run's entry."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,7 +47,7 @@ class ReferenceManifest(BaseModel):
     attempt: int
     fingerprint: str
     pairs: int
-    """That are known."""
+    """Number of pairs whose log-probabilities are known."""
     created: datetime
     files: tuple[File, ...]
 
@@ -52,8 +60,19 @@ class ReferenceManifest(BaseModel):
         return f"{reference_prefix(self.fingerprint, self.run_id)}{self.attempt:04d}-{self.pairs:09d}/"
 
 
+class Entry(NamedTuple):
+    """All objects of one run and one fingerprint, from a listing."""
+
+    run_id: str
+    fingerprint: str
+    manifest: ReferenceManifest | None
+    """None if the manifest is missing or unreadable. No run uses the files then."""
+    objects: tuple[Object, ...]
+    """The manifest first, if there is one."""
+
+
 class ReferenceCache:
-    """What a bucket keeps for a recipe, to one attempt of a run."""
+    """One recipe's entries in the cache, as one attempt of a run uses them."""
 
     def __init__(self, bucket: Bucket, run_id: str, attempt: int) -> None:
         self._bucket = bucket
@@ -61,10 +80,12 @@ class ReferenceCache:
         self._attempt = attempt
 
     def put(self, folder: Path, staged: Staged) -> ReferenceManifest:
-        """Upload a staged folder in place of this run's earlier one: files, then the manifest, then the old files go.
+        """Replace this run's entry by a staged folder.
+
+        The new files are uploaded first, then the manifest; the old files are deleted last.
 
         Raises:
-            BucketError, Unavailable: as in `Bucket`; what was kept before still is.
+            BucketError, Unavailable: as in `Bucket`; the old entry stays.
         """
         mine = ReferenceManifest(
             run_id=self._run_id,
@@ -78,76 +99,45 @@ class ReferenceCache:
         self._bucket.put(mine.key, mine.model_dump_json(indent=1).encode())
         below = reference_prefix(mine.fingerprint, self._run_id)
         self._bucket.delete(
-            each.key for each in self._bucket.list(below) if not each.key.startswith(mine.prefix)
+            object_.key for object_ in self._bucket.list(below) if not object_.key.startswith(mine.prefix)
         )
         return mine
 
     def fetch(self, into: Path) -> list[Path]:
-        """Bring what may be of use, a folder for each run that verifies: this run's own first, then the fullest.
+        """Download the entries that verify, one folder each: this run's entry first, then the largest.
 
         Raises:
             BucketError, Unavailable: as in `Bucket`.
         """
         folders = []
-        for number, shelved in enumerate(self._found()[:AT_MOST]):
-            folder = into / f"{number:04d}-{shelved.run_id}"
+        for number, manifest in enumerate(self._manifests()[:MOST_ENTRIES]):
+            folder = into / f"{number:04d}-{manifest.run_id}"
             try:
-                fetch(self._bucket, shelved, folder)
+                fetch(self._bucket, manifest, folder)
             except CorruptCheckpoint as error:
-                log.warning("log-probabilities of the reference are not believed: %s", error.message)
+                log.warning("log-probabilities of the reference are corrupt and not used: %s", error.message)
                 continue
             folders.append(folder)
         return folders
 
-    def _found(self) -> list[ReferenceManifest]:
-        found = [shelved for one in listed(self._bucket) if (shelved := one.shelved)]
+    def _manifests(self) -> list[ReferenceManifest]:
+        manifests = [entry.manifest for entry in list_entries(self._bucket) if entry.manifest]
         return sorted(
-            found, key=lambda one: (one.run_id != self._run_id, -one.pairs, one.created, one.run_id)
+            manifests, key=lambda one: (one.run_id != self._run_id, -one.pairs, one.created, one.run_id)
         )
 
 
-class Entry(NamedTuple):
-    """All that lies there of one run and one fingerprint, as a listing has it."""
-
-    run_id: str
-    fingerprint: str
-    shelved: ReferenceManifest | None
-    """None if there is no manifest, or none that can be read: nobody uses what lies there."""
-    objects: tuple[Object, ...]
-    """The manifest first, if there is one."""
-
-
-def listed(bucket: Bucket) -> list[Entry]:
-    """What the shelf of a recipe holds.
+def open_cache(checkpoints: str, recipe: str, *, run_id: str, attempt: int) -> ReferenceCache:
+    """Open the cache of a recipe, named by its digest, below the folder of runs.
 
     Raises:
-        BucketError, Unavailable: as in `Bucket`.
+        BucketError, Unavailable: as `open_run`.
     """
-    found: dict[tuple[str, str], list[Object]] = {}
-    for each in bucket.list():
-        if owner := reference_owner(each.key):
-            found.setdefault((owner.fingerprint, owner.run_id), []).append(each)
-    entries = []
-    for (fingerprint, run_id), objects in sorted(found.items()):
-        key = reference_manifest_key(fingerprint, run_id)
-        objects.sort(key=lambda each: (each.key != key, each.key))
-        shelved = _read(bucket, key) if objects[0].key == key else None
-        entries.append(Entry(run_id, fingerprint, shelved, tuple(objects)))
-    return entries
+    return ReferenceCache(open_run(reference_uri(checkpoints), recipe), run_id, attempt)
 
 
-def _read(bucket: Bucket, key: str) -> ReferenceManifest | None:
-    data = bucket.get_or_none(key)
-    try:
-        shelved = ReferenceManifest.model_validate_json(data or b"")
-    except ValidationError:
-        log.warning("%s/%s is no manifest, and passed over", bucket.uri, key)
-        return None
-    return shelved if shelved.key == key else None
-
-
-def shelves(checkpoints: str, *, patience: Patience = PATIENCE) -> dict[str, Bucket]:
-    """Of every recipe that something is kept for below the folder of runs, by its digest.
+def cached_recipes(checkpoints: str, *, patience: Patience = PATIENCE) -> dict[str, Bucket]:
+    """Return the digests of all recipes that have entries below the folder of runs, each with its bucket.
 
     Raises:
         BucketError, Unavailable: as `open_run`.
@@ -158,10 +148,30 @@ def shelves(checkpoints: str, *, patience: Patience = PATIENCE) -> dict[str, Buc
     }
 
 
-def open_shelf(checkpoints: str, recipe: str, *, run_id: str, attempt: int) -> ReferenceCache:
-    """The shelf of a recipe, by its digest, below the folder of runs.
+def list_entries(bucket: Bucket) -> list[Entry]:
+    """Return the entries of a recipe.
 
     Raises:
-        BucketError, Unavailable: as `open_run`.
+        BucketError, Unavailable: as in `Bucket`.
     """
-    return ReferenceCache(open_run(reference_uri(checkpoints), recipe), run_id, attempt)
+    found: dict[tuple[str, str], list[Object]] = {}
+    for object_ in bucket.list():
+        if owner := reference_owner(object_.key):
+            found.setdefault((owner.fingerprint, owner.run_id), []).append(object_)
+    entries = []
+    for (fingerprint, run_id), objects in sorted(found.items()):
+        key = reference_manifest_key(fingerprint, run_id)
+        objects.sort(key=lambda object_: (object_.key != key, object_.key))
+        manifest = _read(bucket, key) if objects[0].key == key else None
+        entries.append(Entry(run_id, fingerprint, manifest, tuple(objects)))
+    return entries
+
+
+def _read(bucket: Bucket, key: str) -> ReferenceManifest | None:
+    data = bucket.get_or_none(key)
+    try:
+        manifest = ReferenceManifest.model_validate_json(data or b"")
+    except ValidationError:
+        log.warning("%s/%s is not a valid manifest and is ignored", bucket.uri, key)
+        return None
+    return manifest if manifest.key == key else None

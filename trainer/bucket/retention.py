@@ -13,15 +13,36 @@ from trainer.bucket.store import Bucket
 MIN_KEPT = 2
 
 
+class Outdated(NamedTuple):
+    """What retention deletes."""
+
+    kept: tuple[int, ...]
+    """Steps of the checkpoints that stay, newest first."""
+    steps: tuple[int, ...]
+    """Steps whose manifests are deleted first, in order."""
+    keys: tuple[str, ...]
+    """Files that no manifest names afterwards, in order."""
+    bytes: int
+    """Total size of those files."""
+    folders: tuple[str, ...] = ()
+    """If the bucket is a folder: its subfolders without a manifest. Killed uploads leave files in them that no listing
+    shows."""
+
+
 def prune(bucket: Bucket, attempt: Attempt, keep: int, *, rejected: Collection[int] = ()) -> list[int]:
-    """Delete all checkpoints but the newest `keep` (at least 2) whose files are all there.
+    """Delete all checkpoints but the newest `keep` (at least 2) that are complete.
 
-    Steps in `rejected` did not verify when this attempt read them: what others have committed of them does not count.
+    Manifests are deleted first, then files, so that no manifest ever names a deleted file.
 
-    Manifests go first, then files, so that no manifest ever names a file that we deleted. Files
-    that no manifest names go too, if they are below the newest commit and nobody can be uploading
-    them: those of earlier attempts, and of this one below its own newest commit. Must not run at
-    the same time as this attempt's own commits.
+    Files that no manifest names are deleted too, if they are below the newest commit and no attempt can be uploading
+    them. These are files of earlier attempts, and files of this attempt below its own newest commit. So this function
+    must not run at the same time as a commit of this attempt.
+
+    Args:
+        bucket: the run's.
+        attempt: the owner of the run.
+        keep: number of checkpoints that stay.
+        rejected: steps that did not verify when this attempt read them; other attempts' commits of them do not count.
 
     Returns:
         The steps whose checkpoints were deleted, in order.
@@ -38,64 +59,50 @@ def prune(bucket: Bucket, attempt: Attempt, keep: int, *, rejected: Collection[i
     return list(old.steps)
 
 
-class Outdated(NamedTuple):
-    """What retention has no use for."""
-
-    kept: tuple[int, ...]
-    """Steps of the checkpoints that stay, newest first."""
-    steps: tuple[int, ...]
-    """Steps whose manifests go first, in order."""
-    keys: tuple[str, ...]
-    """Files that then no manifest names, in order."""
-    bytes: int
-    """Of those files."""
-    folders: tuple[str, ...] = ()
-    """Of a bucket that is a folder, those in which no manifest names anything: killed uploads leave files that no
-    listing shows."""
-
-
 def outdated(bucket: Bucket, attempt: int, keep: int, *, rejected: Collection[int] = ()) -> Outdated:
-    """What `prune` would delete for the attempt of that number; only looks."""
+    """Return what `prune` would delete for the attempt of that number; deletes nothing."""
     found = list(commits(bucket))
-    there = sizes(bucket, CHECKPOINTS_PREFIX)
-    whole = [
+    stored = sizes(bucket, CHECKPOINTS_PREFIX)
+    complete = [
         manifest
         for manifest in found
         if isinstance(manifest, Manifest)
-        and not manifest.fault(there)
+        and not manifest.fault(stored)
         and (manifest.step not in rejected or manifest.attempt == attempt)
     ]
-    if len(whole) < MIN_KEPT:
-        return Outdated(tuple(manifest.step for manifest in whole), (), (), 0)
-    kept = whole[: max(keep, MIN_KEPT)]
-    # Above the newest whole one, what looks broken stays for people to look at.
+    if len(complete) < MIN_KEPT:
+        return Outdated(tuple(manifest.step for manifest in complete), (), (), 0)
+    kept = complete[: max(keep, MIN_KEPT)]
+    # Commits above the newest complete one look damaged. They stay, so that users can inspect them.
     newest, kept_steps = kept[0].step, {manifest.step for manifest in kept}
     doomed = [
         manifest.step for manifest in found if manifest.step < newest and manifest.step not in kept_steps
     ]
-    stay = [manifest for manifest in found if manifest.step not in doomed]
-    named, held = _named(stay), {manifest.prefix for manifest in stay if isinstance(manifest, Manifest)}
-    keys = tuple(sorted(key for key in there if key not in named and _is_garbage(key, attempt, kept)))
+    # Of the files, delete those that no remaining manifest names and no attempt can be uploading.
+    remaining = [manifest for manifest in found if manifest.step not in doomed]
+    named = _named_files(remaining)
+    in_use = {manifest.prefix for manifest in remaining if isinstance(manifest, Manifest)}
+    keys = tuple(sorted(key for key in stored if key not in named and _is_garbage(key, attempt, kept)))
     return Outdated(
         tuple(manifest.step for manifest in kept),
         tuple(sorted(doomed)),
         keys,
-        sum(there[key] for key in keys),
+        sum(stored[key] for key in keys),
         tuple(
             prefix
             for prefix in bucket.folders(CHECKPOINTS_PREFIX)
-            if prefix not in held and _is_garbage(prefix, attempt, kept)
+            if prefix not in in_use and _is_garbage(prefix, attempt, kept)
         ),
     )
 
 
-def _named(manifests: list[Manifest | Unreadable]) -> set[str]:
+def _named_files(manifests: list[Manifest | Unreadable]) -> set[str]:
     readable = [manifest for manifest in manifests if isinstance(manifest, Manifest)]
     return {manifest.prefix + file.path for manifest in readable for file in manifest.files}
 
 
 def _is_garbage(key: str, attempt: int, kept: list[Manifest]) -> bool:
-    """Whether a file that no manifest names is one that nobody can be uploading."""
+    """Return whether no attempt can be uploading a file that no manifest names."""
     if (upload := upload_of(key)) is None:
         return False
     if upload.attempt == attempt:

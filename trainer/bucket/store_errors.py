@@ -1,7 +1,7 @@
-"""The faults of object stores, sorted into what a user can mend and what time can mend.
+"""Errors of object stores, sorted into those that need the user and those that may pass by themselves.
 
-The stores' own messages quote the whole answer, and an answer about an expired token quotes the
-token; so only the status, the error code and the connection's state are ever passed on.
+The stores' own messages quote the whole response, and a response about an expired token quotes the token. So our
+messages contain only the status, the error code and the state of the connection.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ TRANSIENT = {
 FORBIDDEN_STATUS = {"401", "403"}
 BUSY_STATUS = {"408", "429"}
 REFUSED_BY_FOLDER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
-NO_CREDENTIALS = (  # what obstore says while it looks for credentials, never about the bucket itself
+NO_CREDENTIALS = (  # from obstore's messages while it looks for credentials, never about the bucket itself
     "Missing AccessKeyId",
     "Missing SecretAccessKey",
     "has no aws_",
     "has no credentials of profile",
-    "is no credentials file",
+    "is not a credentials file",
     "169.254.169.254",
     "169.254.170.",
     "metadata.google.internal",
@@ -46,64 +46,67 @@ HOW_TO_GIVE_CREDENTIALS = (
 
 
 def no_such_bucket(error: Exception) -> bool:
-    """Whether a "not found" means the bucket and not the key."""
+    """Return whether a "not found" error is about the bucket, not the key."""
     return _code(str(error)) in MISSING_BUCKET
 
 
 def sort_fault(error: Exception, doing: str, *, opening: bool = False) -> UserError:
-    """What to raise for a store's error.
+    """Convert a store's error to an error for users.
 
     Args:
-        error: obstore's error, or an OSError of a folder.
-        doing: what was tried, with the address: "open s3://bucket/runs".
-        opening: nothing has worked yet, so credentials that cannot be had are not there at all.
+        error: obstore's error, or an OSError from a folder.
+        doing: the failed operation with its address: "open s3://bucket/runs".
+        opening: no request has succeeded yet. Then an error while obtaining credentials means that there are none.
 
     Returns:
-        BucketError if the user has to do something, Unavailable if the same may work later.
+        BucketError if the user must do something, Unavailable if a retry may succeed.
     """
     text = str(error).partition("\n\nDebug source:")[0]
     code = _code(text)
     status = _first(r"status code: (\d{3})", text)
     cannot = f"cannot {doing}: {_reason(text, code, status)}"
-    hint = _what_to_mend(error, text, code, status, opening=opening)
-    return BucketError(cannot, hint=hint) if hint else Unavailable(cannot, hint=_what_to_wait_for(text))
+    hint = _hint_for_user(error, text, code, status, opening=opening)
+    return BucketError(cannot, hint=hint) if hint else Unavailable(cannot, hint=_hint_for_retry(text))
 
 
-def _what_to_mend(error: Exception, text: str, code: str, status: str, *, opening: bool) -> str | None:
-    """The way out of a fault that does not go away by itself; None for one that may."""
+def _hint_for_user(error: Exception, text: str, code: str, status: str, *, opening: bool) -> str | None:
+    """Return what the user must do about the error; None if it may pass by itself."""
     forbidden = isinstance(error, PermissionDeniedError) or status in FORBIDDEN_STATUS
     unknown = isinstance(error, UnauthenticatedError) or code in UNKNOWN_CREDENTIALS
     elsewhere = code == "AuthorizationHeaderMalformed" or status == "301" or "configured region" in text
     refused = status.startswith("4") and status not in BUSY_STATUS and code not in TRANSIENT
-    ways_out = (  # the first that holds
+    hints = (  # the first whose condition holds
         (opening and any(sign in text for sign in NO_CREDENTIALS), HOW_TO_GIVE_CREDENTIALS),
-        (code in MISSING_BUCKET, "there is no such bucket: make it, or correct its name"),
+        (code in MISSING_BUCKET, "there is no such bucket: create it, or correct its name"),
         (
             code in EXPIRED,
-            "the credentials have expired: renew them and start again; what is committed is safe",
+            "the credentials have expired: renew them and start again; committed checkpoints are safe",
         ),
-        (unknown, "the credentials are not accepted: check the access key, its secret and the session token"),
+        (unknown, "the credentials are invalid: check the access key, its secret and the session token"),
         (elsewhere, "the bucket is in another region: set AWS_REGION to it"),
         (code == "RequestTimeTooSkewed", "this machine's clock is wrong: set it"),
-        (forbidden, "permission is missing: reading, listing, writing and deleting objects are needed"),
+        (
+            forbidden,
+            "a permission is missing: reading, listing, writing and deleting objects must be allowed",
+        ),
         (_errno(text) in REFUSED_BY_FOLDER, "choose a folder that this user can write to"),
         (refused, "the store does not accept the request: is the endpoint an S3 or GCS one?"),
     )
-    return next((way_out for holds, way_out in ways_out if holds), None)
+    return next((hint for holds, hint in hints if holds), None)
 
 
-def _what_to_wait_for(text: str) -> str:
+def _hint_for_retry(text: str) -> str:
     if _errno(text) == errno.ENOSPC:
         return "the disk is full: free some space"
-    return "it was tried again until the time for that was up; the same may work later"
+    return "all retries failed; try again later"
 
 
 def _reason(text: str, code: str, status: str) -> str:
-    """One short line; never the body of an answer."""
+    """Return one short line, never the body of a response."""
     if code or status:
         return " ".join(part for part in (status, code) if part)
-    if said := _first(r"(HTTP error: [\w ]+)", text) or _first(r"([^<\n]+ \(os error \d+\))", text):
-        return said.strip().removeprefix("Generic ")
+    if match := _first(r"(HTTP error: [\w ]+)", text) or _first(r"([^<\n]+ \(os error \d+\))", text):
+        return match.strip().removeprefix("Generic ")
     return text.partition("\n")[0].partition("<")[0][:200]
 
 

@@ -1,4 +1,4 @@
-"""The thread that brings staged checkpoints into the bucket while training goes on."""
+"""The thread that uploads staged checkpoints to the bucket while training continues."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from trainer.staged import STAGED_SUFFIX, Staged, pending
 log = logging.getLogger(__name__)
 ALONE = Node()
 FAULTS = (BucketError, Unavailable)
-"""What is waited out while training goes on: the store worked when the run was claimed, so a refusal, such as
-that of expired credentials, is one that somebody may mend meanwhile."""
+"""Errors after which an upload is retried while training continues. The store worked when the run was claimed, so a user
+may mend a refusal meanwhile, such as expired credentials."""
 DRAIN_TRIES = 4
-"""Failed tries in a row, each with the store's own retries, after which an ending attempt gives up."""
+"""Consecutive failures, each with the store's own retries, after which an ending attempt gives up."""
 
 
 class Listener(Protocol):
-    """Who is told what becomes of staged checkpoints; called on the uploader's thread."""
+    """Callbacks for the progress of staged checkpoints; called on the uploader's thread."""
 
     def committing(self) -> None: ...
     def committed(self, manifest: Manifest, seconds: float) -> None: ...
@@ -39,19 +39,18 @@ class Listener(Protocol):
 
 
 def backoff_s(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: doubled each time up to a minute, with jitter."""
+    """Return the pause after so many consecutive failures, in seconds: exponential up to a minute, with jitter."""
     return float(min(60.0, 2.0**failures) * random.uniform(0.5, 1.0))
 
 
 class Uploader(threading.Thread):
-    """Uploads what lies complete in staging, one at a time; tries again for as long as training lasts.
+    """Uploads complete folders in staging, one at a time, and retries as long as training lasts.
 
-    At most one checkpoint waits: an older one is dropped when a newer one is complete. The final
-    model is uploaded after the checkpoint, so when it is committed, all is. The thread ends by
-    itself only with `error` set.
+    At most one checkpoint waits: when a newer one is complete, the older one is dropped. The final model is uploaded
+    after the checkpoint, so its commit is the last. The thread ends by itself only with `error` set.
     """
 
-    def __init__(  # noqa: PLR0913 (three places, two facts of the run, and who is told)
+    def __init__(  # noqa: PLR0913 (three places, two facts of the run, and a listener)
         self,
         bucket: Bucket,
         attempt: Attempt,
@@ -59,33 +58,45 @@ class Uploader(threading.Thread):
         *,
         recipe_digest: str,
         keep: int,
-        tell: Listener,
+        listener: Listener,
         node: Node = ALONE,
         waiting: Waiting = WAITING,
-        shelf: ReferenceCache | None = None,
+        reference_cache: ReferenceCache | None = None,
         rejected: Collection[int] = (),
         poll_s: float = 0.2,
         backoff: Callable[[int], float] = backoff_s,
     ) -> None:
-        """Uploads from `staging`; keeps the newest `keep` checkpoints in the bucket; looks every `poll_s`.
+        """Create the thread; `start` runs it.
 
-        Of several nodes each uploads its part, and node 0, which waits for the others as `waiting` says, commits and
-        keeps order; `rejected` are steps that it does not count, as `prune`. What is staged of a reference goes onto the `shelf`, before the checkpoints that depend on it.
+        Args:
+            bucket: the run's.
+            attempt: the owner of the run.
+            staging: the folder to upload from.
+            recipe_digest: digest of the run's recipe.
+            keep: number of checkpoints that retention keeps.
+            listener: receives the callbacks.
+            node: this node. Every node uploads its own files; node 0 commits and applies retention.
+            waiting: how node 0 waits for the other nodes.
+            reference_cache: receives staged log-probabilities of the reference, before the checkpoints that depend on
+                them.
+            rejected: steps that retention does not count, as in `prune`.
+            poll_s: seconds between two looks at staging.
+            backoff: seconds to pause after so many consecutive failures.
         """
-        super().__init__(name="uploader", daemon=True)  # a transfer that hangs must not hold up the exit
+        super().__init__(name="uploader", daemon=True)  # a transfer that hangs must not delay the exit
         self._bucket = bucket
         self._attempt = attempt
         self._staging = staging
         self._recipe_digest = recipe_digest
         self._keep = keep
-        self._tell = tell
+        self._listener = listener
         self._node = node
         self._waiting = waiting
-        self._shelf = shelf
+        self._reference_cache = reference_cache
         self._rejected = rejected
         self._poll_s = poll_s
         self._backoff = backoff
-        self._changed = threading.Condition()  # guards what follows, and what is removed from staging
+        self._changed = threading.Condition()  # guards the fields below, and removals from staging
         self._hurry = threading.Event()
         self._stopped = False
         self._draining = False
@@ -99,10 +110,10 @@ class Uploader(threading.Thread):
         return self._error
 
     def drain(self, timeout_s: float | None = None) -> bool:
-        """Wait until all that is staged is committed.
+        """Wait until everything staged is committed.
 
         Returns:
-            False if the time was up, or if the thread ended with an error.
+            False after the timeout, or if the thread ended with an error.
         """
         with self._changed:
             self._draining = True
@@ -112,7 +123,7 @@ class Uploader(threading.Thread):
             return self._error is None and self._idle()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Begin nothing more, and wait a little for what has begun; staging is left as it is."""
+        """Start no further upload, and wait briefly for the current one. Staging is left as it is."""
         self._stopped = True
         self._hurry.set()
         if self.is_alive():
@@ -124,7 +135,7 @@ class Uploader(threading.Thread):
                 pause_s = self._poll_s if self._try_next() else self._backoff(self._failures)
                 self._hurry.wait(pause_s)
                 self._hurry.clear()
-        except Exception as error:  # noqa: BLE001 (whoever waits for this thread must learn why it ended)
+        except Exception as error:  # noqa: BLE001 (`error` reports it to the threads that wait)
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
@@ -141,7 +152,7 @@ class Uploader(threading.Thread):
         return not self._busy and not pending(self._staging)
 
     def _try_next(self) -> bool:
-        """Upload what comes next, if anything does; False if the store could not be reached."""
+        """Upload the next staged folder, if there is one. Return False if the store could not be reached."""
         staged = self._next()
         try:
             if staged:
@@ -156,7 +167,7 @@ class Uploader(threading.Thread):
         return True
 
     def _next(self) -> Staged | None:
-        """The reference, the newest checkpoint, else the final model; what is older is dropped."""
+        """Return the reference, else the newest checkpoint, else the final model. Older ones are dropped."""
         with self._changed:
             waiting = pending(self._staging)
             references = [staged for staged in waiting if staged.kind == "reference"]
@@ -165,31 +176,31 @@ class Uploader(threading.Thread):
                 self._remove(stale)
             self._busy = bool(waiting)
         for stale in checkpoints[:-1]:
-            self._tell.dropped(stale.step)
+            self._listener.dropped(stale.step)
         return next(iter(references[-1:] or checkpoints[-1:] or waiting), None)
 
     def _upload(self, staged: Staged) -> None:
         began = time.monotonic()
         try:
-            manifest = self._bring(staged)
+            manifest = self._upload_or_commit(staged)
         except Skipped as reason:
             log.warning("%s; it is not committed", reason)
-            self._tell.dropped(staged.step)
+            self._listener.dropped(staged.step)
             manifest = None
         with self._changed:
             self._remove(staged)
         self._failures = 0
         if manifest:
-            self._tell.committed(manifest, time.monotonic() - began)
+            self._listener.committed(manifest, time.monotonic() - began)
             self._prune()
 
-    def _bring(self, staged: Staged) -> Manifest | None:
-        """The manifest that was committed; None from a node that only uploads its part, and of a reference."""
+    def _upload_or_commit(self, staged: Staged) -> Manifest | None:
+        """Return the committed manifest; None for a reference, and on nodes that only upload their part."""
         if staged.kind == "reference":
-            if self._shelf:
-                shelved = self._shelf.put(self._staging / staged.folder, staged)
+            if self._reference_cache:
+                manifest = self._reference_cache.put(self._staging / staged.folder, staged)
                 log.info(
-                    "kept the reference's log-probabilities of %d pairs for later attempts", shelved.pairs
+                    "saved the reference's log-probabilities of %d pairs for later attempts", manifest.pairs
                 )
             return None
         if self._node.rank:
@@ -201,12 +212,12 @@ class Uploader(threading.Thread):
             self._staging,
             staged,
             self._recipe_digest,
-            ready=self._tell.committing,
-            others=lambda: self._others(staged),
+            ready=self._listener.committing,
+            others=lambda: self._files_of_others(staged),
         )
 
-    def _others(self, staged: Staged) -> tuple[File, ...]:
-        """What the other nodes wrote of it; the final model is node 0's alone."""
+    def _files_of_others(self, staged: Staged) -> tuple[File, ...]:
+        """Return the files of the other nodes. Only node 0 writes the final model."""
         if self._node.nodes == 1 or staged.kind == "final":
             return ()
         return gather(self._bucket, self._attempt, staged, nodes=self._node.nodes, waiting=self._waiting)
@@ -215,21 +226,21 @@ class Uploader(threading.Thread):
         try:
             prune(self._bucket, self._attempt, self._keep, rejected=self._rejected)
         except FAULTS as error:  # the next commit prunes again
-            log.warning("old checkpoints stay for now: %s", error.message)
+            log.warning("old checkpoints are not deleted now: %s", error.message)
 
     def _failed(self, staged: Staged | None, error: UserError) -> None:
         self._failures += 1
         if staged and staged.kind == "reference" and self._failures >= DRAIN_TRIES:
-            log.warning("the reference's log-probabilities are not kept: %s", error.message)
+            log.warning("the reference's log-probabilities are not saved: %s", error.message)
             with self._changed:
-                self._remove(staged)  # a later attempt computes them again; checkpoints do not wait for it
+                self._remove(staged)  # a later attempt recomputes them; checkpoints do not wait for them
             return
         if staged:
-            self._tell.upload_failed(staged.step, error.message)
+            self._listener.upload_failed(staged.step, error.message)
         if self._draining and self._failures >= DRAIN_TRIES:
             raise Unavailable(error.message, hint=error.hint) from None
 
     def _remove(self, staged: Staged) -> None:
-        """The marker first: without it, what is left of the folder is nothing."""
+        """Remove a folder from staging. The marker goes first, since a folder without a marker is incomplete."""
         (self._staging / f"{staged.folder}{STAGED_SUFFIX}").unlink()
         shutil.rmtree(self._staging / staged.folder, ignore_errors=True)

@@ -18,7 +18,7 @@ from trainer.accounting import Limits
 from trainer.bucket import Bucket, attempts
 from trainer.bucket.commit import WAITING
 from trainer.bucket.manifest import final
-from trainer.bucket.reference_cache import ReferenceCache, open_shelf
+from trainer.bucket.reference_cache import ReferenceCache, open_cache
 from trainer.bucket.uploader import Uploader
 from trainer.disk_full import reserve_disk, room_in
 from trainer.errors import ExitCode, NoRoom, RecipeError, Superseded, Unavailable, UserError
@@ -205,10 +205,10 @@ class AttemptRunner:
             job.staging,
             recipe_digest=self._request.recipe.digest(),
             keep=job.recipe.keep_checkpoints,
-            tell=self._reporter,
+            listener=self._reporter,
             node=self._team.node,
             waiting=WAITING._replace(gone=lambda: self._team.failure),
-            shelf=self._reference_cache,
+            reference_cache=self._reference_cache,
             rejected=self._rejected,
         )
         workers = Workers(job, python, self._request.program, at=self._team.rendezvous)
@@ -314,11 +314,11 @@ def open_reference_cache(
     """Open the cache of the reference model's log-probabilities. None if the run does not precompute them.
 
     Raises:
-        BucketError, Unavailable: as `open_shelf`.
+        BucketError, Unavailable: as `open_cache`.
     """
     if planned.reference != "precomputed":
         return None
-    return open_shelf(checkpoints, reference_key(recipe), run_id=run_id, attempt=attempt)
+    return open_cache(checkpoints, reference_key(recipe), run_id=run_id, attempt=attempt)
 
 
 class _ModelUnavailable(Unavailable):
