@@ -116,6 +116,7 @@ class Architecture(BaseModel):
                 f"{name} is a `{kind}` model, and the memory of this type cannot be predicted",
                 hint=f"supported types: {', '.join(FAMILIES)}",
             )
+        # Without these numbers the counts would be wrong, so there is no default for them.
         if missing := [key for key in NEEDED if not isinstance(config.get(key), int)]:
             raise ModelError(
                 f"the config.json of {name} has no {', '.join(missing)}",

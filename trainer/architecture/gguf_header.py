@@ -87,6 +87,7 @@ def _header(stream: BinaryIO) -> tuple[dict[str, Any], set[str]]:
 
 
 def _value(stream: BinaryIO, kind: int) -> Any:
+    """Read a value. Skip the items of an array, and return its length."""
     if kind == STRING:
         return _text(stream)
     if kind != ARRAY:

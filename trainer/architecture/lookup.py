@@ -130,6 +130,7 @@ class _Lookup:
         self._environ = with_login(environ)
 
     def find(self, name: str, depth: int = 0) -> Architecture:
+        """Return the architecture of a model, or of the base model of an adapter."""
         if depth > DEEPEST:
             raise ModelError(
                 f"{name} is more than {DEEPEST} adapters away from a base model",
@@ -178,7 +179,9 @@ class _Lookup:
             )
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 404:
+            if (
+                error.code == 404
+            ):  # not an error: an adapter has no config.json, and a model no adapter_config.json
                 return None
             if error.code in (401, 403):
                 hint = (
@@ -187,6 +190,7 @@ class _Lookup:
                 raise ModelError(
                     f"{endpoint} denies access to {name} (HTTP {error.code})", hint=hint
                 ) from error
+            # Only after a temporary failure is a retry, or a recovery on another machine, worth its time.
             temporary = error.code >= 500 or error.code in BUSY
             raise _unreachable(name, f"{endpoint} answers {error.code}", temporary=temporary) from error
         except (OSError, ValueError) as error:
@@ -205,6 +209,7 @@ def _unreachable(name: str, why: str, *, temporary: bool = False) -> ModelError 
 
 
 def _json_file(path: Path) -> dict[str, Any] | None:
+    """Return the content of a JSON file. None if it does not exist."""
     if not path.is_file():
         return None
     try:

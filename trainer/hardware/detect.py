@@ -27,6 +27,8 @@ Run = Callable[[Sequence[str]], str | None]
 
 
 class _Gpu(NamedTuple):
+    """One line of `nvidia-smi`'s output."""
+
     number: str
     uuid: str
     name: str
@@ -82,6 +84,7 @@ def detect(
 
 
 def _gpus(listing: str) -> list[_Gpu]:
+    """Parse the output of `nvidia-smi`. Lost GPUs are left out."""
     gpus = []
     for line in listing.splitlines():
         cells = [cell.strip() for cell in line.split(",")]

@@ -340,6 +340,7 @@ def _by_name() -> tuple[dict[str, Gpu], dict[str, str]]:
 
 
 def _unknown(name: str) -> UserError:
+    """Return the error for a name that the table does not have, with the nearest names as a hint."""
     names, aliases = _by_name()
     known = {**{folded: board.name for folded, board in names.items()}, **{a: a.upper() for a in aliases}}
     near = difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.5)

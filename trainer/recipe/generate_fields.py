@@ -44,6 +44,7 @@ def _fields_of(config: type[Any]) -> dict[str, dict[str, Any]]:
 
 
 def _entry(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    """Return the type of a field, its default if JSON can hold it, and its choices."""
     entry: dict[str, Any] = {"type": " | ".join(_parts(hint))}
     default = field.default_factory() if callable(field.default_factory) else field.default
     if isinstance(default, enum.Enum):
@@ -75,6 +76,7 @@ def _parts(hint: Any) -> list[str]:
 
 
 def _choices(hint: Any) -> list[str]:
+    """Return the values of an enum or a Literal in a type hint."""
     for member in (hint, *typing.get_args(hint)):
         if isinstance(member, type) and issubclass(member, enum.Enum):
             return [choice.value for choice in member]

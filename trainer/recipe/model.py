@@ -13,30 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from trainer.errors import RecipeError
 from trainer.method import METHODS, TrainingMethod
 
-BOOKKEEPING = frozenset(
-    {
-        "logging_steps",
-        "report_to",
-        "run_name",
-        "project",
-        "trackio_bucket_id",
-        "trackio_space_id",
-        "trackio_static_space_id",
-        "save_steps",
-        "save_total_limit",
-        "include_num_input_tokens_seen",
-        "skip_memory_metrics",
-        "gradient_checkpointing",
-        "gradient_checkpointing_kwargs",
-        "activation_checkpointing",
-        "activation_checkpointing_kwargs",
-        "activation_offloading",
-        "torch_empty_cache_steps",
-        "per_device_eval_batch_size",
-        "precompute_ref_batch_size",
-        "eval_accumulation_steps",
-    }
-)
+BOOKKEEPING = frozenset((
+    "logging_steps", "report_to", "run_name", "project", "trackio_bucket_id", "trackio_space_id",
+    "trackio_static_space_id", "save_steps", "save_total_limit", "include_num_input_tokens_seen",
+    "skip_memory_metrics", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading",
+    "torch_empty_cache_steps", "per_device_eval_batch_size", "precompute_ref_batch_size",
+    "eval_accumulation_steps",
+))  # fmt: skip
 """Keys of TRL that change what is logged or saved, or the speed, and never what is trained. The digest skips them."""
 LEAST_CHECKPOINTS = 2
 """If the newest checkpoint is damaged, a run resumes from the one before it."""
@@ -98,6 +82,7 @@ class Mixture(_Frozen):
 
     @model_validator(mode="after")
     def _one_source_of_tests(self) -> Self:
+        """Raise if both ways to name test data are used."""
         if self.test_datasets and self.test_split_size is not None:
             raise RecipeError(
                 f"dataset_mixture has {len(self.test_datasets)} test_datasets and test_split_size "
@@ -120,6 +105,7 @@ class TinyModel(_Frozen):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
+        """Raise if the sizes do not divide into heads."""
         for whole, part in (
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),
@@ -181,6 +167,7 @@ class Recipe(_Frozen):
         return self
 
     def _check_model(self) -> None:
+        """Raise if there is not exactly one model, or it is quantised in a way that cannot be trained."""
         if (self.model_name_or_path is None) == (self.init is None):
             both = self.init is not None
             raise RecipeError(
@@ -218,6 +205,7 @@ class Recipe(_Frozen):
             )
 
     def _check_batch(self) -> None:
+        """Raise if the micro batch does not divide the global batch."""
         if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
             raise RecipeError(
                 f"recipe {self.name}: micro_batch_size {self.micro_batch_size} does not divide "
@@ -226,6 +214,7 @@ class Recipe(_Frozen):
             )
 
     def _check_trainer_args(self) -> None:
+        """Raise if settings of TRL would drop all data, or make training depend on the shape."""
         longest = self.trainer_args.get("max_length")
         if self.max_prompt_length and longest and self.max_prompt_length >= longest:
             raise RecipeError(

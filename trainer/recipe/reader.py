@@ -242,6 +242,7 @@ def _check_uri(data: str) -> None:
 def _settle(keys: Keys, method: str, notes: list[str]) -> None:
     """Write out the defaults that a run relies on, and correct values that a run cannot use."""
     known = fields.of(method)
+    # A later release of TRL may have other defaults. A run must not change with it.
     for key in STATED:
         if key in known:
             keys.setdefault(key, known[key].default)
@@ -255,6 +256,7 @@ def _settle(keys: Keys, method: str, notes: list[str]) -> None:
     keys["save_total_limit"] = max(limit, LEAST_CHECKPOINTS)
     if keys.get("truncation_side", "") is None:
         del keys["truncation_side"]
+    # An override may have replaced the data, and with them the test data of the file.
     data = keys["dataset_mixture"]
     strategy = keys.get("eval_strategy", "no")
     if strategy != "no" and not data.get("test_datasets") and data.get("test_split_size") is None:

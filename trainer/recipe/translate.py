@@ -70,6 +70,7 @@ def _translate_one(key: str, value: Any, keys: Mapping[str, Any], source: str) -
 
 
 def _check_given_once(key: str, value: Any, new: Keys, today: Keys, source: str) -> None:
+    """Raise if a translated key is also given under its new name, with another value."""
     for name in new:
         if name in today and today[name] != new[name]:
             raise RecipeError(
@@ -106,6 +107,7 @@ def _flash_attention(value: Any, _: Mapping[str, Any]) -> tuple[Keys, str]:
 
 
 def _warmup_ratio(value: Any, keys: Mapping[str, Any]) -> tuple[Keys, str]:
+    """Return `warmup_steps`, where Transformers now reads a value below 1 as a ratio."""
     if steps := keys.get("warmup_steps"):  # Transformers had the same rule while it had both keys
         return {}, f"`warmup_ratio` is ignored: `warmup_steps: {show(steps)}` overrides it"
     try:

@@ -22,6 +22,7 @@ class _Loader(yaml.SafeLoader):
     """A safe YAML loader that rejects duplicate keys and reads dates as plain text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping, and raise if a key is given twice. PyYAML would keep the last value silently."""
         first: dict[str, int] = {}
         for key_node, _ in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
@@ -134,6 +135,7 @@ def set_dotted(keys: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     """
     dotted = ".".join(path)
     parent: Any = keys
+    # Walk down part by part. `following` is None at the last part, where the value is set.
     for part, following in zip(path, (*path[1:], None), strict=True):
         key: Any = int(part) if isinstance(parent, list) and part.isdecimal() else part
         if isinstance(parent, list) and (key == part or key >= len(parent)):
@@ -149,6 +151,7 @@ def set_dotted(keys: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         if following is None:
             parent[key] = value
         elif isinstance(parent, dict):
+            # A key that is missing or null becomes a mapping, so that it can hold the rest of the path.
             parent[key] = {} if parent.get(key) is None else parent[key]
             parent = parent[key]
         else:
@@ -160,6 +163,7 @@ def _above(path: tuple[str, ...], part: str) -> str:
 
 
 def _value(key: str, text: str) -> Any:
+    """Parse one value of the command line as YAML."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
@@ -169,6 +173,7 @@ def _value(key: str, text: str) -> Any:
 
 
 def _suggest(source: str) -> str:
+    """Return a hint for a recipe that does not exist: the nearest name, or all names."""
     known = names()
     short = [name.removeprefix(f"{FAMILY}/") for name in known]
     near = nearest(source.removesuffix(".yaml"), [*known, *short])
