@@ -1,11 +1,11 @@
-"""A training program that is exact and fast: each step mixes the state with the step's sample, no torch.
+"""A deterministic and fast training program without torch: each step mixes the state with the step's sample.
 
-The supervisor runs it in place of `trainer.worker`. Like the real one it tells each step's value,
-saves every `save_steps`, leaves a save out while two uploads wait, and stops at a step when asked to.
-Of several nodes each writes its own file, node 0 the others, and there all is told; they stop at one step.
-$COUNTING_FAULT makes it a wrong one, so that what looks for wrongs can be tried:
+The supervisor runs it in place of `trainer.worker`. Like the real program, it reports the loss of each step, saves
+every `save_steps` steps, skips a save while two uploads are waiting, and saves and stops when it is asked to. On
+several nodes, each node writes a file of its own, node 0 also writes the other files and the events, and all nodes
+stop at the same step. $COUNTING_FAULT adds a fault, so that the tests of the checks can check that it is found:
 
-    forgets        goes on from a checkpoint's step with a new state, as a missing optimizer file would
+    forgets        resumes at the checkpoint's step with a new state, as if the optimizer file were missing
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WEIGHT_BYTES = 4_000_000
 
 
 class State:
-    """All that a step depends on."""
+    """The state that a step depends on."""
 
     def __init__(self, seed: int) -> None:
         self.step = 0
@@ -49,12 +49,12 @@ class State:
         (folder / "state.json").write_text(json.dumps({"step": self.step, "weights": self.weights.hex()}))
 
     def read(self, folder: Path) -> None:
-        told = json.loads((folder / "state.json").read_text())
-        self.step, self.weights = told["step"], bytes.fromhex(told["weights"])
+        saved = json.loads((folder / "state.json").read_text())
+        self.step, self.weights = saved["step"], bytes.fromhex(saved["weights"])
 
 
 class Program:
-    """One attempt's training."""
+    """The training of one attempt."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -67,7 +67,7 @@ class Program:
         signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def tell(self, kind: str, **fields: object) -> None:
+    def report(self, kind: str, **fields: object) -> None:
         if self.rank:
             return
         with self.job.steps.open("a") as file:
@@ -79,17 +79,17 @@ class Program:
 
     def save(self, name: str, kind: str = "checkpoint") -> None:
         if kind == "checkpoint" and len(pending(self.job.staging)) > 1:
-            self.tell("save_skipped", step=self.state.step, reason="two uploads wait")
+            self.report("save_skipped", step=self.state.step, reason="two uploads are waiting")
             return
         if self.rank == 0:
             self.state.write(self.job.staging / name)
         if self.job.fit.nodes > 1:
-            self._write_mine(self.job.staging / name)
+            self._write_own_part(self.job.staging / name)
         staged = Staged.model_validate({"folder": name, "step": self.state.step, "kind": kind})
         mark_staged(self.job.staging, staged)
-        self.tell("saved", step=self.state.step, stall_s=0.0)
+        self.report("saved", step=self.state.step, stall_s=0.0)
 
-    def _write_mine(self, folder: Path) -> None:
+    def _write_own_part(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / f"of-rank-{self.rank}.bin").write_bytes(self.state.weights)
 
@@ -106,12 +106,12 @@ class Program:
 
     def run(self) -> None:
         self.resume()
-        together = Lockstep(os.environ)
-        self.tell("started", step=self.state.step, total_steps=self.total)
+        lockstep = Lockstep(os.environ)
+        self.report("started", step=self.state.step, total_steps=self.total)
         while self.state.step < self.total:
             self.state.advance()
-            self.tell("step", step=self.state.step, total_steps=self.total, loss=self.state.loss)
-            stopping = together.any(self.stop.wait(self.step_s))
+            self.report("step", step=self.state.step, total_steps=self.total, loss=self.state.loss)
+            stopping = lockstep.any(self.stop.wait(self.step_s))
             if stopping or self.state.step % self.save_steps == 0:
                 self.save(f"checkpoint-{self.state.step}")
             if stopping:

@@ -1,4 +1,4 @@
-"""Runs over three clouds made of nothing but events: prices, a plan, spot machines that are lost, saves, restores."""
+"""Events of runs over three clouds, with prices, a plan, preempted spot machines, saves and restores."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Leg(NamedTuple):
     market: str | None
     usd_per_h: float | None
     last: int
-    """The step at which it ends."""
+    """The last step."""
     end: str | None
-    """Kind of its last event; None: the machine vanished."""
+    """Kind of the last event. None: the machine was lost without an event."""
     gap_s: float = 0.0
-    """Since the attempt before."""
+    """Seconds since the end of the attempt before."""
     step_s: float = 7.5
     boot_s: float = 0.0
-    """Of `gap_s` at the most; 0: its claim does not tell of a boot."""
+    """Seconds from the boot to the claim, at most `gap_s`. 0: the claim has no boot time."""
 
 
 LEGS = (
@@ -66,11 +66,11 @@ LEGS = (
     Leg("lambda/us-east-1", "on demand", 22.32, 290, "failed", gap_s=260, step_s=7.0),
     Leg("nebius/eu-north1", "spot", 11.84, 478, "done", gap_s=1500, step_s=7.9),
 )
-"""Some four hours over three clouds."""
+"""About four hours over three clouds."""
 
 
 class Journey:
-    """Writes what a supervisor would have, with a clock of its own."""
+    """Creates the events that a supervisor would write, with a simulated clock."""
 
     def __init__(self, *, total_steps: int, save_steps: int = 50, seed: int = 0, method: str = "dpo") -> None:
         self._total = total_steps
@@ -82,13 +82,13 @@ class Journey:
         self.attempts: list[list[Event]] = []
 
     def add(self, leg: Leg, *, plan: dict[str, Any] | None = PLAN) -> None:
-        """One more attempt, from the newest commit."""
+        """Add an attempt that resumes from the newest commit."""
         self._now += timedelta(seconds=leg.gap_s)
         self._log = EventLog(len(self.attempts) + 1, self._keep)
-        self._told: list[Event] = []
+        self._events: list[Event] = []
         cloud, _, region = leg.infra.partition("/")
         price = {"usd_per_h": leg.usd_per_h, "market": leg.market, "cloud": cloud, "region": region or None}
-        self._say(
+        self._add(
             "claimed", 0, run="fake", method=self._method, recipe=f"zephyr-7b/{self._method}_full",
             shape={**SHAPE, "node": f"{cloud}-node"}, fit=_fit(), price=price, plan=plan,
             **({"booted": (self._now - timedelta(seconds=leg.boot_s)).isoformat()} if leg.boot_s else {}),
@@ -97,39 +97,39 @@ class Journey:
         facts = (
             {"from_attempt": len(self.attempts), "files": 61, "bytes": size, "seconds": 85.0} if start else {}
         )
-        self._say(
+        self._add(
             "restored", 85 if start else 1, **{"step": start, "files": 0, "bytes": 0, "seconds": 0.0, **facts}
         )
-        self._say("started", 95, step=start, total_steps=self._total, samples=61_000)
+        self._add("started", 95, step=start, total_steps=self._total, samples=61_000)
         self._train(leg, start, size)
         self._end(leg, size)
-        self.attempts.append(self._told)
+        self.attempts.append(self._events)
 
     def _train(self, leg: Leg, start: int, size: int) -> None:
         train_s = 0.0
         for step in range(start + 1, leg.last + 1):
             took = leg.step_s * self._random.uniform(0.95, 1.08)
             train_s += took
-            self._say("step", took, step=step, total_steps=self._total, **self._metrics(step), step_s=took,
+            self._add("step", took, step=step, total_steps=self._total, **self._metrics(step), step_s=took,
                       train_s=train_s, tokens_per_s=128 * 2 * 420 / took, gpu_peak_gib=70.4, host_peak_gib=181.0)  # fmt: skip
             if step % self._save == 0 or step == self._total:
                 loss = 0.51 + 0.19 * math.exp(-step / 130)
-                self._say("eval", 55, step=step, eval_loss=loss, **{"eval_rewards/accuracies": 0.76 - 0.26 * math.exp(-step / 120)}, seconds=55.0)  # fmt: skip
-                self._say("saved", 11, step=step, bytes=size, stall_s=11.0)
-                self._say("committed", 0.5, step=step, files=61, bytes=size, seconds=64.0, weights_digest="")
+                self._add("eval", 55, step=step, eval_loss=loss, **{"eval_rewards/accuracies": 0.76 - 0.26 * math.exp(-step / 120)}, seconds=55.0)  # fmt: skip
+                self._add("saved", 11, step=step, bytes=size, stall_s=11.0)
+                self._add("committed", 0.5, step=step, files=61, bytes=size, seconds=64.0, weights_digest="")
                 self._committed = step
 
     def _end(self, leg: Leg, size: int) -> None:
         if leg.end == "preempted":
-            self._say("notice", 1, source="GCE's metadata server")
-            self._say("saved", 11, step=leg.last, bytes=size, stall_s=11.0)
-            self._say("preempted", 10, message=f"at step {leg.last}, which is not saved")
+            self._add("notice", 1, source="GCE's metadata server")
+            self._add("saved", 11, step=leg.last, bytes=size, stall_s=11.0)
+            self._add("preempted", 10, message=f"at step {leg.last}, which is not saved")
         elif leg.end == "failed":
-            self._say(
+            self._add(
                 "failed", 4, message="the workers died of SIGBUS <on GPU 3> & left no outcome", exit_code=75
             )
         elif leg.end == "done":
-            self._say(
+            self._add(
                 "exported",
                 80,
                 step=leg.last,
@@ -138,7 +138,7 @@ class Journey:
                 seconds=41.0,
                 weights_digest="9f" * 16,
             )
-            self._say("done", 1, step=leg.last, weights_digest="9f" * 16)
+            self._add("done", 1, step=leg.last, weights_digest="9f" * 16)
 
     def _metrics(self, step: int) -> dict[str, float]:
         noise = self._random.gauss(0, 1)
@@ -148,10 +148,10 @@ class Journey:
             "rewards/accuracies": min(1.0, max(0.0, 0.77 - 0.27 * math.exp(-step / 110) + 0.035 * noise)),
         }
 
-    def _say(self, kind: Any, after_s: float, /, **fields: Any) -> None:
+    def _add(self, kind: Any, after_s: float, /, **fields: Any) -> None:
         self._now += timedelta(seconds=after_s)
         event = self._log.add(kind, **fields)
-        self._told.append({**event, "time": self._now.isoformat()})
+        self._events.append({**event, "time": self._now.isoformat()})
 
     def _keep(self, data: bytes) -> None:
         parse(data)
@@ -159,7 +159,7 @@ class Journey:
 
 def journey(legs: Sequence[Leg] = LEGS, *, total_steps: int = 478, seed: int = 0, method: str = "dpo",
             plan: dict[str, Any] | None = PLAN) -> list[list[Event]]:  # fmt: skip
-    """The events of each attempt."""
+    """Return the events of each attempt."""
     made = Journey(total_steps=total_steps, seed=seed, method=method)
     for leg in legs:
         made.add(leg, plan=plan)
@@ -167,7 +167,7 @@ def journey(legs: Sequence[Leg] = LEGS, *, total_steps: int = 478, seed: int = 0
 
 
 def write_journey(run: Path, attempts: Sequence[list[Event]]) -> None:
-    """Into the folder of a run, as supervisors do; a run that is done has its model committed."""
+    """Write a run's folder as supervisors do. A run that is done has a committed final model."""
     write_events(run, *attempts)
     for event in (event for events in attempts for event in events):
         if event["kind"] == "committed":

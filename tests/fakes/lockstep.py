@@ -1,4 +1,4 @@
-"""The ranks of a fake program on several nodes: at each step all hear whether any of them was told to stop."""
+"""Connects the ranks of a fake program on several nodes, so that all of them stop at the same step."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import socket
 import time
 from collections.abc import Mapping
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 RETRY_S = 0.02
 
 
 class Lockstep:
-    """What an all-reduce is to real ranks; they meet where torchrun's variables say."""
+    """The counterpart of an all-reduce of real ranks. It connects at the address in torchrun's variables."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._rank, ranks = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
@@ -23,40 +23,40 @@ class Lockstep:
             self._others = [_connect(address)]
             return
         with socket.create_server(address) as server:
-            server.settimeout(PATIENCE_S)
+            server.settimeout(TIMEOUT_S)
             self._others = [server.accept()[0] for _ in range(1, ranks)]
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so.
+        """Return whether any rank passes True.
 
         Raises:
-            ConnectionError: one of them is gone.
+            ConnectionError: another rank is lost.
         """
         if self._rank:
-            _say(self._others[0], flag)
-            return _hear(self._others[0])
-        raised = any([flag, *map(_hear, self._others)])
+            _send(self._others[0], flag)
+            return _receive(self._others[0])
+        raised = any([flag, *map(_receive, self._others)])
         for other in self._others:
-            _say(other, raised)
+            _send(other, raised)
         return raised
 
 
 def _connect(address: tuple[str, int]) -> socket.socket:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while True:
         try:
-            return socket.create_connection(address, timeout=PATIENCE_S)
-        except ConnectionRefusedError:  # rank 0 is not there yet
+            return socket.create_connection(address, timeout=TIMEOUT_S)
+        except ConnectionRefusedError:  # rank 0 does not listen yet
             if time.monotonic() > deadline:
                 raise
             time.sleep(RETRY_S)
 
 
-def _say(other: socket.socket, flag: bool) -> None:
+def _send(other: socket.socket, flag: bool) -> None:
     other.sendall(bytes([flag]))
 
 
-def _hear(other: socket.socket) -> bool:
+def _receive(other: socket.socket) -> bool:
     if not (data := other.recv(1)):
-        raise ConnectionError("another rank is gone")
+        raise ConnectionError("another rank is lost")
     return bool(data[0])

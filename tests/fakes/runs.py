@@ -1,4 +1,4 @@
-"""Runs made of nothing but events, for what reads them."""
+"""Runs that consist of events only, for tests of programs that read events."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def attempt_events(
     end: Event | None = None,
     began: datetime = BEGIN,
 ) -> list[Event]:
-    """An attempt that was restored to `start` and took every step up to `last`, one a second."""
+    """Return the events of an attempt that resumed from step `start` and trained up to step `last`, one step per second."""
     events: list[Event] = [
         {"kind": "claimed", "method": method, "recipe": "fake"},
         {"kind": "restored", "step": start},
@@ -45,7 +45,7 @@ def attempt_events(
 
 
 def write_events(run: Path, *attempts: list[Event]) -> None:
-    """Into the folder of a run, as the supervisor does."""
+    """Write events into the folder of a run, as the supervisor does."""
     (run / "events").mkdir(parents=True, exist_ok=True)
     for events in attempts:
         data = "".join(json.dumps(event) + "\n" for event in events)
@@ -53,6 +53,6 @@ def write_events(run: Path, *attempts: list[Event]) -> None:
 
 
 def write_commit(run: Path, name: str, *, created: str = BEGIN.isoformat()) -> None:
-    """A manifest, as far as the launcher reads it."""
+    """Write a manifest with the fields that the launcher reads."""
     (run / "commits").mkdir(parents=True, exist_ok=True)
     (run / "commits" / f"{name}.json").write_text(json.dumps({"created": created}))

@@ -1,8 +1,8 @@
-"""`python -m trainer` on a machine that has GPUs as far as the fit is concerned: $SHAPED is what it decides.
+"""`python -m trainer` with a fit that assumes GPUs: the fields in $SHAPED replace those of the real fit.
 
     SHAPED='{"processes": 2, "engine": "zero3"}' python -m tests.fakes.shaped run RECIPE ...
 
-Everything else is the real thing: the ranks train on this machine's CPU.
+Everything else is real. The ranks train on the CPU of this machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trainer.supervisor import run
 
 
 def shaped(real: Any) -> Any:
-    """The real decision, with what $SHAPED says in place of its own."""
+    """Return a function that makes the real decision and replaces the fields that are in $SHAPED."""
     wanted = json.loads(os.environ["SHAPED"])
 
     def fit(*arguments: Any) -> Fit:
@@ -31,5 +31,5 @@ def shaped(real: Any) -> Any:
 
 
 if __name__ == "__main__":
-    run.fit = shaped(run.fit)  # a laptop has no shape of two GPUs to offer
+    run.fit = shaped(run.fit)  # a laptop has no two GPUs
     command.main()

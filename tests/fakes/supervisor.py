@@ -1,8 +1,8 @@
-"""`python -m trainer run` with the fake worker: a process that a test can freeze, wake and kill.
+"""`python -m trainer run` with the fake worker, as a process that a test can stop, continue and kill.
 
     python -m tests.fakes.supervisor CHECKPOINTS RUN_ID WORK
 
-Its exit codes are the real ones; $FAKE_WORKER says what befalls the worker.
+The exit codes are the real ones. $FAKE_WORKER selects how the worker fails.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""A training program that trains nothing: it keeps to the files of `trainer.job` and needs no torch.
+"""A training program that does not train. It reads and writes the files of `trainer.job` and needs no torch.
 
-The supervisor runs it in place of `trainer.worker`; $FAKE_WORKER says what befalls it:
+The supervisor runs it in place of `trainer.worker`. $FAKE_WORKER selects how it fails:
 
-    (nothing)      trains to the end, a checkpoint every 2 of 6 steps, then the final model
+    (nothing)      trains 6 steps with a checkpoint every 2 steps, then saves the final model
     crash@N        raises at step N
     killed@N       is killed by SIGKILL at step N
-    wrong          finds fault with the recipe
-    away           is not answered by the Hub
-    waits@N        waits at step N until it is told to stop, and saves then
-    deaf@N         waits at step N and hears nothing
-    fills@N        fills the rest of the disk at step N with a file of its own
+    wrong          rejects the recipe
+    away           gets no answer from the Hub
+    waits@N        waits at step N until it is asked to stop, and then saves
+    deaf@N         waits at step N and ignores the request to stop
+    fills@N        fills the disk at step N with a file of its own
 
-$FAKE_WORKER_MB is how large its weights are, in millions of bytes (0.1).
+$FAKE_WORKER_MB is the size of its weights in millions of bytes (default 0.1).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAVE_STEPS = 2
 
 
 class Program:
-    """One attempt's pretended training."""
+    """The simulated training of one attempt."""
 
     def __init__(self, job: Job, fate: str) -> None:
         self.job = job
@@ -45,7 +45,7 @@ class Program:
         signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def tell(self, kind: str, **fields: object) -> None:
+    def report(self, kind: str, **fields: object) -> None:
         with self.job.steps.open("a") as file:
             file.write(json.dumps({"kind": kind, **fields}) + "\n")
 
@@ -55,7 +55,7 @@ class Program:
         )
 
     def save(self, step: int, *, name: str, kind: str = "checkpoint") -> None:
-        while pending(self.job.staging):  # no faster than the uploads, or checkpoints would be dropped
+        while pending(self.job.staging):  # a faster program would have its checkpoints dropped
             time.sleep(0.01)
         folder = self.job.staging / name
         (folder / "nested").mkdir(parents=True)
@@ -63,14 +63,14 @@ class Program:
         (folder / "nested" / "empty").touch()
         (folder / "state.json").write_text(json.dumps({"step": step}))
         mark_staged(self.job.staging, Staged.model_validate({"folder": name, "step": step, "kind": kind}))
-        self.tell("saved", step=step, stall_s=0.0)
+        self.report("saved", step=step, stall_s=0.0)
 
     def first_step(self) -> int:
         if self.job.resume_from is None:
             return 1
         return int(json.loads((self.job.resume_from / "state.json").read_text())["step"]) + 1
 
-    def meet_fate(self, step: int) -> None:
+    def apply_fate(self, step: int) -> None:
         if step != self.at:
             return
         match self.fate:
@@ -95,10 +95,10 @@ class Program:
             self.end("unavailable", "org/model cannot be loaded for now")
             sys.exit(1)
         first = self.first_step()
-        self.tell("started", step=first - 1, total_steps=TOTAL_STEPS)
+        self.report("started", step=first - 1, total_steps=TOTAL_STEPS)
         for step in range(first, TOTAL_STEPS + 1):
-            self.tell("step", step=step, total_steps=TOTAL_STEPS, loss=1.0 / step)
-            self.meet_fate(step)
+            self.report("step", step=step, total_steps=TOTAL_STEPS, loss=1.0 / step)
+            self.apply_fate(step)
             if step % SAVE_STEPS == 0 or self.stop.is_set():
                 self.save(step, name=f"checkpoint-{step}")
             if self.stop.is_set():

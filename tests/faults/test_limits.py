@@ -49,23 +49,23 @@ def under(request: RunRequest, **limits: float) -> RunRequest:
 
 
 def losses(view: RunView) -> dict[int, Any]:
-    """Of each step; one value, however often it was taken."""
-    told = {step: {event["loss"] for event in events} for step, events in view.steps().items()}
-    assert {len(values) for values in told.values()} == {1}
-    return told
+    """Return the loss of each step. A repeated step must have the same loss every time."""
+    found = {step: {event["loss"] for event in events} for step, events in view.steps().items()}
+    assert {len(values) for values in found.values()} == {1}
+    return found
 
 
-def waits(monkeypatch: pytest.MonkeyPatch, *, for_ever: bool) -> None:
-    """Each step of the program takes no time, or lasts until it is told to stop."""
-    monkeypatch.setenv("COUNTING_STEP_S", "1000" if for_ever else "0")
+def waits(monkeypatch: pytest.MonkeyPatch, *, forever: bool) -> None:
+    """Make each step of the program last until it is asked to stop, or take no time."""
+    monkeypatch.setenv("COUNTING_STEP_S", "1000" if forever else "0")
 
 
 def test_a_budget_of_two_attempts_stops_the_run_and_a_higher_one_ends_it_unchanged(
     request_: RunRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All attempts pay together; what there was is committed; the same budget starts nothing more."""
+    """The budget covers all attempts together. The last state is committed, and the same budget starts nothing more."""
     view = RunView(request_.checkpoints, request_.run_id)
-    waits(monkeypatch, for_ever=True)
+    waits(monkeypatch, forever=True)
     notice = Notice()
 
     def lose() -> None:
@@ -93,7 +93,7 @@ def test_a_budget_of_two_attempts_stops_the_run_and_a_higher_one_ends_it_unchang
     assert third == ["claimed", "limit", "stopped"]
     assert Reader(view.bucket, "r").read().state == "stopped"
 
-    waits(monkeypatch, for_ever=False)
+    waits(monkeypatch, forever=False)
     assert run(under(request_, budget_usd=100_000), Notice()) == ExitCode.DONE
     undisturbed = request_.model_copy(update={"run_id": "undisturbed"})
     assert run(undisturbed, Notice()) == ExitCode.DONE
@@ -116,11 +116,11 @@ def boots(monkeypatch: pytest.MonkeyPatch, *, ago_s: float) -> None:
     monkeypatch.setattr(psutil, "boot_time", lambda: booted)
 
 
-def test_a_budget_is_kept_with_the_boot_in_it(request_: RunRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At work for less than the budget alone would have paid for; the same machine's next attempt pays its boot no more."""
+def test_a_budget_includes_the_boot(request_: RunRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attempt trains for less time than the budget alone would pay for. The next attempt on the machine pays for no boot."""
     view = RunView(request_.checkpoints, request_.run_id)
     boots(monkeypatch, ago_s=1000)
-    waits(monkeypatch, for_ever=True)
+    waits(monkeypatch, forever=True)
     budget, a_minute = 1006.0, 1 / 60
     assert run(under(request_, budget_usd=budget, deadline_h=a_minute), Notice()) == ExitCode.LIMIT
     (stopped,) = view.events("stopped")
@@ -129,22 +129,22 @@ def test_a_budget_is_kept_with_the_boot_in_it(request_: RunRequest, monkeypatch:
     assert paid_s > 1000
     assert stopped["usd"] == pytest.approx(
         stopped["hours"] * 3600 + paid_s, abs=1
-    )  # told one after the other
+    )  # the two are read one after the other
     assert stopped["hours"] * 3600 < budget <= stopped["usd"]
 
     assert run(under(request_, budget_usd=budget), Notice()) == ExitCode.LIMIT
-    waits(monkeypatch, for_ever=False)
+    waits(monkeypatch, forever=False)
     assert run(under(request_, budget_usd=10_000), Notice()) == ExitCode.DONE
     assert ["booted" in claimed for claimed in view.events("claimed")] == [True, False, False]
-    told = account(Reader(view.bucket, "r").read())
-    assert told.hours.boot_s == pytest.approx(paid_s)
-    assert told.usd == pytest.approx(told.hours.paid_s)
+    found = account(Reader(view.bucket, "r").read())
+    assert found.hours.boot_s == pytest.approx(paid_s)
+    assert found.usd == pytest.approx(found.hours.paid_s)
 
 
-def test_a_boot_that_has_cost_the_budget_starts_nothing(
+def test_a_boot_that_used_up_the_budget_starts_nothing(
     request_: RunRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even the fetching of the model."""
+    """Not even the model is fetched."""
     view = RunView(request_.checkpoints, request_.run_id)
     boots(monkeypatch, ago_s=1000)
     assert run(under(request_, budget_usd=900), Notice()) == ExitCode.LIMIT
@@ -154,8 +154,8 @@ def test_a_boot_that_has_cost_the_budget_starts_nothing(
 def test_limits_are_no_part_of_the_run_s_identity(
     request_: RunRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """run.json does not know them; what an attempt was told is in its own events."""
-    waits(monkeypatch, for_ever=False)
+    """They are not in run.json. The limits of an attempt are in its own events."""
+    waits(monkeypatch, forever=False)
     run(under(request_, budget_usd=50_000, deadline_h=24), Notice())
     view = RunView(request_.checkpoints, request_.run_id)
     assert b"budget" not in view.bucket.get("run.json")
@@ -173,7 +173,7 @@ def test_limits_are_no_part_of_the_run_s_identity(
 def test_the_command_ends_with_its_own_exit_code(
     options: list[str], environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """79, which no managed job is asked to recover from; before any worker is started."""
+    """The exit code is 79, from which a managed job does not recover. No worker is started."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.model_dump_json(exclude_defaults=True))
     command = [sys.executable, "-m", "trainer", "run", str(recipe), "--run-id", "r", *options]

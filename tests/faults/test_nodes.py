@@ -1,4 +1,4 @@
-"""Two machines train one run: whatever becomes of one of them, the run ends as one that nobody disturbed."""
+"""Two nodes train one run. If one of them is lost, the recovered run ends with the same model as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def checkpoints(tmp_path: Path) -> str:
 
 @contextmanager
 def nodes(
-    recipe: Path, checkpoints: str, run: str, *, step_s: float = 0.02, told: Mapping[str, str] | None = None
+    recipe: Path, checkpoints: str, run: str, *, step_s: float = 0.02, extra: Mapping[str, str] | None = None
 ) -> Iterator[list[TrainerRun]]:
-    """Both machines of an attempt, each with its own disk, and what both are told beside where they are."""
+    """Start both nodes of an attempt, each with its own disk. `extra` is added to the environment of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,7 +61,7 @@ def nodes(
                         "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": str(port),
                         "COUNTING_STEP_S": str(step_s),
-                        **(told or {}),
+                        **(extra or {}),
                     },
                 )
             )
@@ -77,11 +77,11 @@ def finish(recipe: Path, checkpoints: str, run: str) -> RunView:
 
 
 def assert_alike(disturbed: RunView, whole: RunView) -> None:
-    """Every telling of a step is the undisturbed run's, and so is the model."""
+    """Check that every event of a step, and the final model, equal those of the undisturbed run."""
     steps = whole.steps()
     assert set(steps) == set(range(1, STEPS + 1))
-    for step, tellings in disturbed.steps().items():
-        assert all(telling == steps[step][0] for telling in tellings)
+    for step, repeats in disturbed.steps().items():
+        assert all(event == steps[step][0] for event in repeats)
     model, other = whole.final(), disturbed.final()
     assert model is not None
     assert other is not None
@@ -89,7 +89,7 @@ def assert_alike(disturbed: RunView, whole: RunView) -> None:
 
 
 def test_two_nodes_make_one_checkpoint(recipe: Path, checkpoints: str) -> None:
-    """Each uploads what its own ranks wrote; node 0 commits all of it, once, and tells the events."""
+    """Each node uploads the files of its own ranks. Node 0 commits all of them once and writes the events."""
     view = finish(recipe, checkpoints, "whole")
     newest = committed(view.bucket)[0]
     assert newest.step == STEPS
@@ -100,8 +100,8 @@ def test_two_nodes_make_one_checkpoint(recipe: Path, checkpoints: str) -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 1], ids=["node 0", "node 1"])
-def test_a_node_that_is_lost_ends_the_attempt_on_both(recipe: Path, checkpoints: str, lost: int) -> None:
-    """The other one asks for a recovery at once, and the next attempt goes on from the last commit of both."""
+def test_a_lost_node_ends_the_attempt_on_both_nodes(recipe: Path, checkpoints: str, lost: int) -> None:
+    """The other node asks for a recovery immediately, and the next attempt resumes from the last complete commit."""
     whole = finish(recipe, checkpoints, "whole")
     view = RunView(checkpoints, "lost")
     with nodes(recipe, checkpoints, "lost", step_s=0.05) as both:
@@ -116,15 +116,17 @@ def test_a_node_that_is_lost_ends_the_attempt_on_both(recipe: Path, checkpoints:
     assert view.events("restored")[1]["step"] >= 20
 
 
-def test_half_a_checkpoint_is_none(recipe: Path, checkpoints: str) -> None:
-    """Node 1 is lost while node 0 waits for its part: no manifest may name what node 0 has uploaded."""
+def test_half_a_checkpoint_is_not_committed(recipe: Path, checkpoints: str) -> None:
+    """Node 1 is lost while node 0 waits for its part. No manifest may name what node 0 has uploaded."""
     view = RunView(checkpoints, "half")
     with nodes(recipe, checkpoints, "half", step_s=0.1) as both:
-        wait_until(lambda: both[0].step() >= 5, "node 0 to be at work")
-        os.kill(both[1].process.pid, signal.SIGSTOP)  # it uploads nothing; its program goes on
+        wait_until(lambda: both[0].step() >= 5, "node 0 to be training")
+        os.kill(
+            both[1].process.pid, signal.SIGSTOP
+        )  # its supervisor uploads nothing; its training program continues
         wait_until(lambda: list(view.bucket.list("checkpoints/step-00000020/")), "node 0's part")
         both[1].lose_machine()
         assert both[0].wait(60) == ExitCode.RECOVER, both[0].log
-    assert "step 20 is incomplete: node 1 is gone" in both[0].log
+    assert "step 20 is incomplete: node 1 is lost" in both[0].log
     assert view.committed_steps() == []
     assert_alike(finish(recipe, checkpoints, "half"), finish(recipe, checkpoints, "whole"))

@@ -1,4 +1,4 @@
-"""A machine that goes while its checkpoint is on the way waits for no gigabyte more."""
+"""A preemption notice during a restore cancels the transfer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["fate", "request_", "view"]
 
 
 class WhileRestoring(Notice):
-    """Given as soon as a checkpoint is on its way into a folder."""
+    """A notice that is given as soon as the restore of a checkpoint has begun."""
 
     def __init__(self, work: Path) -> None:
         super().__init__()
@@ -36,8 +36,8 @@ class WhileRestoring(Notice):
         return super().given
 
 
-def test_a_notice_ends_a_restore(request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch) -> None:
-    """Its bytes would be of no use here: the attempt asks for a recovery at once, and the next one has all it needs."""
+def test_a_notice_cancels_a_restore(request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch) -> None:
+    """The attempt asks for a recovery immediately, and the next attempt restores the checkpoint."""
     assert attempt(request_, fate, "killed@5") == ExitCode.RECOVER
     assert run(request_, WhileRestoring(request_.work)) == ExitCode.RECOVER
     assert view.events("preempted")[0]["message"] == "before its checkpoint was restored"
@@ -47,8 +47,8 @@ def test_a_notice_ends_a_restore(request_: RunRequest, view: RunView, fate: pyte
     assert [event["step"] for event in view.events("restored")] == [0, 4]
 
 
-def test_what_was_brought_in_part_is_not_there(tmp_path: Path) -> None:
-    """A folder appears whole or not at all."""
+def test_a_cancelled_transfer_leaves_no_folder(tmp_path: Path) -> None:
+    """A folder appears only when it is complete."""
     bucket, notice = MemoryBucket(), Notice()
     bucket.put("f/r/0001-000000001/a", b"1234")
     part = ReferenceManifest(
@@ -57,15 +57,15 @@ def test_what_was_brought_in_part_is_not_there(tmp_path: Path) -> None:
     )  # fmt: skip
     notice.give("SIGTERM")
     with pytest.raises(TransferCancelled):
-        fetch(bucket, part, tmp_path / "there", TransferProgress(notice))
+        fetch(bucket, part, tmp_path / "folder", TransferProgress(notice))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_long_restore_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    """A hundred gigabytes take minutes."""
+def test_a_long_restore_logs_its_progress(caplog: pytest.LogCaptureFixture) -> None:
+    """The number of bytes and the rate are logged every 20 s."""
     times = iter([0.0, 10.0, 20.0, 25.0, 40.0])
-    bringing = TransferProgress(Notice(), every_s=20.0, clock=lambda: next(times))
+    progress = TransferProgress(Notice(), every_s=20.0, clock=lambda: next(times))
     with caplog.at_level(logging.INFO, logger="trainer"):
         for _ in range(4):
-            bringing(2 * 10**9)
+            progress(2 * 10**9)
     assert caplog.messages == ["fetched 4.0 GB so far, 200 MB/s", "fetched 8.0 GB so far, 200 MB/s"]

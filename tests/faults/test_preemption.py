@@ -1,4 +1,4 @@
-"""The notice that Google's metadata server gives reaches a run in time to save, commit and hand over."""
+"""The preemption notice of Google's metadata server reaches a run in time to save and commit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRequest:
 def test_a_preemption_during_a_run_is_saved_committed_and_recovered(
     request_: RunRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step that training was in is the next attempt's start, and the window was told beforehand."""
+    """The next attempt resumes after the current step, and the window was reported before the notice."""
     view = RunView(request_.checkpoints, request_.run_id)
     notice = Notice()
     with MetadataServer() as server:
@@ -52,9 +52,9 @@ def test_a_preemption_during_a_run_is_saved_committed_and_recovered(
         cloud.join()
     assert view.committed_steps() == [3, 2]
     assert [event["source"] for event in view.events("notice")] == [SOURCE]
-    told = view.events("window")[0]
-    assert told["window_s"] == 30.0
-    assert told["holds"] == "yes"
+    window = view.events("window")[0]
+    assert window["window_s"] == 30.0
+    assert window["holds"] == "yes"
     monkeypatch.setenv("FAKE_WORKER", "")
     assert run(request_, Notice()) == ExitCode.DONE
     assert [event["step"] for event in view.events("step")] == [1, 2, 3, 4, 5, 6]
@@ -62,8 +62,8 @@ def test_a_preemption_during_a_run_is_saved_committed_and_recovered(
     assert [event["window_s"] for event in second] == [None] * 2
 
 
-def test_the_command_watches_by_itself(tmp_path: Path) -> None:
-    """`python -m trainer run` on a machine that is going ends with the code that asks for recovery."""
+def test_the_command_watches_the_metadata_server(tmp_path: Path) -> None:
+    """`python -m trainer run` on a machine that is being preempted ends with the exit code that asks for a recovery."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.model_dump_json(exclude_defaults=True))
     with MetadataServer() as server:

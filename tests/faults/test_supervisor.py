@@ -1,4 +1,4 @@
-"""Whatever befalls the workers, what they staged is committed, and the exit code says what to do next."""
+"""What workers staged is committed after every kind of failure, and the exit code shows how to continue."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def view(request_: RunRequest) -> RunView:
 
 @pytest.fixture
 def fate(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Sets what befalls the next attempt's worker; its Python needs no torch."""
+    """Sets how the next attempt's worker fails. The worker's Python needs no torch."""
     monkeypatch.setenv("AEOLUS_TRAINER_PYTHON", sys.executable)
     return monkeypatch
 
@@ -62,7 +62,7 @@ def attempt(request: RunRequest, fate: pytest.MonkeyPatch, what: str = "") -> Ex
 def test_an_undisturbed_run_ends_done_with_its_model_committed(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """The final model is committed like a checkpoint, and the two newest checkpoints stay."""
+    """The final model is committed like a checkpoint, and the two newest checkpoints are kept."""
     assert attempt(request_, fate) == ExitCode.DONE
     assert view.final().step == 6
     assert view.committed_steps() == [6, 4]
@@ -71,20 +71,20 @@ def test_an_undisturbed_run_ends_done_with_its_model_committed(
     assert not list((request_.work).glob("*"))
 
 
-def test_a_done_run_says_so_and_does_nothing_again(
+def test_a_completed_run_is_not_run_again(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """The same command twice costs nothing and changes nothing."""
+    """The second run of the same command exits immediately and changes nothing."""
     attempt(request_, fate)
     before = {item.key: view.bucket.get(item.key) for item in view.bucket.list("")}
     assert attempt(request_, fate) == ExitCode.DONE
     assert {item.key: view.bucket.get(item.key) for item in view.bucket.list("")} == before
 
 
-def test_a_crash_of_training_keeps_what_was_staged(
+def test_a_checkpoint_staged_before_a_crash_is_committed(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """A bug is not retried, but the checkpoint before it is safe, and a mended program goes on from it."""
+    """A bug is not retried, but the checkpoint before it is safe, and a fixed program resumes from it."""
     assert attempt(request_, fate, "crash@5") == ExitCode.BUG
     assert view.committed_steps()[0] == 4
     assert attempt(request_, fate) == ExitCode.DONE
@@ -92,27 +92,27 @@ def test_a_crash_of_training_keeps_what_was_staged(
     assert [event["step"] for event in view.events("step")] == [1, 2, 3, 4, 5, 5, 6]
 
 
-def test_a_killed_worker_is_worth_a_recovery(
+def test_a_killed_worker_asks_for_a_recovery(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """The kernel or the cloud killed it: another machine can do better."""
+    """The kernel or the cloud killed it, so another machine may succeed."""
     assert attempt(request_, fate, "killed@3") == ExitCode.RECOVER
     assert view.committed_steps() == [2]
     assert "SIGKILL" in view.events("failed")[0]["message"]
 
 
-def test_a_worker_killed_again_and_again_without_a_commit_is_not_recovered_for_ever(
+def test_a_worker_that_is_killed_repeatedly_without_a_commit_is_not_recovered_forever(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """A host that runs out of memory at the first step would cost money all night."""
+    """Otherwise a host that runs out of memory at the first step would be paid for all night."""
     codes = [attempt(request_, fate, "killed@1") for _ in range(3)]
     assert codes == [ExitCode.RECOVER, ExitCode.RECOVER, ExitCode.BUG]
-    assert "2 attempts in a row" in view.events("failed")[-1]["message"]
+    assert "the 2 attempts before it" in view.events("failed")[-1]["message"]
 
 
 @contextmanager
 def noticed_at(step: int, view: RunView, source: str) -> Iterator[Notice]:
-    """A notice that comes once a step is told."""
+    """Yield a notice that is given once the step is reported."""
     notice = Notice()
 
     def give() -> None:
@@ -127,10 +127,10 @@ def noticed_at(step: int, view: RunView, source: str) -> Iterator[Notice]:
     giver.join()
 
 
-def test_a_notice_saves_at_the_step_uploads_and_asks_for_recovery(
+def test_a_notice_saves_the_current_step_and_asks_for_a_recovery(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is lost: the next attempt goes on at the very next step."""
+    """No step is lost: the next attempt resumes at the next step."""
     fate.setenv("FAKE_WORKER", "waits@3")
     with noticed_at(3, view, "SIGTERM") as notice:
         assert run(request_, notice) == ExitCode.RECOVER
@@ -140,10 +140,10 @@ def test_a_notice_saves_at_the_step_uploads_and_asks_for_recovery(
     assert [event["step"] for event in view.events("step")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_workers_that_are_stuck_do_not_hold_a_machine(
+def test_stuck_workers_are_killed_after_a_notice(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """Asked to stop, they hear nothing: they are killed, and what they had staged is committed."""
+    """They ignore the request to stop, and what they had staged is still committed."""
     fate.setenv("FAKE_WORKER", "deaf@5")
     fate.setattr(save_window, "STUCK_UNMEASURED_S", 0.5)
     fate.setattr(save_window, "STUCK_S", 0.5)
@@ -154,10 +154,10 @@ def test_workers_that_are_stuck_do_not_hold_a_machine(
     assert attempt(request_, fate) == ExitCode.DONE
 
 
-def test_a_notice_before_the_start_rents_no_second_look(
+def test_a_notice_before_the_start_starts_nothing(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """A machine that is already going starts nothing."""
+    """A machine that is already being preempted claims no attempt."""
     fate.setenv("FAKE_WORKER", "")
     notice = Notice()
     notice.give("SIGTERM")
@@ -165,7 +165,7 @@ def test_a_notice_before_the_start_rents_no_second_look(
     assert view.events() == []
 
 
-def test_a_recipe_that_the_worker_refuses_is_not_retried(
+def test_a_recipe_that_the_worker_rejects_is_not_retried(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
     """The worker's message reaches the user, with the exit code that ends recovery."""
@@ -175,10 +175,10 @@ def test_a_recipe_that_the_worker_refuses_is_not_retried(
     assert view.events("failed")[0]["exit_code"] == 78
 
 
-def test_a_hub_that_is_away_is_worth_a_recovery_but_not_for_ever(
+def test_an_unreachable_hub_is_retried_but_not_forever(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """A run that had trained for days would end with it; one whose model nobody has would cost money all night."""
+    """A run that has trained for days must survive it, but a model that does not exist must not be retried all night."""
     assert attempt(request_, fate, "killed@3") == ExitCode.RECOVER
     codes = []
     for _ in range(3):
@@ -186,24 +186,24 @@ def test_a_hub_that_is_away_is_worth_a_recovery_but_not_for_ever(
             attempt(request_, fate, "away")
         codes.append(caught.value.exit_code)
     assert codes == [ExitCode.RECOVER, ExitCode.RECOVER, ExitCode.CONFIG]
-    assert "2 attempts in a row" in caught.value.message
+    assert "the 2 attempts before it" in caught.value.message
     assert view.events("failed")[-1]["exit_code"] == ExitCode.CONFIG
 
 
 def test_another_recipe_under_the_same_run_id_is_refused(
     request_: RunRequest, fate: pytest.MonkeyPatch
 ) -> None:
-    """Two recipes in one run would be a model that nobody asked for."""
+    """A run that mixed two recipes would be a model that no recipe describes."""
     attempt(request_, fate, "killed@3")
     other = request_.model_copy(update={"recipe": RECIPE.model_copy(update={"global_batch_size": 8})})
     with pytest.raises(RecipeError, match="global_batch_size"):
         attempt(other, fate)
 
 
-def test_a_checkpoint_with_a_flipped_bit_is_not_believed(
+def test_a_checkpoint_with_a_flipped_bit_is_rejected(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """The one before is taken, and the reason is told."""
+    """The one before is restored, and the reason is an event."""
     attempt(request_, fate, "crash@5")
     newest = committed(view.bucket)[0]
     assert newest.step == 4
@@ -216,10 +216,10 @@ def test_a_checkpoint_with_a_flipped_bit_is_not_believed(
     assert "model.safetensors" in view.events("rejected")[0]["reason"]
 
 
-def test_two_that_verify_stay_beside_one_that_does_not(
+def test_retention_does_not_count_a_rejected_checkpoint(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """The damaged one is the newest, and its sizes are right: it must not push out the one that the run went on from."""
+    """The damaged checkpoint is the newest and has the right sizes. It must not displace the one that was restored."""
     attempt(request_, fate, "crash@5")
     key = f"{committed(view.bucket)[0].prefix}model.safetensors"
     view.bucket.put(key, bytes(len(view.bucket.get(key))))
@@ -245,7 +245,7 @@ def test_two_that_verify_stay_beside_one_that_does_not(
 def test_a_superseded_attempt_stops_and_commits_nothing(
     request_: RunRequest, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """Two controllers on one run: the older one ends with its own exit code and leaves the bucket alone."""
+    """If two attempts run at once, the older one ends with its own exit code and leaves the bucket unchanged."""
     fate.setenv("FAKE_WORKER", "waits@3")
     notice = Notice()
 
@@ -264,10 +264,10 @@ def test_a_superseded_attempt_stops_and_commits_nothing(
     assert view.events("superseded")
 
 
-def test_a_model_in_a_bucket_that_is_not_there_yet_is_named(
+def test_a_missing_model_in_a_bucket_is_an_error_that_names_its_run(
     request_: RunRequest, tmp_path: Path, fate: pytest.MonkeyPatch
 ) -> None:
-    """DPO asked for before its SFT is done."""
+    """This happens if DPO is started before the SFT run it builds on is done."""
     recipe = RECIPE.model_copy(
         update={"init": None, "model_name_or_path": f"file://{tmp_path}/runs/sft/final"}
     )

@@ -1,4 +1,4 @@
-"""Whether an attempt pays for its machine's boot."""
+"""An attempt on a rented machine pays from the boot of the machine on, but only once for each boot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def iso(unix_s: float) -> str:
 
 
 def claim(node: str, booted: str | None) -> list[Event]:
-    """An earlier attempt; without a boot it did not pay for one."""
+    """Return the events of an earlier attempt. Without `booted` it did not pay for a boot."""
     return [{"kind": "claimed", "shape": {"node": node}, **({"booted": booted} if booted else {})}]
 
 
@@ -35,14 +35,14 @@ def claim(node: str, booted: str | None) -> list[Event]:
     ("after_s", "counts"), [(-1, False), (0, False), (1, True), (600, True), (3600, True), (3601, False)]
 )
 def test_a_boot_of_the_last_hour_counts(after_s: float, counts: bool) -> None:
-    """One that is longer ago was for something else, and one to come is a clock's mistake."""
+    """An older boot served something else, and a boot in the future is a wrong clock."""
     found = paid_boot_time("n", tuple, environ=GCP, now=lambda: BOOT_S + after_s)
     assert found == (iso(BOOT_S) if counts else None)
 
 
 @pytest.mark.parametrize("here", [environ("Slurm", "cluster"), {**GCP, USD_PER_H: "3"}, {}])
-def test_a_machine_of_one_s_own_pays_for_no_boot(here: dict[str, str]) -> None:
-    """And nobody reads the earlier events to learn that."""
+def test_own_machines_pay_for_no_boot(here: dict[str, str]) -> None:
+    """The events of earlier attempts are not even read."""
     assert paid_boot_time("n", lambda: pytest.fail("asked"), environ=here, now=lambda: BOOT_S + 600) is None
 
 
@@ -65,11 +65,11 @@ def test_a_machine_of_one_s_own_pays_for_no_boot(here: dict[str, str]) -> None:
         "back on it",
         "booted again",
         "another",
-        "told no boot",
-        "said nothing",
+        "no boot paid",
+        "no events",
     ],
 )
 def test_a_boot_is_paid_for_once(earlier: list[list[Event]], counts: bool) -> None:
-    """By the first attempt of the run on that machine since it booted."""
+    """The first attempt of the run on that machine since its boot pays for it."""
     found = paid_boot_time("n", lambda: earlier, environ=GCP, now=lambda: BOOT_S + 1200)
     assert (found is not None) is counts

@@ -1,4 +1,4 @@
-"""The notice that Google's metadata server gives, and what becomes of the watch where there is none."""
+"""The watch of Google's metadata server gives notice of a preemption, and ends on machines without such a server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHORT_S = 0.2
 def notice() -> Iterator[Notice]:
     given = Notice()
     yield given
-    given.give("the end of the test")  # which ends a watch that still runs
+    given.give("the end of the test")  # ends a watcher that is still running
 
 
 def watch(
@@ -43,8 +43,8 @@ def unused_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def test_a_preemption_gives_notice_while_the_watch_waits_for_it(notice: Notice) -> None:
-    """The server answers the request that is already there, so nothing is lost to polling."""
+def test_a_preemption_answers_the_waiting_request(notice: Notice) -> None:
+    """The server answers a request that is already waiting, so polling adds no delay."""
     with MetadataServer() as server:
         metadata = watch(notice, server.host)
         wait_until(server.waiting, "a request that waits", timeout_s=30)
@@ -62,48 +62,48 @@ def test_a_preemption_gives_notice_while_the_watch_waits_for_it(notice: Notice) 
         }
 
 
-def test_a_machine_that_is_already_going_says_so_at_the_first_look(notice: Notice) -> None:
-    """A run that is started on it does not train."""
+def test_a_machine_that_is_already_being_preempted_gives_notice_at_once(notice: Notice) -> None:
+    """A run that is started on such a machine does not train."""
     with MetadataServer() as server:
         server.preempt()
         watch(notice, server.host)
         assert notice.wait(30)
 
 
-def test_a_machine_that_is_not_spot_promises_no_window(notice: Notice) -> None:
-    """The 30 s are those of spot machines."""
+def test_an_on_demand_machine_has_no_window(notice: Notice) -> None:
+    """Only spot machines have a notice of 30 s."""
     with MetadataServer(spot=False) as server:
         watch(notice, server.host)
         wait_until(server.waiting, "a request that waits", timeout_s=30)
         assert notice.window is None
 
 
-def test_a_server_that_is_busy_for_a_while_is_asked_again(notice: Notice) -> None:
-    """503 is what it answers while it is updated, at the first look as well as later."""
+def test_a_busy_server_is_retried(notice: Notice) -> None:
+    """The server answers 503 while it is being updated. The first request and later ones are retried."""
     with MetadataServer() as server:
         server.busy = 3
         watch(notice, server.host, wait_for_change_s=0)
-        wait_until(server.waiting, "a second look", timeout_s=30)
+        wait_until(server.waiting, "a second request", timeout_s=30)
         server.busy = 3
         wait_until(lambda: server.busy == 0, "three refusals", timeout_s=30)
         server.preempt()
         assert notice.wait(30)
 
 
-def test_a_server_that_hangs_is_asked_again(notice: Notice) -> None:
-    """A request without an answer ends by its time-out, also when a preempted machine waits for it."""
+def test_a_request_that_times_out_is_retried(notice: Notice) -> None:
+    """A request that is never answered must not keep the notice of a later preemption from arriving."""
     with MetadataServer() as server:
         server.hangs = 1
         watch(notice, server.host, timeout_s=SHORT_S, wait_for_change_s=0)
-        wait_until(server.waiting, "a second look", timeout_s=30)
+        wait_until(server.waiting, "a second request", timeout_s=30)
         server.hangs = 2
         wait_until(lambda: server.hangs == 0, "two requests without an answer", timeout_s=30)
         server.preempt()
         assert notice.wait(30)
 
 
-def test_a_server_that_was_seen_and_is_away_is_waited_for(notice: Notice) -> None:
-    """A refused connection ends the watch at the first look only."""
+def test_a_server_that_stops_answering_is_retried(notice: Notice) -> None:
+    """A refused connection ends the watch only at the first request."""
     failures: list[int] = []
 
     def pause(count: int) -> float:
@@ -115,8 +115,8 @@ def test_a_server_that_was_seen_and_is_away_is_waited_for(notice: Notice) -> Non
             notice, environ={HOST_VARIABLE: server.host}, wait_for_change_s=0, pause=pause
         )
         metadata.start()
-        wait_until(server.waiting, "a second look", timeout_s=30)
-    wait_until(lambda: 3 in failures, "three tries of a server that is away", timeout_s=30)
+        wait_until(server.waiting, "a second request", timeout_s=30)
+    wait_until(lambda: 3 in failures, "three failed requests", timeout_s=30)
     assert metadata.is_alive()
 
 
@@ -125,17 +125,17 @@ def test_a_server_that_was_seen_and_is_away_is_waited_for(notice: Notice) -> Non
     [f"127.0.0.1:{unused_port()}", "no-such-host.invalid", "not a host"],
     ids=["port", "name", "words"],
 )
-def test_a_machine_elsewhere_is_looked_at_once_in_silence(
+def test_a_machine_outside_gce_ends_the_watch_silently(
     notice: Notice, host: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No host, or nothing behind it: the thread ends, and the log says so to those who debug."""
+    """The thread ends after one request, and only a debug line is logged."""
     with caplog.at_level(logging.DEBUG):
         watch(notice, host).join(60)
     assert not notice.given
     assert [record.levelno for record in caplog.records] == [logging.DEBUG]
 
 
-def test_a_server_without_the_header_is_not_googles(notice: Notice) -> None:
+def test_a_server_without_googles_header_is_ignored(notice: Notice) -> None:
     """A proxy that answers for every name must not preempt a run."""
     with MetadataServer(flavor=None) as server:
         server.preempt()
@@ -146,8 +146,8 @@ def test_a_server_without_the_header_is_not_googles(notice: Notice) -> None:
         assert len(server.asked) == 1
 
 
-def test_a_notice_from_elsewhere_ends_the_watch(notice: Notice) -> None:
-    """A machine gives notice once."""
+def test_a_notice_from_another_source_ends_the_watch(notice: Notice) -> None:
+    """A notice is given only once, so there is nothing left to watch for."""
     with MetadataServer() as server:
         metadata = watch(notice, server.host, wait_for_change_s=1)
         wait_until(server.waiting, "a request that waits", timeout_s=30)
@@ -158,5 +158,5 @@ def test_a_notice_from_elsewhere_ends_the_watch(notice: Notice) -> None:
 
 
 def test_pauses_grow_to_a_minute() -> None:
-    """A server that is away is not hammered."""
+    """A server that does not answer is asked at most once a minute."""
     assert [backoff_s(failures) for failures in (0, 1, 3, 100)] == [0.5, 1.0, 4.0, 60.0]

@@ -1,4 +1,4 @@
-"""A node finds its own price in what the launcher wrote down, and what the plan promised."""
+"""A node finds its own price and the plan in the environment that the launcher wrote."""
 
 from __future__ import annotations
 
@@ -53,30 +53,30 @@ def looks(answers: dict[str, str]) -> Any:
         ("TRUE", "asia-east1", Price(market="spot", cloud="gcp", region="asia-east1")),
     ],
 )
-def test_a_machine_of_google_s_has_the_price_of_its_region_and_market(
+def test_a_gce_machine_has_the_price_of_its_region_and_market(
     preemptible: str, region: str, found: Price
 ) -> None:
-    """SkyPilot says where it is, Google's metadata server what it is; another region's price is not taken for it."""
+    """SkyPilot names the region and Google's metadata server the market. The price of another region is not used."""
     answers = {"instance/scheduling/preemptible": preemptible}
     assert detect_price(A100, environ=environ("GCP", region), query=looks(answers)) == found
 
 
-def test_a_cloud_with_one_market_needs_nobody_to_tell_it() -> None:
-    """Lambda has no spot, and no metadata server that would have to be waited for."""
+def test_a_cloud_with_one_market_needs_no_metadata_server() -> None:
+    """Lambda has no spot machines, and no metadata server is asked there."""
     found = detect_price(
         A100, environ=environ("Lambda", "us-east-1"), query=lambda _key: pytest.fail("asked")
     )
     assert found == Price(usd_per_h=15.0, market="on demand", cloud="lambda", region="us-east-1")
 
 
-def test_an_open_market_counts_as_the_dearest() -> None:
-    """A budget is then kept too soon, never too late; the market stays unknown."""
+def test_an_unknown_market_gets_the_highest_price() -> None:
+    """A budget then stops the run too early rather than too late. The market remains unknown."""
     found = detect_price(A100, environ=environ("GCP", "us-central1"), query=looks({}))
     assert found == Price(usd_per_h=29.0, market=None, cloud="gcp", region="us-central1")
 
 
-def test_hosts_of_one_gpu_are_told_apart_by_their_type() -> None:
-    """An L4 is rented with several hosts, each at its own price."""
+def test_the_instance_type_distinguishes_hosts_of_one_gpu() -> None:
+    """An L4 is rented with several hosts that have different prices."""
     both = [
         listed("gcp/us-central1", "spot", 1.0, instance_type="small"),
         listed("gcp/us-central1", "spot", 2.0, instance_type="large"),
@@ -105,10 +105,10 @@ def test_hosts_of_one_gpu_are_told_apart_by_their_type() -> None:
         ({CLUSTER: "[]"}, None),
     ],
 )
-def test_a_machine_of_one_s_own_costs_what_its_owner_says(
+def test_a_machine_of_ones_own_has_the_price_that_its_owner_sets(
     given: dict[str, str], usd_per_h: float | None
 ) -> None:
-    """Nothing said is no price, and what cannot be read neither: no run fails of it."""
+    """A missing or invalid value means that the price is unknown. The run does not fail."""
     assert detect_price(CPU, environ=given) == Price(usd_per_h=usd_per_h)
 
 
@@ -126,18 +126,18 @@ def test_a_machine_of_one_s_own_costs_what_its_owner_says(
         ({CLUSTER: "nonsense"}, False),
     ],
 )
-def test_a_rented_machine_is_a_whole_one_of_a_cloud(here: dict[str, str], expected: bool) -> None:
-    """None of one's own, by its place or by its owner's price; nor a container, whose host booted for others too."""
+def test_only_whole_machines_of_a_cloud_count_as_rented(here: dict[str, str], expected: bool) -> None:
+    """Own machines do not count, and neither do containers, whose hosts booted for other customers too."""
     assert is_rented(here) is expected
 
 
-def test_launcher_and_node_agree_on_whose_machines_are_rented() -> None:
-    """What the launcher finds no prices for is nobody's to rent."""
+def test_launcher_and_node_agree_on_the_places_without_prices() -> None:
+    """The launcher looks up no prices for places where users have machines of their own."""
     assert set(UNPRICED) == OWN
 
 
-def test_google_s_own_server_is_asked() -> None:
-    """Over a socket, as on a machine of Google's."""
+def test_the_metadata_server_is_asked() -> None:
+    """The request goes over a socket, as on a machine of GCE."""
     with MetadataServer(spot=True) as server:
         here = {**environ("GCP", "us-central1"), HOST_VARIABLE: server.host}
         assert detect_price(A100, environ=here).market == "spot"
@@ -145,21 +145,21 @@ def test_google_s_own_server_is_asked() -> None:
         assert detect_price(A100, environ=here).usd_per_h == 29.0
 
 
-def test_other_gpus_than_the_plan_s_have_no_price() -> None:
-    """A number for another machine would be wrong."""
+def test_gpus_that_are_not_in_the_plan_have_no_price() -> None:
+    """The price of another machine would be wrong."""
     other = A100.model_copy(update={"count": 4})
     assert detect_price(other, environ=environ("Lambda", "us-east-1")).usd_per_h is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])
 def test_a_plan_that_cannot_be_read_is_none(text: str) -> None:
-    """Plain `sky launch` has none, and that is fine."""
+    """A run that was started by plain `sky launch` has no plan, which is not an error."""
     assert read_plan({PLAN: text}) is None
     assert read_plan({}) is None
 
 
-def test_what_an_order_sends_is_what_a_node_finds() -> None:
-    """Launcher and trainer agree on names and forms: the chosen machine finds the plan's own price."""
+def test_a_node_finds_the_price_and_plan_that_the_launcher_sends() -> None:
+    """Launcher and trainer agree on names and formats. The chosen machine finds the price of the plan."""
     made = order(gpus="A100-80GB:8")
     row = made.row
     assert row
@@ -170,17 +170,17 @@ def test_what_an_order_sends_is_what_a_node_finds() -> None:
     found = detect_price(shape, environ=there, query=looks(answers))
     assert found.usd_per_h == pytest.approx(row.usd_per_h)
     assert found.market == ("spot" if row.spot else "on demand")
-    told = read_plan(envs)
-    assert told
-    assert (told["usd"], told["hours"]) == (
+    plan = read_plan(envs)
+    assert plan
+    assert (plan["usd"], plan["hours"]) == (
         pytest.approx(row.usd, abs=1e-3),
         pytest.approx(row.hours, abs=1e-3),
     )
-    assert {"usd_per_h", "market", "gpu_gib", "host_gib", "step_s"} <= told.keys()
+    assert {"usd_per_h", "market", "gpu_gib", "host_gib", "step_s"} <= plan.keys()
 
 
 def test_every_place_that_skypilot_may_choose_has_its_price() -> None:
-    """A candidate names a cloud, and SkyPilot goes through its regions."""
+    """A candidate names a cloud, and SkyPilot may choose any of its regions."""
     made = order(gpus="A100-80GB:8")
     prices = json.loads(made.config["envs"][PRICES])
     clouds = {each["infra"] for each in made.config["resources"]["ordered"]}
@@ -190,15 +190,15 @@ def test_every_place_that_skypilot_may_choose_has_its_price() -> None:
 
 
 def test_prices_are_of_all_nodes() -> None:
-    """What is paid for an hour of the run."""
+    """The price is what an hour of the run costs."""
     one, two = (json.loads(order(gpus="A100-80GB:8", nodes=n).config["envs"][PRICES]) for n in (1, 2))
     by_place = {(each["infra"], each["market"]): each["usd_per_h"] for each in one}
     for each in two:
         assert each["usd_per_h"] == pytest.approx(2 * by_place[each["infra"], each["market"]], abs=1e-3)
 
 
-def test_machines_of_one_s_own_get_the_price_of_the_settings() -> None:
-    """And rented ones do not."""
+def test_own_machines_get_the_price_of_the_settings() -> None:
+    """Rented machines do not get it."""
     own = order("zephyr-tiny/dpo", gpus="A100:8", infra=("slurm",), environ={USD_PER_H: "3"})
     assert own.config["envs"][USD_PER_H] == "3"
     assert not {PRICES, PLAN} & own.config["envs"].keys()

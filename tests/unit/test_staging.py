@@ -1,4 +1,4 @@
-"""Where checkpoints wait for their upload: chosen from sizes, refused with numbers, cleaned up after."""
+"""Staging is in memory or on disk, depending on sizes. Errors have the numbers, and folders are removed afterwards."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ PLENTY = Capacity(disk=1000 * GB, tmpfs=500 * GB, memory=400 * GB)
         (BOUND, PLENTY._replace(memory=GB), "tmpfs", "tmpfs", "tmpfs"),
     ],
 )
-def test_memory_is_taken_if_three_checkpoints_fit(
+def test_memory_is_chosen_if_three_checkpoints_fit(
     size: Size | None, capacity: Capacity, wanted: StagingChoice, staging: str, restored: str
 ) -> None:
-    """Else disk; what was asked for by name is kept to, and a bound that is too large refuses nothing."""
+    """Otherwise disk is chosen. An explicit choice is kept, and an upper bound that is too large causes no error."""
     placed = choose_placement(size, capacity, wanted)
     assert (placed.staging, placed.restored) == (staging, restored)
 
@@ -68,10 +68,10 @@ def test_memory_is_taken_if_three_checkpoints_fit(
         (Capacity(disk=400 * GB, tmpfs=100 * GB, memory=40 * GB - 1), "tmpfs"),
     ],
 )
-def test_a_checkpoint_that_fits_nowhere_is_refused_with_the_numbers(
+def test_a_checkpoint_that_fits_nowhere_is_an_error_with_the_numbers(
     capacity: Capacity, wanted: StagingChoice
 ) -> None:
-    """Before training, for another machine to do better: what is needed, what there is, what to do."""
+    """It is raised before training and asks for a recovery. It has the required and available space, and a hint."""
     with pytest.raises(NoRoom, match=r"3 checkpoints of 10\.00 GB \(as committed at step 100\)") as caught:
         choose_placement(COMMITTED, capacity, wanted)
     assert f"{capacity.disk / 1e9:,.2f} GB of disk" in caught.value.message
@@ -80,13 +80,13 @@ def test_a_checkpoint_that_fits_nowhere_is_refused_with_the_numbers(
 
 
 def test_an_adapter_is_staged_on_disk() -> None:
-    """Its checkpoints are small and do not tell the size of the model that may be merged from it."""
+    """Its checkpoints are small and do not show the size of the model that may be merged from it."""
     assert choose_placement(COMMITTED, PLENTY, "auto", adapter=True).staging == "disk"
     assert choose_placement(COMMITTED, PLENTY, "tmpfs", adapter=True).staging == "tmpfs"
 
 
 def test_the_size_is_that_of_the_newest_commit(tmp_path: Path) -> None:
-    """Else as predicted, else a bound from the model's files, else nothing is claimed."""
+    """Otherwise it is the predicted size, then an upper bound from the model's files, then None."""
     bucket = MemoryBucket()
     model = tmp_path / "model"
     model.mkdir()
@@ -114,8 +114,8 @@ def staged_in(found: AttemptFolders, capacity: Capacity, wanted: StagingChoice =
     return staging
 
 
-def test_both_places_are_emptied_when_the_attempt_ends(tmp_path: Path) -> None:
-    """Training finds `staging/` in its work folder, wherever that lies; memory is given back."""
+def test_both_folders_are_removed_when_the_attempt_ends(tmp_path: Path) -> None:
+    """`staging/` is in the work folder, or is a link there. The memory is freed afterwards."""
     shm = tmp_path / "shm"
     shm.mkdir()
     with attempt_folders(tmp_path / "work", 1, shm) as found:
@@ -127,7 +127,7 @@ def test_both_places_are_emptied_when_the_attempt_ends(tmp_path: Path) -> None:
 
 
 def killed(work: Path, shm: Path) -> Path:
-    """What an attempt that was killed has left of its staging."""
+    """Run an attempt that is killed, and return the staging folder that it leaves behind."""
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom tests.unit.test_staging import PLENTY, attempt_folders, staged_in\n"
         "with attempt_folders(Path(sys.argv[1]), 1, Path(sys.argv[2])) as mine:\n"
@@ -145,8 +145,8 @@ def killed(work: Path, shm: Path) -> Path:
     return left
 
 
-def test_what_a_killed_attempt_left_is_removed_from_both_places(tmp_path: Path) -> None:
-    """It cannot clean up, so the next one does: on tmpfs it would cost memory for ever."""
+def test_the_folders_of_a_killed_attempt_are_removed(tmp_path: Path) -> None:
+    """A killed attempt cannot remove them, so the next attempt does. On tmpfs they would hold memory forever."""
     shm, work = tmp_path / "shm", tmp_path / "work"
     shm.mkdir()
     left = killed(work, shm)
@@ -157,22 +157,22 @@ def test_what_a_killed_attempt_left_is_removed_from_both_places(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("newer", [{"attempt": 2}, {"attempt": 1, "node": 1}], ids=["attempt", "node"])
-def test_what_another_supervisor_of_the_run_works_with_stays(tmp_path: Path, newer: dict[str, int]) -> None:
-    """Superseded or not, on this machine or on a disk that nodes share: whoever ends takes nothing but its own."""
+def test_the_folders_of_another_running_supervisor_are_kept(tmp_path: Path, newer: dict[str, int]) -> None:
+    """A supervisor removes only its own folders, also if the other one is superseded or shares the disk."""
     shm, work = tmp_path / "shm", tmp_path / "work"
     shm.mkdir()
     with attempt_folders(work, 1, shm) as earlier:
-        kept = staged_in(earlier, PLENTY)
+        staging = staged_in(earlier, PLENTY)
         with attempt_folders(work, tmpfs=shm, **newer) as later:
-            theirs = staged_in(later, PLENTY)
-            assert kept.is_dir()
-            assert theirs.is_dir()
-        assert kept.is_dir()
+            other = staged_in(later, PLENTY)
+            assert staging.is_dir()
+            assert other.is_dir()
+        assert staging.is_dir()
         assert (earlier.work / "staging").is_symlink()
 
 
 def test_a_machine_without_tmpfs_stages_on_disk(tmp_path: Path) -> None:
-    """A Mac has no /dev/shm; who asks for it by name is told."""
+    """A Mac has no /dev/shm. Requesting it explicitly is an error."""
     with attempt_folders(tmp_path / "work", 1, tmp_path / "missing") as found:
         room = found.measure_capacity(reserved=0)
         assert room.tmpfs == 0
@@ -182,8 +182,8 @@ def test_a_machine_without_tmpfs_stages_on_disk(tmp_path: Path) -> None:
             found.create(choose_placement(None, room, "tmpfs"))
 
 
-def test_what_is_kept_is_taken_off_the_memory(tmp_path: Path) -> None:
-    """Data loaders and an offloaded optimizer need theirs."""
+def test_reserved_memory_is_not_available(tmp_path: Path) -> None:
+    """Data loaders and an offloaded optimizer need it."""
     with attempt_folders(tmp_path / "work", 1, tmp_path) as found:
         assert found.measure_capacity(reserved=2**60).memory < 0
         assert found.measure_capacity(reserved=2**60).in_memory == 0
@@ -213,8 +213,8 @@ def test_what_is_kept_is_taken_off_the_memory(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_memory_left_is_the_containers(files: dict[str, str], expected: int) -> None:
-    """What the host has free is not ours if the container's limit is nearer."""
+def test_available_memory_is_limited_by_the_container(files: dict[str, str], expected: int) -> None:
+    """If the limit of the container is lower than the free memory of the host, it counts."""
     assert available_bytes(read=files.get, memory=lambda: 1000) == expected
 
 
@@ -228,16 +228,16 @@ def test_memory_left_is_the_containers(files: dict[str, str], expected: int) -> 
         (RuntimeError("CUDA out of memory"), False),
     ],
 )
-def test_a_full_disk_is_known_by_its_error(error: Exception, full: bool) -> None:
-    """Also from below another error, as `torch.save` raises it."""
+def test_a_full_disk_is_recognized_by_its_error(error: Exception, full: bool) -> None:
+    """It is also recognized as the context of another error, as in `torch.save`."""
     assert is_full(error) is full
     above = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     above.__context__ = error
     assert is_full(above) is full
 
 
-def test_a_full_disk_becomes_words(tmp_path: Path) -> None:
-    """Which folder, and what is free; any other error passes."""
+def test_a_full_disk_becomes_a_user_error(tmp_path: Path) -> None:
+    """It names the folder and the free space. Other errors are not changed."""
     with pytest.raises(NoRoom, match=str(tmp_path)) as caught, room_in(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert "MB are free" in caught.value.message
@@ -245,21 +245,21 @@ def test_a_full_disk_becomes_words(tmp_path: Path) -> None:
         raise PermissionError(errno.EACCES, "no")
 
 
-def test_memory_that_killed_supervisors_left_is_given_back(tmp_path: Path) -> None:
-    """A run that never comes back must not hold memory until the machine is shut down."""
+def test_the_memory_of_killed_supervisors_of_other_runs_is_freed(tmp_path: Path) -> None:
+    """A run that is never resumed must not hold memory until the machine is shut down."""
     shm = tmp_path / "shm"
     shm.mkdir()
     with attempt_folders(tmp_path / "alive", 1, shm) as alive:
-        kept = staged_in(alive, PLENTY)
+        staging = staged_in(alive, PLENTY)
         left = killed(tmp_path / "killed", shm)
         with attempt_folders(tmp_path / "other", 1, shm):
             assert not left.exists()
-            assert kept.is_dir()
+            assert staging.is_dir()
     assert not list(shm.glob("*/*"))
 
 
-def test_a_place_that_others_can_write_to_is_left_alone(tmp_path: Path) -> None:
-    """Somebody else's link where our folder should be could have us remove anything."""
+def test_a_link_of_another_user_is_not_followed(tmp_path: Path) -> None:
+    """A link in place of our folder could make us remove the files of others."""
     shm, victim = tmp_path / "shm", tmp_path / "victim"
     shm.mkdir()
     (victim / "run").mkdir(parents=True)

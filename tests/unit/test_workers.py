@@ -1,4 +1,4 @@
-"""The processes of one attempt's training: what they are told, and how they end together."""
+"""The training processes of one attempt: their command and environment, and how they end together."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def job(work: Path, **fit: Any) -> Job:
     )
 
 
-def test_a_rank_is_the_program_with_the_job(tmp_path: Path) -> None:
-    """Which rank it is stands in its environment."""
+def test_the_command_of_a_rank_is_the_program_with_the_job(tmp_path: Path) -> None:
+    """The number of the rank is in its environment."""
     assert command(tmp_path / "job.json", "python", "a.program") == [
         "python", "-m", "a.program", str(tmp_path / "job.json"),
     ]  # fmt: skip
@@ -65,8 +65,8 @@ def added(job: Job, **arguments: Any) -> dict[str, str]:
     }
 
 
-def test_one_process_on_the_cpu_is_told_its_threads(tmp_path: Path) -> None:
-    """Nothing else: it is no rank."""
+def test_one_process_on_the_cpu_gets_its_number_of_threads(tmp_path: Path) -> None:
+    """It gets no rank variables, because it is not one of several ranks."""
     assert added(job(tmp_path)) == {
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "3",
@@ -75,7 +75,7 @@ def test_one_process_on_the_cpu_is_told_its_threads(tmp_path: Path) -> None:
 
 
 def test_ranks_get_torchruns_variables(tmp_path: Path) -> None:
-    """On the second of two nodes ranks go on where the first one's end."""
+    """The ranks of the second node are numbered after those of the first."""
     ddp = job(tmp_path, processes=16, nodes=2, engine="ddp", use_cpu=False)
     assert added(ddp, local_rank=3, at=Rendezvous("10.0.0.1", 29500, node=1)) == {
         "PYTHONUNBUFFERED": "1",
@@ -90,36 +90,36 @@ def test_ranks_get_torchruns_variables(tmp_path: Path) -> None:
     }
 
 
-def test_deepspeed_wants_a_rank_of_one_process_too(tmp_path: Path) -> None:
-    """One GPU with offload is ZeRO with a world of one; on the CPU it is told which device it has."""
+def test_deepspeed_needs_rank_variables_for_one_process_too(tmp_path: Path) -> None:
+    """One GPU with offload is ZeRO with a world size of 1. On the CPU the variables also name the device."""
     alone = added(job(tmp_path, engine="zero3"), at=Rendezvous(port=1))
     assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1")
     assert (alone["DS_ACCELERATOR"], alone["ACCELERATE_TORCH_DEVICE"]) == ("cpu", "cpu")
     assert "DS_ACCELERATOR" not in added(job(tmp_path, engine="zero3", use_cpu=False))
 
 
-def test_fsdp_wants_a_rank_of_one_process_too(tmp_path: Path) -> None:
-    """It cuts over a group of processes, if of one; Accelerate is told that it is no DeepSpeed."""
+def test_fsdp_needs_rank_variables_for_one_process_too(tmp_path: Path) -> None:
+    """FSDP shards over a process group, even of size 1. No variable of DeepSpeed is set."""
     alone = added(job(tmp_path, engine="fsdp2"), at=Rendezvous(port=1))
     assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1")
     assert not {"DS_ACCELERATOR", "ACCELERATE_USE_DEEPSPEED"} & alone.keys()
 
 
-def test_settings_can_be_anothers(tmp_path: Path) -> None:
-    """What the environment says already stays."""
+def test_existing_settings_of_the_environment_are_kept(tmp_path: Path) -> None:
+    """A variable that is already set is not replaced."""
     assert environment(job(tmp_path), {"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
-    theirs = environment(job(tmp_path, use_cpu=False), {"PYTORCH_ALLOC_CONF": "backend:native"})
-    assert theirs["PYTORCH_ALLOC_CONF"] == "backend:native"
+    found = environment(job(tmp_path, use_cpu=False), {"PYTORCH_ALLOC_CONF": "backend:native"})
+    assert found["PYTORCH_ALLOC_CONF"] == "backend:native"
 
 
 PROGRAM = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
-told = []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+stops = []
+signal.signal(signal.SIGTERM, lambda *_: stops.append(1))
 open(f"{sys.argv[1]}.{rank}", "w").write(str(os.getpid()))
 fate = os.environ["FATE"].split(",")[rank]
-while fate == "waits" or (fate == "stops" and not told):
+while fate == "waits" or (fate == "stops" and not stops):
     time.sleep(0.01)
 if fate == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -129,7 +129,7 @@ sys.exit(int(fate) if fate.isdigit() else 0)
 
 @pytest.fixture
 def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Starts as many ranks as fates are named, of a program that needs no torch."""
+    """Return a function that starts one rank for each fate, of a program that needs no torch."""
     (tmp_path / "fated.py").write_text(PROGRAM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     started: list[Workers] = []
@@ -145,8 +145,8 @@ def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return started[-1]
 
     yield start
-    for each in started:
-        each.kill()
+    for running in started:
+        running.kill()
 
 
 def end(workers: Workers) -> int:
@@ -157,18 +157,18 @@ def end(workers: Workers) -> int:
     return code
 
 
-def test_ranks_that_all_end_well_are_done(workers: Any) -> None:
-    """The exit code is 0 when the last one has ended."""
+def test_the_exit_code_is_0_if_all_ranks_succeed(workers: Any) -> None:
+    """It is known when the last rank has ended."""
     assert end(workers("0", "0")) == 0
 
 
-def test_a_rank_that_was_killed_is_told_as_such(workers: Any) -> None:
-    """The kernel kills for memory with SIGKILL, which is worth another try; the others do not wait for ever."""
+def test_a_killed_rank_gives_the_signal_as_exit_code(workers: Any) -> None:
+    """The kernel kills with SIGKILL for lack of memory. The other ranks do not wait forever."""
     assert end(workers("waits", "killed", grace_s=0.2)) == -signal.SIGKILL
 
 
-def test_a_rank_that_failed_takes_the_others_with_it(workers: Any) -> None:
-    """They have a moment to say what they know."""
+def test_a_failed_rank_ends_the_others(workers: Any) -> None:
+    """They have a grace period in which they can report what they know."""
     running = workers("waits", "3", "waits", grace_s=0.2)
     started = time.monotonic()
     assert end(running) == 3
@@ -176,8 +176,8 @@ def test_a_rank_that_failed_takes_the_others_with_it(workers: Any) -> None:
     assert end(running) == 3
 
 
-def test_the_first_failure_is_the_one_that_counts(workers: Any, tmp_path: Path) -> None:
-    """What follows from it, such as the kill of those that wait, is not the reason."""
+def test_the_first_failure_is_the_exit_code(workers: Any, tmp_path: Path) -> None:
+    """Later failures, such as the kill of the waiting ranks, are only its consequences."""
     running = workers("waits", "killed", grace_s=60)
     deadline = time.monotonic() + 30
     while os.path.exists(f"/proc/{(tmp_path / 'job.json.1').read_text()}/fd") and time.monotonic() < deadline:  # noqa: PTH110
@@ -185,21 +185,21 @@ def test_the_first_failure_is_the_one_that_counts(workers: Any, tmp_path: Path) 
         assert running.poll() is None
         if running._exit_code:
             break
-    os.kill(int((tmp_path / "job.json.0").read_text()), signal.SIGTERM)  # heard, and nothing done
+    os.kill(int((tmp_path / "job.json.0").read_text()), signal.SIGTERM)  # the rank receives it and continues
     running.kill()
     assert running.poll() == -signal.SIGKILL
 
 
 def test_a_stop_reaches_every_rank(workers: Any) -> None:
-    """Each is asked itself; nobody stands in between."""
+    """Every rank receives the signal directly from the supervisor."""
     running = workers("stops", "stops")
     assert running.poll() is None
     running.stop()
     assert end(running) == 0
 
 
-def test_a_kill_leaves_nothing(workers: Any, tmp_path: Path) -> None:
-    """Ranks that hear nothing end all the same."""
+def test_a_kill_leaves_no_process(workers: Any, tmp_path: Path) -> None:
+    """Ranks that ignore the request to stop are ended too."""
     running = workers("waits", "waits")
     running.kill()
     assert running.poll() == -signal.SIGKILL
@@ -208,15 +208,15 @@ def test_a_kill_leaves_nothing(workers: Any, tmp_path: Path) -> None:
             os.kill(int((tmp_path / f"job.json.{rank}").read_text()), 0)
 
 
-def test_ranks_meet_below_the_ports_of_outgoing_connections() -> None:
-    """One of those, taken before rank 0 listens, would end the attempt as a bug."""
+def test_the_rendezvous_port_is_below_those_of_outgoing_connections() -> None:
+    """An outgoing connection that takes the port before rank 0 listens would end the attempt as a bug."""
     ports = {choose_rendezvous().port for _ in range(50)}
     assert max(ports) < 32_768
     assert len(ports) > 1
 
 
-def test_a_seed_is_no_meeting_place() -> None:
-    """Trainings set it, and the ranks of two would find each other's."""
+def test_the_rendezvous_port_does_not_depend_on_the_seed() -> None:
+    """Trainings seed `random`, and two trainings with equal seeds would choose the same port."""
     ports = set()
     for _ in range(5):
         random.seed(7)

@@ -128,7 +128,7 @@ class AttemptRunner:
             notice: the preemption notice.
 
         Raises:
-            UserError: its exit code says whether a recovery can help. A full disk or an unreachable model usually
+            UserError: its exit code shows whether a recovery can help. A full disk or an unreachable model usually
                 can be recovered from, but not after several attempts in a row that committed nothing.
         """
         try:

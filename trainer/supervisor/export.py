@@ -1,4 +1,4 @@
-"""`python -m trainer export URI`: turns a committed checkpoint into a model folder, and uploads it to the Hub on request.
+"""`python -m trainer export URI`: turns a committed checkpoint into a model, here or on the Hub.
 
 It also writes the model card beside the final model of a run.
 """

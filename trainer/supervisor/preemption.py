@@ -84,8 +84,8 @@ def backoff_s(failures: int) -> float:
 class MetadataWatcher(threading.Thread):
     """Waits until GCE's `instance/preempted` becomes TRUE, and then gives notice.
 
-    The thread ends by itself on a machine without a metadata server. It is a daemon thread that no other thread joins, so it
-    delays neither the start nor the exit of the program.
+    The thread ends by itself on a machine without a metadata server. It is a daemon thread that no other thread
+    joins, so it delays neither the start nor the exit of the program.
     """
 
     def __init__(

@@ -72,7 +72,10 @@ class Reporter:
         limits: Limits | None = None,
         booted: str | None = None,
     ) -> Event:
-        """Report the claim. `booted` is the time from which on the machine is paid (UTC, ISO 8601), if that is earlier."""
+        """Report the claim.
+
+        `booted` is the time since which the machine is paid for (UTC, ISO 8601), if that is before the claim.
+        """
         event = self._events.add(
             "claimed",
             run=uri,
@@ -98,7 +101,7 @@ class Reporter:
         log.warning("checkpoint of step %d failed verification and is not used: %s", step, reason)
 
     def staging(self, where: str, reason: str) -> None:
-        message = f"staging checkpoints on {where}: {reason}"
+        message = f"staging on {where}: {reason}"
         self._events.add("log", level="info", message=message)
         log.info("%s", message)
 

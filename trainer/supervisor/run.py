@@ -54,7 +54,7 @@ def run(request: RunRequest, notice: Notice, position: Position = ALONE) -> Exit
     """Run one attempt, together with the other nodes that were started with this one.
 
     Raises:
-        UserError: the attempt failed. The exit code says whether a recovery can help.
+        UserError: the attempt failed. The exit code shows whether a recovery can help.
     """
     bucket = open_run(request.checkpoints, request.run_id)
     if done := final(bucket):

@@ -29,7 +29,7 @@ EXPANDABLE = "expandable_segments:True"
 """Reduces memory fragmentation when sequences have many different lengths
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf)."""
 PASSIVE = "passive"
-"""On the CPU, OpenMP threads sleep while they wait for each other. The default is to spin, which keeps their cores busy.
+"""On the CPU, OpenMP threads sleep while they wait for each other. By default they spin and keep their cores busy.
 Two programs with two threads each, on two cores with other work, then took five to thirteen times as long
 (https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html)."""
 RENDEZVOUS_PORTS = (20_000, 32_000)

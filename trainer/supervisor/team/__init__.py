@@ -26,7 +26,7 @@ def connect(position: Position, run: str, shape: Shape, give_up: Callable[[], bo
         give_up: polled while waiting; True ends the wait.
 
     Raises:
-        UserError: the team could not be formed. The exit code says whether a recovery can help.
+        UserError: the team could not be formed. The exit code shows whether a recovery can help.
     """
     if position.nodes == 1:
         return SingleNode(shape)

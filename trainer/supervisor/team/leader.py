@@ -204,7 +204,7 @@ class Leader:
     def combine_outcomes(self, exit_code: int, outcome: Outcome | None) -> tuple[int, Outcome | None]:
         """Return this node's outcome, or the outcome of the node that explains the failure.
 
-        A rank whose peer died fails with a network error that does not name the cause. The outcome of the other node does.
+        A rank whose peer died fails with a network error that does not name the cause. The peer's outcome names it.
         """
         if outcome is not None:
             return exit_code, outcome
