@@ -73,8 +73,8 @@ class RunRequest(BaseModel):
 
     def digest(self) -> str:
         """Return a digest of everything that all nodes of a run must agree on."""
-        words = f"{self.checkpoints}\n{self.run_id}\n{self.recipe.digest()}"
-        return xxhash.xxh3_128_hexdigest(words.encode())
+        text = f"{self.checkpoints}\n{self.run_id}\n{self.recipe.digest()}"
+        return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 class AttemptRunner:

@@ -172,7 +172,7 @@ class Reporter:
         return self._history.stuck_s()
 
     def committing(self) -> None:
-        """Write all events up to now to the bucket, because a committed step must not be newer than its events."""
+        """Write all events so far to the bucket. Called before each commit, so that no committed step lacks its events."""
         self.forward_worker_events()
         self._events.flush(now=True)
 
@@ -227,10 +227,10 @@ class Reporter:
 
     def notice(self, source: str) -> None:
         self._events.add("notice", source=source)
-        log.warning("%s: saving, uploading and committing before this machine is preempted", source)
+        log.warning("%s: saving, uploading and committing, then this attempt ends", source)
 
     def save_s(self) -> float:
-        """Return how many seconds a save and its upload may take, after an upload that is in progress. 0 if unknown."""
+        """Return the most seconds that a save may take from now on, including an upload in progress. 0 if unknown."""
         save = self._history.save()
         return (save.seconds + save.upload_s) / SAFE_SHARE if save else 0.0
 
@@ -258,7 +258,7 @@ class Reporter:
 
     def preempted(self, message: str) -> None:
         self._events.add("preempted", message=message)
-        log.warning("preempted %s; run the same command again to resume from the newest commit", message)
+        log.warning("preempted %s; the same command resumes from the newest commit", message)
 
     def superseded(self, error: Superseded) -> None:
         self._events.add("superseded", message=error.message)
