@@ -272,7 +272,7 @@ def test_a_trainer_s_python_that_is_not_there_is_named(tmp_path: Path) -> None:
     """As a run on this machine would find it."""
     found = check_trainer_python(Settings(trainer_python=tmp_path / "python"), {}, needed=True)
     assert found.blocks_run
-    assert f"{tmp_path}/python, which is not there" in found.detail
+    assert f"{tmp_path}/python, which does not exist" in found.detail
 
 
 def test_a_full_disk_is_blocks_run_of_a_run_on_this_machine(tmp_path: Path) -> None:
