@@ -3,13 +3,12 @@ SHELL := /bin/bash
 LAUNCHER := .venv/bin/python
 TRAINER := .venv-trainer/bin/python
 DEMO := runs
-# Units whose packages are the same in both environments, or that only the launcher's has.
-SAME_IN_BOTH := not bucket and not sync and not uploader and not checkpoints and not local and not parts and not plan \
-  and not prices and not offers and not predictions and not spot and not estimate and not image and not submit \
-  and not orders and not cloud and not task and not architecture and not doctor and not resume and not completion \
-  and not test_watch and not test_runs_listing and not test_page and not test_accounts
+# Unit tests of what the node runs. They run in the trainer's environment too, because its packages differ.
+NODE_UNITS := $(shell grep -LE '^ *(from|import) launcher' tests/unit/test_*.py)
+SAMPLE := -m "not thorough"
+LABS := .labs.log
 
-.PHONY: setup demo check test test-slurm test-image lock fields bench soak clean
+.PHONY: setup demo check test tests test-all test-quick test-slurm test-image lock fields bench soak clean
 
 setup: .venv/.ready .venv-trainer/.ready  ## two environments: launcher with SkyPilot, trainer with torch
 
@@ -30,11 +29,22 @@ check: setup  ## lint, format, types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-test: setup  ## every test that this machine can run; what it lacks is skipped with the reason
-	$(LAUNCHER) -m pytest tests/unit tests/faults -n 2
-	$(TRAINER) -m pytest tests/unit -n 2 -k "$(SAME_IN_BOTH)"
-	$(TRAINER) -m pytest tests/training -n 2
-	$(LAUNCHER) -m pytest tests/e2e -n 2
+test: setup  ## every kind of test that this machine can run; what it lacks is skipped with the reason
+	@$(MAKE) --no-print-directory tests SAMPLE='$(SAMPLE)'
+
+test-all: setup  ## the same with every combination of engines, methods and tasks
+	@$(MAKE) --no-print-directory tests SAMPLE=
+
+tests:  # The labs of tests/e2e mostly wait, so they begin first and run beside the others.
+	@echo "tests/e2e runs in the background; its output follows the other tests'"
+	@$(LAUNCHER) -m pytest tests/e2e -n 3 $(SAMPLE) > $(LABS) 2>&1 & labs=$$!; failed=0; \
+	$(LAUNCHER) -m pytest tests/unit tests/faults -n 2 $(SAMPLE) || failed=1; \
+	$(TRAINER) -m pytest $(NODE_UNITS) -n 2 $(SAMPLE) || failed=1; \
+	$(TRAINER) -m pytest tests/training -n 2 $(SAMPLE) || failed=1; \
+	wait $$labs || failed=1; cat $(LABS); exit $$failed
+
+test-quick: setup  ## unit tests, and one run from end to end that loses its machine; under 3 minutes
+	$(LAUNCHER) -m pytest tests/unit tests/e2e/test_demo.py::test_sft_survives_a_lost_machine -n 2 $(SAMPLE)
 
 test-slurm: setup  ## of these, those with a real SkyPilot over a real Slurm, whose jobs lose their machines
 	$(LAUNCHER) -m pytest tests/e2e/test_doctor.py tests/e2e/test_slurm.py tests/e2e/test_plans.py tests/e2e/test_tasks.py

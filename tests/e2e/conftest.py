@@ -43,11 +43,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under `-n 2` one process has all that waits for SkyPilot, and another all the rest beside it."""
+    """Give each slow fixture a process of its own: SkyPilot, the image, and the demo with the pages."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByNeed(LoadScopeScheduling):  # type: ignore[misc,unused-ignore]
         def _split_scope(self, nodeid: str) -> str:
-            return "lab" if nodeid.partition("::")[0].endswith(WITH_LAB) else "others"
+            file = nodeid.partition("::")[0]
+            if file.endswith(WITH_LAB):
+                return "lab"
+            return "image" if file.endswith("test_image.py") else "others"
 
     return ByNeed(config, log)

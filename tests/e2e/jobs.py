@@ -17,7 +17,7 @@ from tests.harness import ROOT, RunView, wait_until
 from tests.servers.s3 import FaultyS3
 
 SAVE_STEPS = 20
-LAST_STEP = 60
+LAST_STEP = 80
 SHORT = (f"max_steps={LAST_STEP}", f"save_steps={SAVE_STEPS}", "eval_strategy=no", "logging_steps=1")
 ENDLESS = ("max_steps=100000", "save_steps=50000", "eval_strategy=no", "logging_steps=1")
 """However long SkyPilot takes to end it."""
@@ -77,15 +77,27 @@ class Job:
     def wait_for(self, *statuses: str, timeout_s: float = ARRIVES_S) -> str:
         return self.lab.sky.wait_for(self.name, *statuses, timeout_s=timeout_s)
 
-    def step(self) -> int:
-        """The last step that the worker has told on the node: sooner there than in the bucket."""
-        told = max(self.lab.node_tmp.glob(f"aeolus-*/{self.name}-*/attempt-*/steps.jsonl"), default=None)
+    def step(self, *, attempt: int = 1) -> int:
+        """Return the newest attempt's last step, if that attempt is `attempt` or later, else 0.
+
+        The node has it sooner than the bucket.
+        """
+        files = self.lab.node_tmp.glob(f"aeolus-*/{self.name}-*/attempt-*/steps.jsonl")
+        first = f"attempt-{attempt:04d}"
+        told = max(
+            (path for path in files if path.parent.name >= first),
+            default=None,
+            key=lambda path: path.parent.name,
+        )
         lines = told.read_text().splitlines()[:-1] if told else []
         return max((event["step"] for event in map(json.loads, lines) if event["kind"] == "step"), default=0)
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_step(self, step: int, *, attempt: int = 1) -> None:
         wait_until(
-            lambda: self.step() >= step, f"step {step} of {self.name}", timeout_s=ARRIVES_S, poll_s=0.05
+            lambda: self.step(attempt=attempt) >= step,
+            f"step {step} of {self.name}",
+            timeout_s=ARRIVES_S,
+            poll_s=0.05,
         )
 
     def staging(self, *, attempt: int) -> Path:

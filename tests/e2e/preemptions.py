@@ -1,93 +1,104 @@
-"""What befalls the jobs of the laboratory: machines that are lost without a word or with a notice, and a pipeline."""
+"""Scenarios for the lab's jobs: a notice and three machines lost without one, a pipeline, a typo, two cancellations."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
-from tests.e2e.jobs import ARRIVES_S, FEW, LAST_STEP, SAVE_STEPS, SHORT, SMALLEST, Job
+from tests.e2e.jobs import ARRIVES_S, ENDLESS, FEW, LAST_STEP, SAVE_STEPS, SHORT, SMALLEST, Job
 from tests.harness import ROOT, wait_until
 
-SECOND = 2 * SAVE_STEPS
-"""The step of the checkpoint that the second machine is lost while saving, and the third while uploading."""
+FAILED = ("FAILED", "FAILED_SETUP", "FAILED_PRECHECKS", "FAILED_NO_RESOURCE", "FAILED_CONTROLLER")
 
 
-def lose_three_machines(job: Job) -> dict[str, Any]:
-    """In mid-step, in mid-save and in mid-upload; what `status` says of the job as the first one stands still."""
+class Disturbed(NamedTuple):
+    """What was observed while a job lost four machines."""
+
+    status: dict[str, Any]
+    """The row of `status` while the first machine stood still."""
+    stopped: int
+    """The step at which the notice stopped the first attempt."""
+
+
+def lose_four_machines(job: Job) -> Disturbed:
+    """Take the first machine with a notice, and three more without: in mid-step, in mid-save and in mid-upload."""
     job.submit("--detach", *SHORT)
-    seen = lose_in_mid_step(job)
-    assert job.wait_for("RECOVERING", "FAILED") == "RECOVERING"
-    lose_in_mid_save(job)
-    assert job.wait_for("RECOVERING", "FAILED") == "RECOVERING"
-    lose_in_mid_upload(job)
-    assert job.wait_for("RECOVERING", "FAILED") == "RECOVERING"
-    assert job.wait_for("SUCCEEDED", "FAILED") == "SUCCEEDED"
-    return seen
+    status = take_machine_with_notice(job)
+    stopped = max(job.view.committed_steps())
+    assert SAVE_STEPS < stopped < LAST_STEP - SAVE_STEPS, "the notice came too late for the kills that follow"
+    following = (stopped // SAVE_STEPS + 1) * SAVE_STEPS
+    lose_in_mid_step(job, stopped, following)
+    lose_in_mid_save(job, stopped, following)
+    lose_in_mid_upload(job, stopped, following)
+    assert job.wait_for("SUCCEEDED", *FAILED) == "SUCCEEDED"
+    return Disturbed(status, stopped)
 
 
-def lose_in_mid_step(job: Job) -> dict[str, Any]:
-    """The first checkpoint is the newest commit; the worker is beyond it when the machine goes."""
-    stand_beyond_the_first_commit(job)
+def take_machine_with_notice(job: Job) -> dict[str, Any]:
+    """Do what Slurm does for a job of higher priority: SIGTERM, a grace time, SIGKILL. Return the row of `status`."""
+    job.store.hold("PUT|POST", rf"commits/step-(?!0*{SAVE_STEPS}\.)")
+    stand_beyond(job, SAVE_STEPS)
     job.wait_for("RUNNING")
-    seen = job.launcher.status(job.name)
+    status = job.launcher.status(job.name)
+    job.store.clear()
+    job.lab.slurm.cancel(job.slurm_job())
+    assert job.wait_for("RECOVERING", *FAILED) == "RECOVERING"
+    return status
+
+
+def lose_in_mid_step(job: Job, stopped: int, following: int) -> None:
+    """Kill the machine while the worker is beyond the newest commit."""
+    job.store.hold("PUT|POST", rf"commits/step-0*{following}\.json")
+    stand_beyond(job, stopped, attempt=2)
     job.lose_machine()
     job.store.clear()
-    assert job.view.committed_steps() == [SAVE_STEPS]
-    return seen
+    assert max(job.view.committed_steps()) == stopped
+    assert job.wait_for("RECOVERING", *FAILED) == "RECOVERING"
 
 
-def lose_in_mid_save(job: Job) -> None:
-    """The optimizer's file of the second checkpoint is a pipe that nobody reads, so that save cannot end."""
-    checkpoint = job.staging(attempt=2) / f"checkpoint-{SECOND}"
+def lose_in_mid_save(job: Job, stopped: int, following: int) -> None:
+    """Kill the machine while it saves. The optimizer's file is a pipe without a reader, so the save cannot end."""
+    checkpoint = job.staging(attempt=3) / f"checkpoint-{following}"
     checkpoint.mkdir()
     os.mkfifo(checkpoint / "optimizer.pt")
     wait_until(
         lambda: list(checkpoint.glob("*.safetensors")),
-        "the weights of the second checkpoint to be saved",
+        f"the weights of step {following} to be saved",
         timeout_s=ARRIVES_S,
         poll_s=0.1,
     )
     job.lose_machine()
-    assert not checkpoint.with_name(f"checkpoint-{SECOND}.staged").exists()
-    assert job.view.committed_steps() == [SAVE_STEPS]
+    assert not checkpoint.with_name(f"checkpoint-{following}.staged").exists()
+    assert max(job.view.committed_steps()) == stopped
+    assert job.wait_for("RECOVERING", *FAILED) == "RECOVERING"
 
 
-def lose_in_mid_upload(job: Job) -> None:
-    """Part of the second checkpoint has arrived, its optimizer has not."""
-    job.store.hold("PUT|POST", rf"checkpoints/step-0*{SECOND}/.*optimizer\.pt")
+def lose_in_mid_upload(job: Job, stopped: int, following: int) -> None:
+    """Kill the machine when a part of the checkpoint has arrived, but not its optimizer."""
+    job.store.hold("PUT|POST", rf"checkpoints/step-0*{following}/.*optimizer\.pt")
     assert job.store.wait_for_held(ARRIVES_S)
     job.lose_machine()
     job.store.clear()
-    assert any(f"step-{SECOND:08d}" in item.key for item in job.view.bucket.list("checkpoints/"))
-    assert job.view.committed_steps() == [SAVE_STEPS]
+    assert any(f"step-{following:08d}" in item.key for item in job.view.bucket.list("checkpoints/"))
+    assert max(job.view.committed_steps()) == stopped
+    assert job.wait_for("RECOVERING", *FAILED) == "RECOVERING"
 
 
-def take_machine_with_notice(job: Job) -> None:
-    """What Slurm does for a job of higher priority: SIGTERM, a grace time, and SIGKILL."""
-    job.submit("--detach", *SHORT)
-    stand_beyond_the_first_commit(job)
-    job.store.clear()
-    job.lab.slurm.cancel(job.slurm_job())
-    assert job.wait_for("RECOVERING", "FAILED") == "RECOVERING"
-    assert job.wait_for("SUCCEEDED", "FAILED") == "SUCCEEDED"
-
-
-def stand_beyond_the_first_commit(job: Job) -> None:
-    """No later checkpoint can be committed until the store is cleared."""
-    job.store.hold("PUT|POST", rf"commits/step-0*{SECOND}\.json")
-    job.wait_for_step(SAVE_STEPS + 1)
+def stand_beyond(job: Job, commit: int, *, attempt: int = 1) -> None:
+    """Pause training after the step of the newest commit. The caller holds back the commits that follow."""
+    job.wait_for_step(commit + 1, attempt=attempt)
     job.pause()
     assert job.step() < LAST_STEP
     wait_until(
-        lambda: job.view.committed_steps() == [SAVE_STEPS],
-        "the first checkpoint to be committed",
+        lambda: max(job.view.committed_steps(), default=0) == commit,
+        f"step {commit} to be committed",
         timeout_s=ARRIVES_S,
         poll_s=0.3,
     )
 
 
 def train_twice(job: Job) -> None:
-    """The shipped pipeline, SFT and then DPO, each in small."""
+    """Run the shipped pipeline, SFT and then DPO, each with a tiny model."""
     envs = {
         "SFT_RECIPE": "zephyr-tiny/sft",
         "SFT_OVERRIDES": " ".join((*FEW, *SMALLEST, *SHORT)),
@@ -96,5 +107,26 @@ def train_twice(job: Job) -> None:
     }
     words = ("jobs", "launch", "--yes", "--detach-run", "--name", job.name, *job.given(envs))
     job.lab.sky.run(*words, ROOT / "jobs" / "zephyr.yaml")
-    failed = ("FAILED", "FAILED_SETUP", "FAILED_PRECHECKS", "FAILED_NO_RESOURCE", "FAILED_CONTROLLER")
-    assert job.wait_for("SUCCEEDED", "CANCELLED", *failed, timeout_s=2 * ARRIVES_S) == "SUCCEEDED"
+    assert job.wait_for("SUCCEEDED", "CANCELLED", *FAILED, timeout_s=2 * ARRIVES_S) == "SUCCEEDED"
+
+
+def mistype_a_key(job: Job) -> str:
+    """Launch a job whose recipe has an unknown key. Return its final status."""
+    job.launch(*SHORT, "learning_rat=1e-4")
+    return job.wait_for("SUCCEEDED", "FAILED")
+
+
+def cancel_managed(job: Job) -> str:
+    """Cancel a managed job in mid-run. Return what the launcher printed."""
+    return _cancel(job, managed=True)
+
+
+def cancel_cluster(job: Job) -> str:
+    """Cancel a job on a cluster of its own in mid-run. Return what the launcher printed."""
+    return _cancel(job, managed=False)
+
+
+def _cancel(job: Job, *, managed: bool) -> str:
+    job.submit("--detach", *ENDLESS, managed=managed)
+    job.wait_for_step(5)
+    return job.launcher.run("cancel", job.name).stdout

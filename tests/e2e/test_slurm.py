@@ -11,18 +11,20 @@ from typing import Any, Protocol
 import pytest
 
 from tests.e2e import preemptions
-from tests.e2e.jobs import ENDLESS, LAST_STEP, SAVE_STEPS, SHORT, Job, reached
+from tests.e2e.jobs import LAST_STEP, SAVE_STEPS, SHORT, Job, reached
 from tests.e2e.lab.lab import Lab
 from tests.harness import RunView
 from tests.servers.s3 import FaultyS3
 from trainer.bucket import list_runs
 
-LONGEST: dict[str, Callable[[Job], Any]] = {
-    "preempted": preemptions.lose_three_machines,
-    "noticed": preemptions.take_machine_with_notice,
+SCENARIOS: dict[str, Callable[[Job], Any]] = {
+    "disturbed": preemptions.lose_four_machines,
     "pipeline": preemptions.train_twice,
+    "cancelled_managed": preemptions.cancel_managed,
+    "cancelled_cluster": preemptions.cancel_cluster,
+    "typo": preemptions.mistype_a_key,
 }
-"""Work by the name of its job: as far as tests ask for it, it runs beside the other tests: SkyPilot mostly waits."""
+"""Fixture: what happens to its job. All start at once, because SkyPilot mostly waits."""
 
 
 class MakesJobs(Protocol):
@@ -59,30 +61,43 @@ def job(lab: Lab) -> Iterator[MakesJobs]:
 
 @pytest.fixture(scope="module", autouse=True)
 def begun(job: MakesJobs, request: pytest.FixtureRequest) -> dict[str, Begun]:
+    """The scenarios that the selected tests ask for, started in the background."""
     asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    return {name: Begun(work, job(name)) for name, work in LONGEST.items() if name in asked}
+    return {
+        name: Begun(work, job(name.replace("_", "-"))) for name, work in SCENARIOS.items() if name in asked
+    }
 
 
 @pytest.fixture(scope="module")
 def whole(lab: Lab, job: MakesJobs) -> tuple[Job, str]:
-    """A run that nobody disturbs, launched by hand on a cluster that stays up; and what SkyPilot said."""
+    """An undisturbed run on a cluster launched by hand, and what SkyPilot printed."""
     plain = job("plain")
     return plain, lab.sky.run("launch", "--yes", "--cluster", "plain", *plain.words(*SHORT))
 
 
 @pytest.fixture(scope="module")
-def preempted(begun: dict[str, Begun]) -> Begun:
-    return begun["preempted"]
-
-
-@pytest.fixture(scope="module")
-def noticed(begun: dict[str, Begun]) -> Begun:
-    return begun["noticed"]
+def disturbed(begun: dict[str, Begun]) -> Begun:
+    return begun["disturbed"]
 
 
 @pytest.fixture(scope="module")
 def pipeline(begun: dict[str, Begun]) -> Begun:
     return begun["pipeline"]
+
+
+@pytest.fixture(scope="module")
+def cancelled_managed(begun: dict[str, Begun]) -> Begun:
+    return begun["cancelled_managed"]
+
+
+@pytest.fixture(scope="module")
+def cancelled_cluster(begun: dict[str, Begun]) -> Begun:
+    return begun["cancelled_cluster"]
+
+
+@pytest.fixture(scope="module")
+def typo(begun: dict[str, Begun]) -> Begun:
+    return begun["typo"]
 
 
 def test_a_plain_launch_brings_the_model_into_the_bucket(lab: Lab, whole: tuple[Job, str]) -> None:
@@ -95,29 +110,26 @@ def test_a_plain_launch_brings_the_model_into_the_bucket(lab: Lab, whole: tuple[
     assert plain.gone()
 
 
-def test_a_typo_in_the_recipe_fails_at_once(lab: Lab, job: MakesJobs) -> None:
-    """No recovery is tried, and the logs have the message with the key that was meant."""
-    typo = job("typo")
-    typo.launch(*SHORT, "learning_rat=1e-4")
-    assert typo.wait_for("SUCCEEDED", "FAILED") == "FAILED"
-    told = lab.sky.job("typo")
-    assert told["recovery_count"] == 0
-    assert "did you mean `learning_rate`" in lab.sky.run(
-        "jobs", "logs", "--no-follow", str(told["job_id"]), check=False
-    )
+def test_a_typo_in_the_recipe_fails_at_once(lab: Lab, typo: Begun) -> None:
+    """No recovery is tried, and the log names the key that was meant."""
+    assert typo.ended() == "FAILED"
+    job = lab.sky.job("typo")
+    assert job["recovery_count"] == 0
+    log = lab.sky.run("jobs", "logs", "--no-follow", str(job["job_id"]), check=False)
+    assert "did you mean `learning_rate`" in log
 
 
-@pytest.mark.parametrize("kind", ["managed", "cluster"])
-def test_a_cancelled_job_leaves_what_it_had_trained(job: MakesJobs, kind: str) -> None:
-    """Cancelled in mid-run, the job saves, uploads and commits within the notice, and is gone."""
-    cancelled = job(f"cancelled-{kind}")
-    cancelled.submit("--detach", *ENDLESS, managed=kind == "managed")
-    cancelled.wait_for_step(5)
-    said = cancelled.launcher.run("cancel", cancelled.name).stdout
+@pytest.mark.parametrize("kind", ["cancelled_managed", "cancelled_cluster"])
+def test_a_cancelled_job_leaves_what_it_had_trained(
+    kind: str, cancelled_managed: Begun, cancelled_cluster: Begun
+) -> None:
+    """A job that is cancelled in mid-run saves, uploads and commits within the grace time, and ends."""
+    begun = {"cancelled_managed": cancelled_managed, "cancelled_cluster": cancelled_cluster}[kind]
+    printed, cancelled = begun.ended(), begun.job
     [committed] = cancelled.view.committed_steps()
     assert committed == max(cancelled.view.steps())
-    assert f"resumes from step {committed}" in said
-    assert "still there" not in said
+    assert f"resumes from step {committed}" in printed
+    assert "still there" not in printed
     assert cancelled.launcher.status(cancelled.name)["state"] in ("cancelled", "preempted")
     assert cancelled.gone()
 
@@ -136,32 +148,29 @@ def test_the_second_task_of_a_pipeline_starts_from_the_first_s_model(
     assert begin["loss"] < untrained["loss"], "the first step is of the weights as they were loaded"
 
 
-def test_a_notice_loses_no_step(whole: tuple[Job, str], noticed: Begun) -> None:
-    """The run goes on at the very step at which it was told to stop, and ends as the undisturbed one."""
-    noticed.ended()
-    view = noticed.job.view
-    [told] = [event["message"] for event in view.events("preempted")]
-    stopped = max(event["step"] for event in view.events("committed") if event["attempt"] == 1)
-    assert SAVE_STEPS < stopped < LAST_STEP
-    assert told == f"at step {stopped}, which is saved"
-    assert [event["step"] for event in view.events("restored")] == [0, stopped]
-    assert all(len(tellings) == 1 for tellings in view.steps().values())
-    same_as(whole[0], noticed.job)
+def test_a_notice_loses_no_step(disturbed: Begun) -> None:
+    """The run resumes at the step at which the notice stopped it."""
+    stopped, view = disturbed.ended().stopped, disturbed.job.view
+    [message] = [event["message"] for event in view.events("preempted")]
+    assert message == f"at step {stopped}, which is saved"
+    told = {
+        attempt: [e["step"] for e in view.events("step") if e["attempt"] == attempt] for attempt in (1, 2)
+    }
+    assert told[1] == list(range(1, stopped + 1))
+    assert told[2][0] == stopped + 1
 
 
-def test_three_lost_machines_change_no_bit(whole: tuple[Job, str], preempted: Begun, lab: Lab) -> None:
+def test_four_lost_machines_change_no_bit(whole: tuple[Job, str], disturbed: Begun, lab: Lab) -> None:
     """Every loss, every sample and the final weights are those of the undisturbed run."""
-    preempted.ended()
-    lost = preempted.job
-    assert lab.sky.job(lost.name)["recovery_count"] == 3
-    restored = [event["step"] for event in lost.view.events("restored")]
-    assert restored == [0, SAVE_STEPS, SAVE_STEPS, SAVE_STEPS]
+    stopped, lost = disturbed.ended().stopped, disturbed.job
+    assert lab.sky.job(lost.name)["recovery_count"] == 4
+    assert [event["step"] for event in lost.view.events("restored")] == [0, *[stopped] * 4]
     same_as(whole[0], lost)
 
 
-def test_status_and_logs_tell_of_it(preempted: Begun) -> None:
-    """While it runs and when it is over; what is done is not rented again."""
-    seen, lost = preempted.ended(), preempted.job
+def test_status_and_logs_describe_it(disturbed: Begun) -> None:
+    """They describe it while it runs and when it is done, and what is done is not rented again."""
+    seen, lost = disturbed.ended().status, disturbed.job
     shown = {key: seen[key] for key in ("kind", "state", "committed", "attempts", "said")}
     assert shown == {
         "kind": "managed job",
@@ -172,9 +181,9 @@ def test_status_and_logs_tell_of_it(preempted: Begun) -> None:
     }
     assert SAVE_STEPS < seen["step"] < LAST_STEP
     row = lost.launcher.status(lost.name)
-    assert (row["state"], row["step"], row["attempts"]) == ("done", LAST_STEP, 4)
+    assert (row["state"], row["step"], row["attempts"]) == ("done", LAST_STEP, 5)
     log = lost.launcher.run("logs", lost.name).stdout
-    assert f"restored step {SAVE_STEPS}" in log
+    assert f"restored step {disturbed.ended().stopped}" in log
     assert "done: the model is in" in log
     assert f"run {lost.name} is done since" in lost.submit(*SHORT)
 

@@ -30,6 +30,8 @@ SINGLE = {
     "dpo_full_multinode": "A100-80GB:8",
 }
 """Tasks, and the GPUs of each of their nodes that are tried first."""
+SAMPLE = {"dpo_full", "dpo_full_multinode", "dpo_qlora"}
+"""The tasks that `make test` has SkyPilot plan: one node, several nodes, and one GPU."""
 PIPELINE = "zephyr"
 DRY = ("launch", "--dryrun", "--yes", "-i", "10", "--down", "--env", "CHECKPOINTS=gs://a-bucket/runs")
 SECRETS = {"HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
@@ -103,7 +105,9 @@ def test_the_recipe_is_a_shipped_one(task: str, document: dict[str, Any]) -> Non
     assert load(recipe).recipe
 
 
-@pytest.mark.parametrize("task", SINGLE)
+@pytest.mark.parametrize(
+    "task", [task if task in SAMPLE else pytest.param(task, marks=pytest.mark.thorough) for task in SINGLE]
+)
 def test_skypilot_would_rent_the_cheapest_spot_machine(task: str, lab: Lab) -> None:
     """Its optimizer takes the first entry, in the region that our price snapshot has as the cheapest."""
     lab.sky.pretend("GCP", "Lambda")

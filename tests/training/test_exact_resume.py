@@ -47,7 +47,14 @@ KEEP_DROPOUT = "disable_dropout: false\n"
 LAST_STEP = 12
 
 
-@pytest.fixture(params=["sft-full", "sft-lora", "dpo-full", "dpo-lora"])
+@pytest.fixture(
+    params=[
+        pytest.param("sft-full", marks=pytest.mark.thorough),
+        "sft-lora",
+        "dpo-full",
+        pytest.param("dpo-lora", marks=pytest.mark.thorough),
+    ]
+)
 def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """SFT and DPO, with full weights and with LoRA under dropout."""
     method, weights = request.param.split("-")

@@ -115,7 +115,10 @@ def on_two_nodes(work: Path, engine: str, *, resume_from: Path | None = None) ->
     return jobs
 
 
-@pytest.mark.parametrize("engine", [pytest.param("zero3", marks=needs_compiler), "fsdp2"])
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param("zero3", marks=needs_compiler), pytest.param("fsdp2", marks=pytest.mark.thorough)],
+)
 def test_a_cut_model_saves_each_nodes_parts_on_its_own_disk(tmp_path: Path, engine: str) -> None:
     """Together they are the checkpoint, from which both go on exactly."""
     whole = on_two_nodes(tmp_path / "whole", engine)

@@ -99,9 +99,20 @@ PAIRS = [
     ("ddp", "fsdp2"),
 ]
 
+SAMPLE = {
+    ("single", "zero3"),
+    ("single", "zero2, optimizer"),
+    ("zero2", "zero3 x 4"),
+    ("zero3, all", "single"),
+    ("fsdp2", "zero3"),
+    ("ddp", "fsdp2"),
+}
+"""The pairs of `make test`: each engine's checkpoint is read once, and each engine's optimizer is filled once."""
+
 
 def named(pair: tuple[str, str]) -> Any:
     marks = [needs_compiler] if any(shape.startswith("zero") for shape in pair) else []
+    marks += [] if pair in SAMPLE else [pytest.mark.thorough]
     return pytest.param(*pair, marks=marks, id=" to ".join(pair))
 
 
@@ -126,6 +137,7 @@ def test_a_converted_run_is_converted_again(tmp_path: Path, whole: Whole) -> Non
     assert again.outcome.status == "done"
 
 
+@pytest.mark.thorough
 def test_fsdp_goes_on_on_any_number_of_processes(tmp_path: Path, whole: Whole) -> None:
     """On 2, then 4, then 1, then 2: each brings what the one before has saved."""
     before = whole("fsdp2")

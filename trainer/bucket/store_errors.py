@@ -45,6 +45,11 @@ HOW_TO_GIVE_CREDENTIALS = (
 )
 
 
+def ignores_ranges(error: Exception) -> bool:
+    """Return whether the server answered a range request with the whole object (status 200 instead of 206)."""
+    return "non-partial response" in str(error)
+
+
 def no_such_bucket(error: Exception) -> bool:
     """Return whether a "not found" error is about the bucket, not the key."""
     return _code(str(error)) in MISSING_BUCKET
