@@ -51,6 +51,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             if file.endswith(WITH_LAB):
                 return "lab"
-            return "image" if file.endswith("test_image.py") else "others"
+            if file.endswith("test_image.py"):
+                return "image"
+            return "others" if "e2e" in file else file
 
     return ByNeed(config, log)
