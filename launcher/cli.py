@@ -28,7 +28,7 @@ from trainer.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud, JobStatus
-    from launcher.registry.submitted import RunRecord
+    from launcher.registry.submitted import StartedRun
     from launcher.submit.status import RowDict
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -199,7 +199,7 @@ def down(context: click.Context, run: str, checkpoints: str | None) -> int:
 
 def _find(
     run: str, checkpoints: str | None, cloud: Cloud | None
-) -> tuple[RunRecord, Cloud, JobStatus | None]:
+) -> tuple[StartedRun, Cloud, JobStatus | None]:
     """Return the run's record, its backend, and its job as the backend has it."""
     from launcher.cloud.protocol import find as find_job
     from launcher.registry import find

@@ -13,7 +13,7 @@ from launcher.cloud.protocol import find as find_job
 from launcher.cloud.skypilot import SkyPilot
 from launcher.local import process
 from launcher.local.process import Home, LocalRecord
-from launcher.registry.submitted import RunRecord, submissions
+from launcher.registry.submitted import StartedRun, submissions
 from launcher.runs.run import Reader, RunHistory
 from trainer.bucket import open_run
 from trainer.bucket.address import canonical
@@ -46,7 +46,7 @@ class RunPlace(NamedTuple):
         return run
 
 
-def place_of(record: RunRecord) -> RunPlace:
+def place_of(record: StartedRun) -> RunPlace:
     """Return where the run of a record is."""
     return RunPlace(record.checkpoints, record.run_id)
 
@@ -56,12 +56,12 @@ def backend_of(kind: Kind, state: Path, cloud: Cloud | None = None) -> Cloud:
     return LocalMachine(state) if kind == "local" else cloud or SkyPilot()
 
 
-def status_of(record: RunRecord, state: Path, cloud: Cloud | None = None) -> JobStatus | None:
+def status_of(record: StartedRun, state: Path, cloud: Cloud | None = None) -> JobStatus | None:
     """Ask the run's backend for its job; None if the backend has no such job."""
     return find_job(backend_of(record.kind, state, cloud), record.name, record.kind)
 
 
-def started_runs(state: Path) -> list[RunRecord]:
+def started_runs(state: Path) -> list[StartedRun]:
     """Return everything that was started or submitted from this machine, the latest first."""
     local = [_of_local(home, record) for home in process.homes(state) if (record := home.record())]
     return sorted([*local, *submissions(state)], key=lambda record: record.submitted, reverse=True)
@@ -72,7 +72,7 @@ def started_here(found: RunPlace, state: Path) -> bool:
     return found in map(place_of, started_runs(state))
 
 
-def find_or_none(state: Path, run: str, checkpoints: str | None) -> RunRecord | None:
+def find_or_none(state: Path, run: str, checkpoints: str | None) -> StartedRun | None:
     """Return the run of that name: one that is running on this machine first, else the one that was started last.
 
     Args:
@@ -98,7 +98,7 @@ def find_or_none(state: Path, run: str, checkpoints: str | None) -> RunRecord | 
     return next(running, found[0] if found else None)
 
 
-def find(state: Path, run: str, checkpoints: str | None) -> RunRecord:
+def find(state: Path, run: str, checkpoints: str | None) -> StartedRun:
     """Return the run that `find_or_none` finds; raises UserError, with the known names, if there is none."""
     if found := find_or_none(state, run, checkpoints):
         return found
@@ -131,8 +131,8 @@ def place(
     return RunPlace(canonical(settings.load(environ).checkpoints, cwd), run)
 
 
-def _of_local(home: Home, record: LocalRecord) -> RunRecord:
-    return RunRecord(
+def _of_local(home: Home, record: LocalRecord) -> StartedRun:
+    return StartedRun(
         run_id=record.run_id,
         recipe=record.recipe,
         checkpoints=record.checkpoints,

@@ -14,7 +14,7 @@ from trainer.files import write_atomically
 FOLDER = "submitted"
 
 
-class RunRecord(BaseModel):
+class StartedRun(BaseModel):
     """A run that was started from here. It holds no overrides and no environment: either may contain a token."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,7 +42,7 @@ class RunRecord(BaseModel):
     """Files that were copied to the nodes: path on the node, path here."""
 
 
-def remember(state: Path, record: RunRecord) -> None:
+def remember(state: Path, record: StartedRun) -> None:
     """Write the record in place of an earlier one of the same run.
 
     It is written before the launch, so that no launched job is forgotten. A local job needs none: it has a pid file.
@@ -54,18 +54,18 @@ def remember(state: Path, record: RunRecord) -> None:
     write_atomically(path, record.model_dump_json())
 
 
-def recall(state: Path, run_id: str, checkpoints: str) -> RunRecord | None:
+def recall(state: Path, run_id: str, checkpoints: str) -> StartedRun | None:
     """Return the newest submission of a run."""
     return _read(_path(state, run_id, checkpoints))
 
 
-def forget(state: Path, record: RunRecord) -> None:
+def forget(state: Path, record: StartedRun) -> None:
     """Remove the record of a job that was never launched."""
     if record.kind != "local":
         _path(state, record.run_id, record.checkpoints).unlink(missing_ok=True)
 
 
-def submissions(state: Path) -> list[RunRecord]:
+def submissions(state: Path) -> list[StartedRun]:
     """Return everything that was submitted from this machine, the latest first."""
     found = [_read(path) for path in (state / FOLDER).glob("*.json")]
     return sorted((record for record in found if record), key=lambda record: record.submitted, reverse=True)
@@ -76,8 +76,8 @@ def _path(state: Path, run_id: str, checkpoints: str) -> Path:
     return state / FOLDER / f"{run_id}-{digest}.json"
 
 
-def _read(path: Path) -> RunRecord | None:
+def _read(path: Path) -> StartedRun | None:
     try:
-        return RunRecord.model_validate_json(path.read_text())
+        return StartedRun.model_validate_json(path.read_text())
     except (FileNotFoundError, ValidationError):  # the latter: written by another version
         return None

@@ -10,7 +10,7 @@ from launcher.cloud.protocol import JobStatus, find
 from launcher.local import process
 from launcher.local.process import Home
 from launcher.registry import submitted
-from launcher.registry.submitted import RunRecord
+from launcher.registry.submitted import StartedRun
 from launcher.runs import limits
 from launcher.runs.run import Reader, RunHistory
 from launcher.submit.follow import Follower, SubmitContext
@@ -107,7 +107,7 @@ def _launch(job: Submission, context: SubmitContext) -> JobStatus:
     )
 
 
-def _forget(before: RunRecord | None, record: RunRecord, context: SubmitContext) -> None:
+def _forget(before: StartedRun | None, record: StartedRun, context: SubmitContext) -> None:
     """Remove the record of a failed launch, unless the launch left a machine, which `status` must show."""
     left: JobStatus | None = None
     with contextlib.suppress(UserError):
@@ -118,9 +118,9 @@ def _forget(before: RunRecord | None, record: RunRecord, context: SubmitContext)
         submitted.forget(context.state, record)
 
 
-def _record(job: Submission, context: SubmitContext, job_id: int | None) -> RunRecord:
+def _record(job: Submission, context: SubmitContext, job_id: int | None) -> StartedRun:
     launch = job.launch
-    return RunRecord(
+    return StartedRun(
         run_id=launch.run_id,
         recipe=launch.recipe,
         checkpoints=launch.checkpoints,

@@ -12,7 +12,7 @@ import yaml
 
 from launcher import settings
 from launcher.registry.find import find_or_none
-from launcher.registry.submitted import RunRecord
+from launcher.registry.submitted import StartedRun
 from launcher.runs.limits import current_limits
 from launcher.runs.run import Reader
 from trainer.bucket import open_run
@@ -65,7 +65,7 @@ def resume(run_id: str, options: Mapping[str, Any], *, state: Path, environ: Map
     return Resumed(str(recipe), merged)
 
 
-def _place(record: RunRecord | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def _place(record: StartedRun | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of the place where the run was, unless the user names another place."""
     if record is None or options["infra"]:
         return {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher.cloud.protocol import Cloud, JobStatus, Kind
 from launcher.registry import submitted
 from launcher.registry.find import backend_of, place_of, started_runs
-from launcher.registry.submitted import RunRecord
+from launcher.registry.submitted import StartedRun
 from launcher.runs.run import RunHistory
 from trainer.errors import UserError
 
@@ -77,14 +77,14 @@ def stopped(run: RunHistory) -> str:
     return "preempted" if run.state == "running" else run.state
 
 
-def job_text(record: RunRecord) -> str:
+def job_text(record: StartedRun) -> str:
     """Return the job in words: `managed job 3`, `cluster`."""
     number = f" {record.job_id}" if record.kind == "managed job" and record.job_id is not None else ""
     return f"{record.kind}{number}"
 
 
 def _statuses(
-    backend: Cloud, records: Sequence[RunRecord], *, everything: bool = False
+    backend: Cloud, records: Sequence[StartedRun], *, everything: bool = False
 ) -> tuple[dict[tuple[Kind, str], JobStatus], UserError | None]:
     """Return the jobs of these runs, or all jobs, and the error that cut the answer short."""
     found: dict[tuple[Kind, str], JobStatus] = {}
@@ -104,7 +104,7 @@ def _keyed(statuses: Mapping[str, JobStatus]) -> dict[tuple[Kind, str], JobStatu
     return {(status.kind, name): status for name, status in statuses.items()}
 
 
-def _read(record: RunRecord) -> RunHistory | UserError:
+def _read(record: StartedRun) -> RunHistory | UserError:
     try:
         return place_of(record).reader().read()
     except UserError as error:  # the bucket may be unreachable; the row has the message
@@ -117,7 +117,7 @@ def _is_over(status: JobStatus | None) -> bool:
 
 
 def _row(
-    record: RunRecord,
+    record: StartedRun,
     status: JobStatus | None,
     run: RunHistory | UserError,
     *,

@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.cloud.local import WHERE
 from launcher.cloud.protocol import Cloud, JobStatus
 from launcher.registry.find import RunPlace, place_of, started_runs, status_of
-from launcher.registry.submitted import RunRecord
+from launcher.registry.submitted import StartedRun
 from launcher.runs.account import Account, account
 from launcher.runs.listing import SILENT_S
 from launcher.runs.run import RunHistory
@@ -99,7 +99,7 @@ class Source:
             return status.stopped(run), False, WHERE
         return self._submitted(record, run, now)
 
-    def _submitted(self, record: RunRecord, run: RunHistory, now: float) -> tuple[str, bool, str]:
+    def _submitted(self, record: StartedRun, run: RunHistory, now: float) -> tuple[str, bool, str]:
         if not record.over and now - self._asked_at >= ASK_EVERY_S:
             self._asked_at = now
             try:

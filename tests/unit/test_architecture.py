@@ -38,7 +38,7 @@ NEVER = {
     "trainer.hardware": {"trainer.memory", "trainer.estimate", "trainer.fit"},
     "trainer.memory": {"trainer.estimate", "trainer.fit"},
     "trainer.estimate": {"trainer.fit"},
-    "launcher.registry": {"launcher.submit", "launcher.local", "launcher.watch"},
+    "launcher.registry": {"launcher.submit", "launcher.watch"},
     "launcher.runs": {"launcher.submit", "launcher.local", "launcher.watch", "launcher.report"},
     "launcher.cloud": {"launcher.prices", "launcher.plan"},
     "launcher.prices": {"launcher.plan"},

@@ -11,7 +11,7 @@ from launcher.cloud.fake import FakeCloud
 from launcher.cloud.protocol import JobStatus, Kind, Phase
 from launcher.registry import submitted
 from launcher.registry.find import find
-from launcher.registry.submitted import RunRecord
+from launcher.registry.submitted import StartedRun
 from launcher.runs.run import Reader
 from launcher.submit.status import table, usd_so_far
 from tests.fakes.runs import BEGIN, attempt_events, write_commit, write_events
@@ -27,7 +27,7 @@ class Site:
         self.runs = root / "runs"
         self.cloud = FakeCloud()
 
-    def send(self, run: str = "a-run", kind: Kind = "managed job", **given: Any) -> RunRecord:
+    def send(self, run: str = "a-run", kind: Kind = "managed job", **given: Any) -> StartedRun:
         some = {
             "run_id": run,
             "recipe": "r",
@@ -39,7 +39,7 @@ class Site:
             "usd_per_h": 36.0,
             "submitted": BEGAN,
         }
-        sent = RunRecord.model_validate({**some, **given})
+        sent = StartedRun.model_validate({**some, **given})
         submitted.remember(self.state, sent)
         return sent
 

@@ -15,7 +15,7 @@ from launcher.cloud.fake import FakeCloud
 from launcher.cloud.local import ended_phase
 from launcher.local.progress import LineView
 from launcher.registry import submitted
-from launcher.registry.submitted import RunRecord
+from launcher.registry.submitted import StartedRun
 from launcher.runs.limits import changed_limits_note, current_limits, refuse_used_up
 from launcher.runs.run import AttemptHistory, RunHistory
 from launcher.submit.follow import SubmitContext
@@ -62,7 +62,7 @@ class Site:
         (self.runs / "r" / "run.json").write_text(json.dumps(record))
 
     def remember(self, **options: Any) -> None:
-        sent = RunRecord(
+        sent = StartedRun(
             run_id="r", recipe=TINY, checkpoints=str(self.runs), kind="managed job", name="r", job_id=1,
             where="A100:8 spot on gcp", usd_per_h=1.0, submitted=1.0, options=options,
         )  # fmt: skip

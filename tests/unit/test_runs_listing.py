@@ -11,7 +11,7 @@ import pytest
 from launcher.cli import main
 from launcher.registry import submitted
 from launcher.registry.find import RunPlace, place
-from launcher.registry.submitted import RunRecord
+from launcher.registry.submitted import StartedRun
 from launcher.runs import listing as listing_module
 from launcher.runs.listing import SILENT_S, listing
 from tests.fakes.journeys import LEGS, journey, write_journey
@@ -93,7 +93,7 @@ def test_a_bucket_is_listed_like_a_folder(s3: str, capsys: pytest.CaptureFixture
 def submit(state: Path, checkpoints: str) -> None:
     facts = {"run_id": "a-run", "recipe": "r", "checkpoints": checkpoints, "kind": "cluster", "name": "a-run"}
     more = {"job_id": 1, "where": "gcp", "usd_per_h": None, "submitted": 0.0}
-    submitted.remember(state, RunRecord.model_validate({**facts, **more}))
+    submitted.remember(state, StartedRun.model_validate({**facts, **more}))
 
 
 def found(run: str, checkpoints: str | None, root: Path) -> RunPlace:

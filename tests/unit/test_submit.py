@@ -16,7 +16,7 @@ from launcher.image.builders import BuildOptions
 from launcher.local.process import Home, LocalRecord
 from launcher.local.progress import LineView
 from launcher.registry import submitted
-from launcher.registry.submitted import RunRecord
+from launcher.registry.submitted import StartedRun
 from launcher.runs.run import Reader, RunHistory
 from launcher.submit.follow import SubmitContext
 from launcher.submit.launch import submit
@@ -103,7 +103,7 @@ class Site:
         )
         return submit(self.order(managed=managed), desk, detach=detach)
 
-    def sent(self) -> RunRecord | None:
+    def sent(self) -> StartedRun | None:
         return submitted.recall(self.state, NAME, str(self.runs))
 
     def trained(self, *, end: dict[str, Any] | None = None, done: bool = False) -> None:
@@ -222,7 +222,7 @@ def test_detached_leaves_a_record(site: Site) -> None:
     assert (ending.how, ending.exit_code) == ("detached", 0)
     assert "launcher logs a-run -f" in ending.message
     sent = site.sent()
-    assert sent == RunRecord(
+    assert sent == StartedRun(
         run_id=NAME,
         recipe="zephyr-7b/dpo_full",
         checkpoints=str(site.runs),

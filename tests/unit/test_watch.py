@@ -22,7 +22,7 @@ from launcher.cloud.protocol import JobStatus, Phase
 from launcher.local.process import Home, LocalRecord
 from launcher.registry import submitted as submissions
 from launcher.registry.find import RunPlace
-from launcher.registry.submitted import RunRecord
+from launcher.registry.submitted import StartedRun
 from launcher.watch import follow
 from launcher.watch.braille import MARGIN, BrailleCurve, plot
 from launcher.watch.state import ASK_EVERY_S, RunSnapshot, Source
@@ -56,7 +56,7 @@ class Site:
             "name": "a-run",
         }
         more = {"job_id": 3, "where": "gcp", "usd_per_h": 13.18, "submitted": BEGIN.timestamp()}
-        submissions.remember(self.state, RunRecord.model_validate({**facts, **more}))
+        submissions.remember(self.state, StartedRun.model_validate({**facts, **more}))
         status = {
             "kind": "managed job",
             "name": "a-run",

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 import xxhash
 from obstore.exceptions import GenericError
 
+from trainer.bucket.store_errors import ignores_ranges
+
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
@@ -105,7 +107,7 @@ class RangedReader:
             try:
                 self._store.get_range(key, start=0, length=1)
             except GenericError as error:
-                if "non-partial response" not in str(error):
+                if not ignores_ranges(error):
                     raise
                 self._accepts_ranges = False
         return self._accepts_ranges
