@@ -87,7 +87,7 @@ def start(staging: Path, told: Told) -> Iterator[Start]:
     started: list[Uploader] = []
 
     def begin(bucket: Bucket, attempt: Attempt, **options: Any) -> Uploader:
-        options = {"keep": 2, "poll_s": 0.01, "backoff": lambda _: 0.01, "tell": told, **options}
+        options = {"keep": 2, "poll_s": 0.01, "backoff": lambda _: 0.01, "listener": told, **options}
         uploader = Uploader(bucket, attempt, staging, recipe_digest="digest", **options)
         started.append(uploader)
         uploader.start()
