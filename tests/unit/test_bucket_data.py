@@ -83,5 +83,5 @@ def test_the_doctor_sees_it(data: str) -> None:
 @pytest.mark.parametrize("name", ["s3://bucket/folder", "https://x.org/pairs.jsonl", "hf://datasets/a/b"])
 def test_other_addresses_are_refused_before_anything_is_rented(name: str) -> None:
     """What only the node's worker would find out."""
-    with pytest.raises(DataError, match="is no data file in a bucket"):
+    with pytest.raises(DataError, match="is not a data file in a bucket"):
         recipe(name)
