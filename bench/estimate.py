@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # run as a script from anywhere
 from published import RUNS, Published  # noqa: E402
 
 from trainer.estimate import Estimate, estimate  # noqa: E402
-from trainer.estimate.batch import evaluations  # noqa: E402
+from trainer.estimate.batch import count_evaluations  # noqa: E402
 
 
 def predict(run: Published) -> tuple[float, Estimate]:
@@ -32,7 +32,7 @@ def predict(run: Published) -> tuple[float, Estimate]:
             return found.step_s, found
         case _:
             spread = sum(term.seconds for term in found.terms if term.name == "evaluation")
-            return spread * found.steps / evaluations(run.recipe, found.steps), found
+            return spread * found.steps / count_evaluations(run.recipe, found.steps), found
 
 
 def main() -> None:

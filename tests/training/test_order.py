@@ -166,7 +166,7 @@ def test_lengths_are_those_of_the_padded_rows() -> None:
 @pytest.mark.parametrize("rows", [3, 8, 15, 16, 107])
 def test_an_epoch_has_the_steps_that_the_estimate_counts(rows: int) -> None:
     """What a user was told before paying is what is trained."""
-    from trainer.estimate.batch import steps
+    from trainer.estimate.batch import count_steps
     from trainer.estimate.workload import Workload
 
     recipe = Recipe.model_validate(
@@ -181,4 +181,4 @@ def test_an_epoch_has_the_steps_that_the_estimate_counts(rows: int) -> None:
     )
     split = Split(2, 2, 2)
     counted = len(Batches(rows, split, rank=1, seed=0, data="")) // split.accumulation
-    assert counted == steps(recipe, Workload(rows=rows, tokens=10, source="test"))
+    assert counted == count_steps(recipe, Workload(rows=rows, tokens=10, source="test"))

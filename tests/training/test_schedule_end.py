@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.training.jobs import Trained
-from trainer.estimate.batch import steps
 from trainer.estimate.workload import Workload
 
 BATCH, RATE, LENGTH, ROWS = 4, 1e-3, 128, 24
@@ -56,7 +55,7 @@ def test_a_part_of_an_epoch_has_the_steps_that_the_estimate_counts(
 ) -> None:
     """Transformers rounds them up, so the estimate does; that many are trained, and the schedule ends with the last."""
     trained = small("zephyr-tiny/sft", *EPOCH, "lr_scheduler_type=linear", f"num_train_epochs={epochs}")
-    counted = steps(trained.job.recipe, Workload(rows=ROWS, tokens=10, source="test"))
+    counted = count_steps(trained.job.recipe, Workload(rows=ROWS, tokens=10, source="test"))
     taken = trained.of("step")
     assert (
         trained.of("started")[0]["total_steps"] == len(taken) == counted == math.ceil(epochs * ROWS / BATCH)

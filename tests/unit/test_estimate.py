@@ -157,10 +157,12 @@ def test_a_slow_network_between_nodes_is_seen() -> None:
 
 def test_packed_rows_have_no_padding() -> None:
     """Packing computes as many tokens as it trains on; padding computes more."""
-    packed = batches.batch(
+    packed = batches.make_micro_batch(
         recipe("sft", packing=True, max_length=2048), layout(reference="none"), CHATS, in_order=True
     )
-    padded = batches.batch(recipe("sft", max_length=2048), layout(reference="none"), CHATS, in_order=True)
+    padded = batches.make_micro_batch(
+        recipe("sft", max_length=2048), layout(reference="none"), CHATS, in_order=True
+    )
     assert packed.tokens == packed.real == 4 * 2048
     assert padded.tokens > padded.real
 
@@ -176,11 +178,11 @@ def test_steps_are_whole_batches_of_an_epoch() -> None:
 
 def test_evaluations_and_saves_are_counted_as_the_trainer_does() -> None:
     """By steps, by a part of the run, or by epochs."""
-    assert batches.evaluations(recipe(eval_strategy="steps", eval_steps=100), 477) == 4
-    assert batches.evaluations(recipe(eval_strategy="steps", eval_steps=0.25), 400) == 4
-    assert batches.evaluations(recipe(eval_strategy="epoch", num_train_epochs=3), 477) == 3
-    assert batches.evaluations(recipe(), 477) == 0
-    assert batches.saves(recipe(save_steps=50), 477) == 9
+    assert batches.count_evaluations(recipe(eval_strategy="steps", eval_steps=100), 477) == 4
+    assert batches.count_evaluations(recipe(eval_strategy="steps", eval_steps=0.25), 400) == 4
+    assert batches.count_evaluations(recipe(eval_strategy="epoch", num_train_epochs=3), 477) == 3
+    assert batches.count_evaluations(recipe(), 477) == 0
+    assert batches.count_saves(recipe(save_steps=50), 477) == 9
 
 
 def test_a_batch_split_otherwise_has_the_same_tokens() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.estimate import Workload
-from trainer.estimate.batch import batch, by_length, longer_half, padded
+from trainer.estimate.batch import expect_lengths, expect_longer_half, expect_longest, make_micro_batch
 from trainer.memory import Layout
 from trainer.recipe import Recipe
 
@@ -31,7 +31,7 @@ def test_what_is_dealt_by_length_is_padded_as_drawn_batches_are(
     random.seed(0)
     draws = [sorted((drawn(mean, spread, limit) for _ in range(BATCH)), reverse=True) for _ in range(2000)]
     seen = [length for rows in draws for length in rows[::together]]
-    expected = by_length(fmean(map(fmean, draws)), spread, BATCH, limit)[::together]
+    expected = expect_lengths(fmean(map(fmean, draws)), spread, BATCH, limit)[::together]
     assert fmean(expected) == pytest.approx(fmean(seen), rel=0.03)
     assert fmean(each**2 for each in expected) == pytest.approx(fmean(each**2 for each in seen), rel=0.08)
 
@@ -42,7 +42,7 @@ def test_a_sorted_batch_has_its_rows_mean_and_stays_below_the_limit(
     mean: float, spread: float, count: int, limit: int
 ) -> None:
     """Nothing is lost by the order: the lengths fall from the longest on, and their mean is what it was."""
-    lengths = by_length(mean, spread, count, limit)
+    lengths = expect_lengths(mean, spread, count, limit)
     assert list(lengths) == sorted(lengths, reverse=True)
     assert fmean(lengths) == pytest.approx(min(mean, limit), rel=1e-6)
     assert 0 <= lengths[-1] <= lengths[0] <= limit
@@ -53,7 +53,7 @@ def test_padding_by_chance_lies_between_the_mean_and_the_limit(
     mean: float, spread: float, count: int, limit: int
 ) -> None:
     """The longest of a batch is no shorter than the mean and no longer than truncation allows."""
-    length = padded(min(mean, limit), spread, count, limit)
+    length = expect_longest(min(mean, limit), spread, count, limit)
     assert min(mean, limit) <= length + 1
     assert 1 <= length <= limit
 
@@ -74,7 +74,7 @@ def test_order_saves_padding_most_where_a_step_has_many_parts() -> None:
             {"processes": processes, "micro_batch": micro, "engine": engine, "attention": "sdpa",
              "activation_checkpointing": False, "reference": "none"}
         )  # fmt: skip
-        return batch(recipe, layout, chats, in_order=in_order).length
+        return make_micro_batch(recipe, layout, chats, in_order=in_order).length
 
     assert length(1, 1, in_order=True) == pytest.approx(500)
     sizes = [length(micro, 8, in_order=True) for micro in (1, 2, 4, 8, 16)]
@@ -85,6 +85,6 @@ def test_order_saves_padding_most_where_a_step_has_many_parts() -> None:
 
 def test_the_longer_half_of_a_pair_is_what_both_are_padded_to() -> None:
     """Longer than the mean of both where lengths differ, and never beyond the limit."""
-    assert longer_half(500, 0.56, 1024) > 500
-    assert longer_half(500, 0.0, 1024) == 500
-    assert longer_half(1000, 0.56, 1024) == 1024
+    assert expect_longer_half(500, 0.56, 1024) > 500
+    assert expect_longer_half(500, 0.0, 1024) == 500
+    assert expect_longer_half(1000, 0.56, 1024) == 1024

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trainer.estimate import counted_workload, known_workload
-from trainer.estimate.workload import KNOWN, truncated
+from trainer.estimate.workload import KNOWN, truncate_mean
 from trainer.recipe import Recipe, load, names
 from trainer.worker.synthetic import DATA
 
@@ -83,7 +83,7 @@ def test_a_file_s_tokens_are_a_guess_and_it_says_so() -> None:
 
 def test_truncation_lowers_the_mean_and_never_passes_the_limit() -> None:
     """Far above the lengths it changes nothing; far below, it is the length."""
-    assert truncated(500, 0.5, 100_000) == pytest.approx(500)
-    assert truncated(500, 0.5, 1024) < 500
-    assert truncated(5000, 0.1, 100) == pytest.approx(100)
-    assert truncated(500, 0.0, 1024) == 500
+    assert truncate_mean(500, 0.5, 100_000) == pytest.approx(500)
+    assert truncate_mean(500, 0.5, 1024) < 500
+    assert truncate_mean(5000, 0.1, 100) == pytest.approx(100)
+    assert truncate_mean(500, 0.0, 1024) == 500

@@ -1,9 +1,8 @@
-"""How long a recipe trains on a shape, term by term; no I/O."""
+"""Predict how long a recipe trains on a shape, term by term. This package does no I/O."""
 
-from trainer.estimate.checkpoint import Rates
 from trainer.estimate.efficiency import FUSED, TRANSFORMERS, TRANSFORMERS_4BIT, Stack
-from trainer.estimate.estimate import estimate, step_s
-from trainer.estimate.result import Estimate, StepTerm
+from trainer.estimate.estimate import Estimate, StepTerm, estimate, step_s
+from trainer.estimate.traffic import Rates
 from trainer.estimate.workload import (
     Workload,
     counted_workload,

@@ -1,13 +1,19 @@
-"""Seconds of moving bytes: between GPUs, between GPU and host, and through the optimizer.
+"""The seconds of moving bytes: between GPUs, between GPU and host, through the optimizer, and for checkpoints and starts.
 
-ZeRO 3, and FSDP 2 alike, gathers the parameters for the forward pass and again for the backward pass, and reduces and scatters the
-gradients of every micro batch: 3 times the parameters, where data parallelism moves 2 (ZeRO, arXiv:1910.02054,
-section 7). A gather or a scatter of B bytes over n takes each GPU B x (n - 1) / n
-(https://github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md); between nodes as much passes through a node's network.
+ZeRO-3 and FSDP2 gather the parameters for the forward pass and again for the backward pass, and they reduce and scatter
+the gradients of every micro batch. That is 3 times the parameters, while data parallelism moves 2 times (ZeRO,
+arXiv:1910.02054, section 7). A gather or scatter of B bytes over n GPUs moves B x (n - 1) / n bytes per GPU
+(https://github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md). Between nodes the same amount passes a node's network.
+
+The rates to and from the network are round figures for a cloud's own bucket and for the Hub. The events of a run have
+the real ones (`committed` has bytes and seconds), and the caller may pass them in.
 """
 
 from __future__ import annotations
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainer import memory
 from trainer.estimate import efficiency
 from trainer.estimate.arithmetic import HALF, StepInputs
 from trainer.memory import lora
@@ -15,57 +21,77 @@ from trainer.memory.resident import optimizer_of
 
 FULL = 4
 """Bytes of an fp32 value."""
+STAGING_BYTES_PER_S = 2.4e9
+"""Rate at which one process copies into memory: 512 MiB in 0.22 s (`bench/checkpoint.md`)."""
+
+
+class Rates(BaseModel):
+    """The network rates of a node in GB/s, and the fixed times of a start in seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bucket_gbps: float = Field(default=1.0, gt=0)
+    """GB/s between one node and the bucket. A guess: a twelfth of a 100 Gbit/s network."""
+    hub_gbps: float = Field(default=0.3, gt=0)
+    """GB/s from the Hub, or wherever the model is. A guess."""
+    start_s: float = Field(default=240.0, ge=0)
+    """From the machine's start to a running supervisor: SkyPilot's set-up and the image pull. A guess."""
+    import_s: float = Field(default=45.0, ge=0)
+    """Imports of torch, Transformers and TRL (25 s without compiled files), and the preparation of the data set."""
 
 
 def has_reference_pass(run: StepInputs) -> bool:
-    """Whether each micro batch passes through the reference too."""
+    """Whether each micro batch passes through the reference model too."""
     return run.layout.reference in ("model", "adapters_off")
 
 
-def exposed(traffic_s: float, compute_s: float) -> float:
-    """What is left of traffic after hiding as much behind arithmetic as can be hidden."""
+def exposed_s(traffic_s: float, compute_s: float) -> float:
+    """Return the seconds of traffic that arithmetic does not hide."""
     return traffic_s - min(efficiency.OVERLAP * traffic_s, compute_s)
 
 
-def collective(run: StepInputs, size_bytes: float) -> float:
-    """A gather or a reduce-scatter of this many bytes over all processes."""
+def collective_s(run: StepInputs, size_bytes: float) -> float:
+    """Return the seconds of a gather or a reduce-scatter of this many bytes over all processes."""
     count = run.layout.processes
     moved = size_bytes * (count - 1) / count
     within = moved / run.machine.link
     return max(within, moved / run.machine.network) if run.layout.nodes > 1 else within
 
 
-def gathers(run: StepInputs) -> int:
-    """Of the parameters, for each micro batch."""
+def count_gathers(run: StepInputs) -> int:
+    """Return how often each micro batch gathers the parameters."""
     return 2 + has_reference_pass(run)
 
 
-def between_gpus(run: StepInputs, accumulation: int) -> float:
-    """Of one optimizer step, if nothing hid it."""
+def between_gpus_s(run: StepInputs, accumulation: int) -> float:
+    """Return the seconds of traffic between GPUs in one optimizer step, if nothing hides it."""
     if run.layout.processes == 1:
         return 0.0
     gradients = lora.count_trained_parameters(run.recipe, run.architecture)
     parameters = HALF * run.architecture.parameters
     match run.layout.engine:
         case "zero3" | "fsdp2":
-            micro = gathers(run) * collective(run, parameters) + collective(run, HALF * gradients)
+            micro = count_gathers(run) * collective_s(run, parameters) + collective_s(run, HALF * gradients)
             return accumulation * micro
         case "zero2":
-            return accumulation * collective(run, HALF * gradients) + collective(run, HALF * gradients)
+            return accumulation * collective_s(run, HALF * gradients) + collective_s(run, HALF * gradients)
         case _:
-            return 2 * collective(run, FULL * gradients)
+            return 2 * collective_s(run, FULL * gradients)
 
 
-def parameters_from_host(run: StepInputs, accumulation: int) -> float:
-    """Offloaded parameters on their way to the GPU: each process brings its shard for every gather."""
+def parameters_from_host_s(run: StepInputs, accumulation: int) -> float:
+    """Return the seconds per step for offloaded parameters: each process copies its shard to the GPU for every gather."""
     if not run.layout.offload_parameters:
         return 0.0
     shard = HALF * run.architecture.parameters / run.layout.parameter_shards
-    return accumulation * gathers(run) * shard / run.machine.pcie
+    return accumulation * count_gathers(run) * shard / run.machine.pcie
 
 
-def gradients_to_host(run: StepInputs, accumulation: int) -> float:
-    """Of every micro batch, and the new parameters back once, unless they stay in the host."""
+def gradients_to_host_s(run: StepInputs, accumulation: int) -> float:
+    """Return the seconds per step for the gradients of an offloaded optimizer, one copy per micro batch.
+
+    The new parameters come back once per step, unless the parameters are offloaded too.
+    """
     if not run.layout.offload_optimizer:
         return 0.0
     shard = HALF * lora.count_trained_parameters(run.recipe, run.architecture) / run.layout.state_shards
@@ -73,32 +99,64 @@ def gradients_to_host(run: StepInputs, accumulation: int) -> float:
     return (accumulation + back) * shard / run.machine.pcie
 
 
-def optimizer(run: StepInputs) -> str:
-    """Its name, as `optim` has it."""
+def optimizer_name(run: StepInputs) -> str:
+    """Return the recipe's `optim`, or TRL's default."""
     return str(run.recipe.trainer_args.get("optim") or "adamw_torch_fused")
 
 
 def state_bytes(run: StepInputs) -> float:
-    """That the optimizer keeps for each trained parameter, beside the parameter."""
-    return optimizer_of(optimizer(run)).state_bytes(FULL)
+    """Return the bytes of optimizer state per trained parameter."""
+    return optimizer_of(optimizer_name(run)).state_bytes(FULL)
 
 
-def values_moved(run: StepInputs) -> int:
-    """Fp32 values that a step reads and writes for each parameter: its gradient; the parameter and states twice."""
-    return 1 + 2 * (1 + optimizer_of(optimizer(run)).states)
+def count_moved_values(run: StepInputs) -> int:
+    """Return the fp32 values that a step moves per parameter: the gradient once, the parameter and its states twice."""
+    return 1 + 2 * (1 + optimizer_of(optimizer_name(run)).states)
 
 
-def optimizer_step(run: StepInputs) -> float:
-    """On the GPU, each value once through its memory; on the host, at the rate of the code that does it there."""
+def optimizer_step_s(run: StepInputs) -> float:
+    """Return the seconds of an optimizer step: limited by GPU memory, or by the host's code if it is offloaded."""
     parameters = lora.count_trained_parameters(run.recipe, run.architecture)
     if not run.layout.offload_optimizer:
         moved = 2 * (FULL + state_bytes(run)) + FULL + HALF  # parameter and states twice, gradient, bf16 copy
         return parameters / run.layout.state_shards * moved / run.machine.memory
-    return parameters / run.layout.nodes / host_rate(run)
+    return parameters / run.layout.nodes / parameters_per_s_on_host(run)
 
 
-def host_rate(run: StepInputs) -> float:
-    """Parameters a second that a node's CPUs step: DeepSpeed's own code for Adam, torch's for all others."""
-    torch_rate = efficiency.CPU_TORCH_VALUES_PER_S / values_moved(run)
-    best = efficiency.CPU_ADAM_PER_S if "adam" in optimizer(run) else torch_rate
+def parameters_per_s_on_host(run: StepInputs) -> float:
+    """Return how many parameters per second a node's CPUs step. Adam runs DeepSpeed's code, other optimizers torch's."""
+    torch_rate = efficiency.CPU_TORCH_VALUES_PER_S / count_moved_values(run)
+    best = efficiency.CPU_ADAM_PER_S if "adam" in optimizer_name(run) else torch_rate
     return best * min(1.0, run.machine.cores / efficiency.CPU_OPTIMIZER_CORES)
+
+
+def checkpoint_bytes(run: StepInputs) -> int:
+    """Return the bytes that one save uploads."""
+    return memory.checkpoint_bytes(run.recipe, run.architecture, run.layout)
+
+
+def save_s(run: StepInputs) -> float:
+    """Return the seconds that training waits for a save: every process copies its shard into staging."""
+    return checkpoint_bytes(run) / run.layout.state_shards / STAGING_BYTES_PER_S
+
+
+def upload_s(run: StepInputs, rates: Rates) -> float:
+    """Return the seconds of an upload, which runs in the background. All nodes upload at once if the state is sharded."""
+    return checkpoint_bytes(run) / _count_writers(run) / (rates.bucket_gbps * 1e9)
+
+
+def restore_s(run: StepInputs, rates: Rates) -> float:
+    """Return the seconds to download a checkpoint and load it into memory."""
+    return upload_s(run, rates) + save_s(run)
+
+
+def load_s(run: StepInputs, rates: Rates) -> float:
+    """Return the seconds from the start of a fresh node to its first step: set-up, model download and load, imports."""
+    model = HALF * run.architecture.parameters if run.recipe.model_name_or_path else 0
+    copies = 2 if run.layout.reference == "model" else 1
+    reading = copies * model / STAGING_BYTES_PER_S
+    return rates.start_s + model / (rates.hub_gbps * 1e9) + reading + rates.import_s
+
+
+def _count_writers(run: StepInputs) -> int:
+    return run.layout.nodes if run.layout.state_shards > 1 else 1

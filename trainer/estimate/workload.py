@@ -1,4 +1,4 @@
-"""How much data a recipe has: rows and tokens, known, or guessed from the size of a file."""
+"""The rows and tokens that a recipe trains on: from a table of known data sets, or guessed from the size of a file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainer.recipe import DataSource, Recipe
 
 BYTES_PER_TOKEN = 4.0
-"""English prose in tokenizers of 32,000 to 128,000 words; code and other languages have fewer bytes to a token."""
+"""For English prose and tokenizers of 32,000 to 128,000 words. Code and other languages have fewer bytes per token."""
 USUAL_SPREAD = 0.56
-"""Measured: the answers of 199 pairs of LLaMA-Factory's dpo_en_demo, bytes / 4.2, cut to 1024."""
+"""Standard deviation of a length over its mean. Measured on the answers of 199 pairs of LLaMA-Factory's dpo_en_demo,
+bytes / 4.2, truncated to 1024."""
 
 
 class Workload(BaseModel):
@@ -25,28 +26,29 @@ class Workload(BaseModel):
     rows: int = Field(gt=0)
     """Chats (SFT) or pairs (DPO) of the training split, after `weight` and `max_train_samples`."""
     tokens: float = Field(gt=0)
-    """Mean of a row, after truncation: of a chat, or of both sequences of a pair together, prompt included twice."""
+    """Mean tokens per row after truncation. A pair counts both of its sequences, each with the prompt."""
     spread: float = Field(default=USUAL_SPREAD, ge=0)
-    """Standard deviation of one sequence's length, as a part of its mean: how much padding a batch has."""
+    """Standard deviation of a sequence's length over its mean. It decides how much padding a batch has."""
     test_rows: int = Field(default=0, ge=0)
-    """Rows of each evaluation; 0 without one."""
+    """Rows of each evaluation; 0 if the recipe has no test data."""
     source: str
-    """Where the numbers come from, in words that a plan can show."""
+    """Where the numbers come from, as text for a plan."""
 
 
 class _Known(NamedTuple):
     rows: Mapping[str, int]
-    """By split."""
+    """Rows by split."""
     tokens: float
-    """Mean of one sequence, before truncation."""
+    """Mean tokens per sequence before truncation."""
     spread: float
     source: str
 
 
 _FEEDBACK = 478.0
-"""Tokens of one UltraFeedback sequence. Derived: two data sets of the same rows are 3199 bytes a row (instruction and
-both answers: argilla's card) and 6411 (four prompts, two chosen, one rejected: HuggingFaceH4's card of 2023), so a
-prompt has some 616 bytes and an answer 1262; at 4.1 bytes a token, and 20 tokens of template."""
+"""Tokens of one UltraFeedback sequence, derived from two data sets with the same rows. One has 3199 bytes per row
+(instruction and both answers: argilla's card), the other 6411 (four prompts, two chosen, one rejected: HuggingFaceH4's
+card of 2023). So a prompt has some 616 bytes and an answer 1262. That is at 4.1 bytes per token, plus 20 tokens of
+template."""
 _CARDS = "https://huggingface.co/datasets"
 KNOWN: Mapping[str, _Known] = {
     "HuggingFaceH4/ultrachat_200k": _Known(
@@ -87,11 +89,11 @@ KNOWN: Mapping[str, _Known] = {
         source="counted in trainer/worker/synthetic.py",
     ),
 }
-"""By Hub id. Ultrachat's tokens are already cut to 2048 where a row was longer; few are."""
+"""By Hub id. Ultrachat's mean is of rows truncated to 2048 tokens; few rows are longer."""
 
 
 def known_workload(recipe: Recipe) -> Workload | None:
-    """Of a recipe whose data sets are all known; None if one is not."""
+    """Return the workload of a recipe from the table of known data sets; None if a data set is not in it."""
     mixture = recipe.dataset_mixture
     train = [_rows(source) for source in mixture.datasets]
     if not all(train):
@@ -114,42 +116,47 @@ def known_workload(recipe: Recipe) -> Workload | None:
     )
 
 
-def full_workload(recipe: Recipe, rows: int, said: str) -> Workload:
-    """Of rows that nobody knows more of than their number, and who said it: they are taken to be as long as may be."""
+def full_workload(recipe: Recipe, rows: int, origin: str) -> Workload:
+    """Return the workload of rows of unknown length. Every row is assumed to have the maximum length.
+
+    `origin` is text for the plan: where the number of rows comes from.
+    """
     sequences = recipe.training_method.sequences_per_row
     longest = recipe.max_length
     return Workload(
         rows=rows,
         tokens=sequences * longest,
         spread=0.0,
-        source=f"{said}, each of them taken to fill `max_length` {longest}",
+        source=f"{origin}, each assumed to have the full `max_length` of {longest} tokens",
     )
 
 
 def usual_workload(recipe: Recipe) -> Workload:
-    """What follows of the recipe alone, whether or not its data lie here or were read: the laptop and every attempt
-    are to choose the same fit. Its rows are not to be counted on.
+    """Return the workload by which a fit is chosen. It depends on the recipe alone.
+
+    The laptop and every attempt have to choose the same fit, whether or not they have read the data. The number of
+    rows is a placeholder if the data set is not known.
     """
     return known_workload(recipe) or full_workload(recipe, recipe.global_batch_size, "one step")
 
 
 def counted_workload(recipe: Recipe, *, rows: int, size_bytes: int, test_rows: int = 0) -> Workload:
-    """Of files at hand, whose rows the caller has counted; their tokens are guessed from their bytes.
+    """Return the workload of local files. The caller has counted the rows; the tokens are guessed from the bytes.
 
     Args:
-        recipe: whose `max_length` cuts them.
-        rows: lines, or rows of a table.
-        size_bytes: of the text.
-        test_rows: of each evaluation.
+        recipe: its `max_length` truncates the rows.
+        rows: lines of a text file, or rows of a table.
+        size_bytes: size of the text.
+        test_rows: rows of each evaluation.
     """
     sequences = recipe.training_method.sequences_per_row
     tokens = size_bytes / max(rows, 1) / BYTES_PER_TOKEN / sequences
-    words = f"{rows} rows of {size_bytes / max(rows, 1):.0f} bytes, at {BYTES_PER_TOKEN:.0f} bytes a token: a guess"
-    return _workload(recipe, rows=rows, test=test_rows, tokens=tokens, spread=USUAL_SPREAD, source=words)
+    source = f"{rows} rows of {size_bytes / max(rows, 1):.0f} bytes, guessed at {BYTES_PER_TOKEN:.0f} bytes per token"
+    return _workload(recipe, rows=rows, test=test_rows, tokens=tokens, spread=USUAL_SPREAD, source=source)
 
 
-def truncated(mean: float, spread: float, limit: int) -> float:
-    """Mean of lengths that are cut at a limit, as if they were normal: less E[(X - limit)+]."""
+def truncate_mean(mean: float, spread: float, limit: int) -> float:
+    """Return the mean of normally distributed lengths after truncation: the mean minus E[(X - limit)+]."""
     if not spread:
         return min(mean, limit)
     normal = NormalDist(mean, spread * mean)
@@ -158,10 +165,10 @@ def truncated(mean: float, spread: float, limit: int) -> float:
 
 
 def _workload(recipe: Recipe, *, rows: int, test: int, tokens: float, spread: float, source: str) -> Workload:
-    cut = tokens if recipe.is_packed else truncated(tokens, spread, recipe.max_length)
+    truncated_tokens = tokens if recipe.is_packed else truncate_mean(tokens, spread, recipe.max_length)
     return Workload(
         rows=max(1, min(rows, recipe.max_train_samples or rows)),
-        tokens=max(1.0, cut * recipe.training_method.sequences_per_row),
+        tokens=max(1.0, truncated_tokens * recipe.training_method.sequences_per_row),
         spread=spread,
         test_rows=min(test, test if recipe.max_test_samples is None else recipe.max_test_samples),
         source=source,
