@@ -107,11 +107,12 @@ def supervise(recipe: str, bucket: str, scratch: str) -> int:
     import logging
 
     from trainer.recipe import load
+    from trainer.supervisor.attempt import RunRequest
     from trainer.supervisor.preemption import Notice
-    from trainer.supervisor.run import Request, run
+    from trainer.supervisor.run import run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    request = Request(
+    request = RunRequest(
         recipe=load(recipe, ()).recipe,
         checkpoints=bucket,
         run_id="run",
