@@ -82,7 +82,7 @@ def export(uri: str, request: ExportRequest) -> Path:
 def _publish_job(
     bucket: Bucket, manifest: Manifest, recipe: Recipe, request: ExportRequest, *, into: Path, work: Path
 ) -> Publish:
-    # The export uses the CPU only, and loads the whole model, so host memory is not limited here.
+    # The export runs on the CPU. The host memory is set so high that the fit never refuses the recipe.
     cpu = Shape(
         accelerator=None,
         count=0,

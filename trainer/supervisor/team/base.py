@@ -71,7 +71,7 @@ class Team(Protocol):
         ...
 
     def restore(
-        self, bucket: Bucket, into: Path, reject: Reject, tell: Progress = ignore_progress
+        self, bucket: Bucket, into: Path, reject: Reject, progress: Progress = ignore_progress
     ) -> Restored | None:
         """Restore the same checkpoint on every node. Return once all nodes are ready.
 
@@ -109,9 +109,9 @@ class SingleNode:
     def announce(self, attempt: Attempt, fit: Fit, predicted: int | None) -> None: ...
 
     def restore(
-        self, bucket: Bucket, into: Path, reject: Reject, tell: Progress = ignore_progress
+        self, bucket: Bucket, into: Path, reject: Reject, progress: Progress = ignore_progress
     ) -> Restored | None:
-        return restore(bucket, into, reject, progress=tell)
+        return restore(bucket, into, reject, progress=progress)
 
     def send_notice(self, source: str) -> None: ...
 

@@ -151,7 +151,7 @@ class Leader:
         self._broadcast(terms)
 
     def restore(
-        self, bucket: Bucket, into: Path, reject: Reject, tell: Progress = ignore_progress
+        self, bucket: Bucket, into: Path, reject: Reject, progress: Progress = ignore_progress
     ) -> Restored | None:
         """Restore the newest checkpoint that verifies on this node, then wait until every node has it."""
         restored = restore(

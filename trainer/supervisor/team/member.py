@@ -106,7 +106,7 @@ class Member:
         """Send nothing. Node 0 has announced the attempt already."""
 
     def restore(
-        self, bucket: Bucket, into: Path, reject: Reject, tell: Progress = ignore_progress
+        self, bucket: Bucket, into: Path, reject: Reject, progress: Progress = ignore_progress
     ) -> Restored | None:
         """Fetch the checkpoint that node 0 names, while node 0 fetches its own copy."""
         restored: Restored | None = None
@@ -118,7 +118,7 @@ class Member:
                 named.step,
                 named.attempt,
             ):
-                restored = self._fetch(bucket, named, into, reject, tell)
+                restored = self._fetch(bucket, named, into, reject, progress)
             if named.sure:
                 break
         self._leader.send(Ready())
@@ -128,7 +128,7 @@ class Member:
         return restored
 
     def _fetch(
-        self, bucket: Bucket, named: Restoring, into: Path, reject: Reject, tell: Progress
+        self, bucket: Bucket, named: Restoring, into: Path, reject: Reject, progress: Progress
     ) -> Restored | None:
         """Fetch a checkpoint. Return None if it does not verify while node 0 may still reject it too.
 
@@ -136,7 +136,7 @@ class Member:
             Unavailable: it does not verify here, but it did on node 0.
         """
         try:
-            return restore_named(bucket, named.step or 0, named.attempt, into, tell)
+            return restore_named(bucket, named.step or 0, named.attempt, into, progress)
         except CorruptCheckpoint as error:
             if named.sure:
                 raise Unavailable(f"{error.message}, although it verified on node 0") from None
