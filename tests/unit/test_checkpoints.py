@@ -1,4 +1,4 @@
-"""What a run has in its bucket is listed, verified, fetched and pruned from anywhere."""
+"""`launcher checkpoints`: a run's checkpoints are listed, verified, pulled and pruned from any machine."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Type = Callable[..., Answer]
 
 @pytest.fixture
 def launcher(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Type:
-    """`launcher checkpoints …` as typed, without a terminal."""
+    """Run `launcher checkpoints …` without a terminal, and return its exit code and output."""
     monkeypatch.setenv("COLUMNS", "250")
 
     def run(*words: str | Path) -> Answer:
@@ -71,7 +71,7 @@ def save(
 
 
 def fill(uri: str, staging: Path, *, steps: tuple[int, ...] = (2, 4, 6), final: bool = False) -> Bucket:
-    """A run of one attempt with checkpoints of these steps."""
+    """Make a run of one attempt with checkpoints of these steps."""
     bucket = open_run(uri, RUN)
     attempt = attempts.claim(bucket, {})
     for step in steps:
@@ -96,10 +96,10 @@ def keys(bucket: Bucket) -> list[str]:
 
 
 def test_list_shows_what_is_committed_newest_first(uri: str, tmp_path: Path, launcher: Type) -> None:
-    """Each checkpoint and the final model with who made it, of what size, and on how many ranks."""
+    """The list has every checkpoint and the final model with attempt, size, world size and engine."""
     fill(uri, tmp_path / "staging", final=True)
-    told = launcher("list", f"{uri}/{RUN}", "--json").json
-    rows = told["checkpoints"]
+    output = launcher("list", f"{uri}/{RUN}", "--json").json
+    rows = output["checkpoints"]
     assert [(row["kind"], row["step"]) for row in rows] == [
         ("final", 6),
         ("checkpoint", 6),
@@ -111,25 +111,27 @@ def test_list_shows_what_is_committed_newest_first(uri: str, tmp_path: Path, lau
     }  # fmt: skip
     assert (rows[1]["attempt"], rows[1]["files"], rows[1]["bytes"]) == (1, 3, 35010)
     assert (rows[1]["world_size"], rows[1]["engine"], rows[1]["state"]) == (8, "zero3", "whole")
-    assert told["uncommitted"] == {"files": 0, "bytes": 0}
+    assert output["uncommitted"] == {"files": 0, "bytes": 0}
     assert "34.2 KiB" in launcher("list", f"{uri}/{RUN}").out
 
 
-def test_list_says_what_is_broken_and_what_was_left(uri: str, tmp_path: Path, launcher: Type) -> None:
-    """A missing file, a manifest that cannot be read, and files of an upload that never ended."""
+def test_list_reports_broken_checkpoints_and_uncommitted_files(
+    uri: str, tmp_path: Path, launcher: Type
+) -> None:
+    """The list reports missing files, an unreadable manifest, and files of an upload that never ended."""
     bucket = fill(uri, tmp_path / "staging")
     bucket.delete([key_of(4)])
     bucket.put("commits/step-00000002.json", b'{"run_id"')
     bucket.put(key_of(8), b"half")
-    told = launcher("list", f"{uri}/{RUN}", "--json").json
-    assert [(row["step"], row["state"]) for row in told["checkpoints"]] == [
+    output = launcher("list", f"{uri}/{RUN}", "--json").json
+    assert [(row["step"], row["state"]) for row in output["checkpoints"]] == [
         (6, "whole"),
         (4, "broken"),
         (2, "broken"),
     ]
-    assert "is missing" in told["checkpoints"][1]["reason"]
-    assert told["checkpoints"][2]["bytes"] is None
-    assert told["uncommitted"]["files"] == 4
+    assert "is missing" in output["checkpoints"][1]["reason"]
+    assert output["checkpoints"][2]["bytes"] is None
+    assert output["uncommitted"]["files"] == 4
     answer = launcher("list", f"{uri}/{RUN}")
     assert answer.code == 0
     assert "uncommitted: 4 files" in answer.out
@@ -138,7 +140,7 @@ def test_list_says_what_is_broken_and_what_was_left(uri: str, tmp_path: Path, la
 def test_verify_reads_every_byte_and_names_the_file_that_differs(
     uri: str, tmp_path: Path, launcher: Type
 ) -> None:
-    """A bit that flipped in the bucket is exit code 1; the other checkpoints verify."""
+    """A flipped bit in the bucket is exit code 1, and the other checkpoints verify."""
     bucket = fill(uri, tmp_path / "staging", final=True)
     assert launcher("verify", f"{uri}/{RUN}").code == 0
     damage(bucket, key_of(4))
@@ -154,10 +156,10 @@ def test_verify_reads_every_byte_and_names_the_file_that_differs(
     assert launcher("verify", f"{uri}/{RUN}", "--final").code == 0
 
 
-def test_verify_does_not_believe_the_way_either(
+def test_verify_finds_a_bit_that_flips_during_the_transfer(
     s3: str, faulty_s3: FaultyS3, tmp_path: Path, launcher: Type
 ) -> None:
-    """A bit that flips between the store and here is found, and the file is named."""
+    """A bit that flips during the transfer is found, and the file is named."""
     fill(s3, tmp_path / "staging")
     faulty_s3.flip_bit("step-00000006/.*/state.json")
     answer = launcher("verify", f"{s3}/{RUN}")
@@ -166,7 +168,7 @@ def test_verify_does_not_believe_the_way_either(
 
 
 def test_verify_finds_what_a_listing_shows_too(uri: str, tmp_path: Path, launcher: Type) -> None:
-    """A missing file and a manifest cut short fail the verification."""
+    """A missing file and a truncated manifest fail the verification."""
     bucket = fill(uri, tmp_path / "staging")
     bucket.delete([key_of(4)])
     bucket.put("commits/step-00000002.json", b"")
@@ -181,7 +183,7 @@ def test_verify_finds_what_a_listing_shows_too(uri: str, tmp_path: Path, launche
 def test_pull_brings_the_newest_or_what_is_named(
     uri: str, tmp_path: Path, launcher: Type, options: list[str], step: int
 ) -> None:
-    """All files with their folders, nothing else, and again costs nothing."""
+    """A pull brings exactly the files of the checkpoint, and a second pull downloads nothing."""
     fill(uri, tmp_path / "staging", final=True)
     dest = tmp_path / "here"
     first = launcher("pull", f"{uri}/{RUN}", dest, *options, "--json").json
@@ -195,7 +197,7 @@ def test_pull_brings_the_newest_or_what_is_named(
 
 
 def test_the_newest_that_is_whole_is_pulled(uri: str, tmp_path: Path, launcher: Type) -> None:
-    """A checkpoint with a file missing is passed over, as a recovery passes over it."""
+    """A checkpoint with a missing file is skipped, as a recovery skips it."""
     fill(uri, tmp_path / "staging").delete([key_of(6)])
     assert launcher("pull", f"{uri}/{RUN}", tmp_path / "here", "--json").json["step"] == 4
     answer = launcher("pull", f"{uri}/{RUN}", tmp_path / "there", "--step", "6")
@@ -205,7 +207,7 @@ def test_the_newest_that_is_whole_is_pulled(uri: str, tmp_path: Path, launcher: 
 def test_a_pull_that_was_killed_fetches_only_what_is_missing(
     s3: str, faulty_s3: FaultyS3, tmp_path: Path, launcher: Type
 ) -> None:
-    """Also when a newer checkpoint was committed meanwhile: the same command means the same pull."""
+    """Repeating the command resumes the same checkpoint, even if a newer one was committed in between."""
     bucket = fill(s3, tmp_path / "staging", steps=(2, 4))
     dest = tmp_path / "here"
     faulty_s3.hold("GET", key_of(4))
@@ -229,7 +231,7 @@ def test_a_pull_that_was_killed_fetches_only_what_is_missing(
 def test_a_pull_of_a_damaged_file_keeps_the_rest_and_is_mended_by_the_same_command(
     s3: str, faulty_s3: FaultyS3, tmp_path: Path, launcher: Type
 ) -> None:
-    """What did not verify is not there under its name; exit code 1 names it."""
+    """A file that does not verify is not written under its name, and repeating the command downloads only that file."""
     fill(s3, tmp_path / "staging")
     dest = tmp_path / "here"
     faulty_s3.flip_bit(key_of(6))
@@ -244,7 +246,7 @@ def test_a_pull_of_a_damaged_file_keeps_the_rest_and_is_mended_by_the_same_comma
 def test_a_file_that_was_changed_here_is_fetched_again_in_a_part(
     uri: str, tmp_path: Path, launcher: Type
 ) -> None:
-    """A size that fits is not enough."""
+    """In an unfinished pull a local file with the right size but another checksum is downloaded again."""
     bucket = fill(uri, tmp_path / "staging")
     dest = tmp_path / "here"
     whole = bucket.get(key_of(6))
@@ -257,7 +259,7 @@ def test_a_file_that_was_changed_here_is_fetched_again_in_a_part(
 
 
 def test_a_folder_with_other_things_is_left_alone(uri: str, tmp_path: Path, launcher: Type) -> None:
-    """Somebody's files, a file in place of a folder, another pull's part, a whole pull that was changed."""
+    """A pull refuses a folder with other files, a file, another unfinished pull, and a finished pull that was changed."""
     bucket = fill(uri, tmp_path / "staging")
     notes = tmp_path / "notes"
     notes.mkdir()
@@ -274,23 +276,23 @@ def test_a_folder_with_other_things_is_left_alone(uri: str, tmp_path: Path, laun
     assert "holds other files" in launcher("pull", f"{uri}/{RUN}", tmp_path / "here").err
 
 
-def test_prune_shows_first_and_deletes_only_when_told(uri: str, tmp_path: Path, launcher: Type) -> None:
-    """Without --yes and without a terminal nothing goes; with it, all but the newest and the final model."""
+def test_prune_shows_first_and_deletes_only_with_yes(uri: str, tmp_path: Path, launcher: Type) -> None:
+    """Without --yes nothing is deleted; with it, all but the newest checkpoints and the final model are."""
     bucket = fill(uri, tmp_path / "staging", steps=(2, 4, 6, 8), final=True)
     before = keys(bucket)
     shown = launcher("prune", f"{uri}/{RUN}", "--keep", "2")
     assert "would delete 2 checkpoints (steps 2, 4), 6 files" in shown.out
     assert "add --yes" in shown.out
     assert keys(bucket) == before
-    told = launcher("prune", f"{uri}/{RUN}", "--keep", "2", "--yes", "--json").json
-    assert (told["steps"], told["kept"], told["files"], told["deleted"]) == ([2, 4], [8, 6], 6, True)
+    output = launcher("prune", f"{uri}/{RUN}", "--keep", "2", "--yes", "--json").json
+    assert (output["steps"], output["kept"], output["files"], output["deleted"]) == ([2, 4], [8, 6], 6, True)
     assert [manifest.step for manifest in committed(bucket)] == [8, 6]
     assert launcher("verify", f"{uri}/{RUN}").code == 0
     assert "nothing to delete" in launcher("prune", f"{uri}/{RUN}", "--keep", "2", "--yes").out
 
 
 def test_prune_counts_only_whole_checkpoints(uri: str, tmp_path: Path, launcher: Type) -> None:
-    """A broken one is not among the newest two that stay."""
+    """A broken checkpoint does not count as one of the newest two that stay."""
     bucket = fill(uri, tmp_path / "staging", steps=(2, 4, 6))
     bucket.delete([key_of(6)])
     answer = launcher("prune", f"{uri}/{RUN}", "--keep", "2", "--yes")
@@ -299,14 +301,14 @@ def test_prune_counts_only_whole_checkpoints(uri: str, tmp_path: Path, launcher:
 
 
 def test_prune_leaves_an_upload_on_its_way(uri: str, tmp_path: Path, launcher: Type) -> None:
-    """What lost machines left below the newest commit goes; what the newest attempt uploads stays."""
+    """Files of lost machines below the newest commit are deleted; the newest attempt's upload stays."""
     bucket = fill(uri, tmp_path / "staging")
     bucket.put("checkpoints/step-00000005/0001/model.safetensors", b"left by attempt 1")
     attempts.claim(bucket, {})
     upload = "checkpoints/step-00000005/0002/model.safetensors"
     bucket.put(upload, b"on its way")
-    told = launcher("prune", f"{uri}/{RUN}", "--keep", "3", "--yes", "--json").json
-    assert (told["steps"], told["files"], told["deleted"]) == ([], 1, True)
+    output = launcher("prune", f"{uri}/{RUN}", "--keep", "3", "--yes", "--json").json
+    assert (output["steps"], output["files"], output["deleted"]) == ([], 1, True)
     assert upload in keys(bucket)
     assert "checkpoints/step-00000005/0001/model.safetensors" not in keys(bucket)
 
@@ -315,7 +317,7 @@ def test_prune_leaves_an_upload_on_its_way(uri: str, tmp_path: Path, launcher: T
 def test_a_run_that_is_not_there_is_named_with_the_nearest(
     uri: str, tmp_path: Path, launcher: Type, command: str
 ) -> None:
-    """A misspelt run is the user's to mend, and makes no folder."""
+    """A misspelt run is an error with the nearest names, and creates no folder."""
     fill(uri, tmp_path / "staging")
     more = {"pull": [tmp_path / "here"], "prune": ["--keep", "2"]}.get(command, [])
     answer = launcher(command, f"{uri}/a-rum", *more)
@@ -327,10 +329,10 @@ def test_a_run_that_is_not_there_is_named_with_the_nearest(
         assert not Path(uri, "a-rum").exists()
 
 
-def test_what_is_no_run_is_said(
+def test_an_address_that_is_no_run_is_an_error(
     tmp_path: Path, launcher: Type, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder of runs, an empty place, a bucket that is not there, an address that is none."""
+    """A folder of runs, an empty folder, a missing bucket and an invalid address are errors with a hint."""
     fill(str(tmp_path / "runs"), tmp_path / "staging")
     monkeypatch.chdir(tmp_path)
     assert launcher("list", "runs/a-run").code == 0
@@ -342,15 +344,15 @@ def test_what_is_no_run_is_said(
         "s3://bucket": "names no run",
         "ftp://host/runs/a-run": "no address",
     }
-    for uri, said in wrong.items():
+    for uri, message in wrong.items():
         answer = launcher("list", uri)
-        assert (uri, answer.code, said in answer.err, answer.out) == (uri, 2, True, "")
+        assert (uri, answer.code, message in answer.err, answer.out) == (uri, 2, True, "")
         assert "Traceback" not in answer.err
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path, launcher: Type) -> None:
-    """For every command that takes a step; likewise the final model, and `--keep 1`."""
+    """A missing step is an error with the existing ones; a missing final model and `--keep 1` are errors too."""
     uri = str(tmp_path / "runs")
     fill(uri, tmp_path / "staging")
     for command, more in {"list": [], "verify": [], "pull": [tmp_path / "here"]}.items():
@@ -363,7 +365,7 @@ def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path
 
 
 def test_a_run_with_nothing_committed(tmp_path: Path, launcher: Type) -> None:
-    """Listing it is fine; there is nothing to verify or fetch."""
+    """Such a run can be listed, but there is nothing to verify or to pull."""
     uri = str(tmp_path / "runs")
     attempts.claim(open_run(uri, RUN), {})
     assert "nothing is committed yet" in launcher("list", f"{uri}/{RUN}").out
@@ -372,8 +374,8 @@ def test_a_run_with_nothing_committed(tmp_path: Path, launcher: Type) -> None:
     assert "nothing to delete" in launcher("prune", f"{uri}/{RUN}", "--keep", "2").out
 
 
-def test_no_room_is_said_before_anything_is_fetched(tmp_path: Path, launcher: Type) -> None:
-    """A manifest of more bytes than the disk has."""
+def test_a_full_disk_is_reported_before_the_download(tmp_path: Path, launcher: Type) -> None:
+    """If the disk is too small for the checkpoint, nothing is downloaded."""
     uri = str(tmp_path / "runs")
     bucket = fill(uri, tmp_path / "staging")
     larger = shutil.disk_usage(tmp_path).free + 2**30
@@ -388,7 +390,7 @@ def test_no_room_is_said_before_anything_is_fetched(tmp_path: Path, launcher: Ty
 
 
 def test_ctrl_c_ends_a_transfer_with_its_next_piece() -> None:
-    """And the signal's old handler is back afterwards."""
+    """The callback raises KeyboardInterrupt after a signal, and the old signal handler is restored."""
     before = signal.getsignal(signal.SIGINT)
     with bar(Console(), "bytes", 10) as tell:
         tell(1)

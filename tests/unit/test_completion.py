@@ -1,4 +1,4 @@
-"""Tab: commands, options, recipes, tasks, runs and GPUs, in click's own way and in real shells on a terminal."""
+"""Shell completion: of commands, options, recipes, tasks, runs and GPUs, through click and in real shells."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHELL = {
     "zsh": ["zsh", "-f", "-i"],
     "fish": ["fish", "--no-config", "-i"],
 }
-"""Each on a terminal, and without what is in a person's own files."""
+"""Each is interactive, and reads no configuration file of the user."""
 READS = {
     "bash": 'eval "$(launcher completion bash)"',
     "zsh": 'autoload -Uz compinit; compinit -u -D; eval "$(launcher completion zsh)"',
@@ -39,7 +39,7 @@ READS = {
 
 @pytest.fixture(autouse=True)
 def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Two runs that this machine knows, and a file that is no record."""
+    """Two runs in the state folder, and a file that is not a record."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     folder = tmp_path / "aeolus"
     (folder / "older-1234").mkdir(parents=True)
@@ -58,7 +58,7 @@ def completed(*words: str) -> list[str]:
 
 
 def test_every_command_is_completed() -> None:
-    """Also those that are added later."""
+    """All commands of the command line are completed."""
     assert completed("") == sorted(cli.commands)
     assert completed("doc") == ["doctor"]
     assert "--checkpoints" in completed("submit", "--ch")
@@ -66,14 +66,14 @@ def test_every_command_is_completed() -> None:
 
 @pytest.mark.parametrize("command", ["plan", "doctor", "submit"])
 def test_recipes_are_the_shipped_ones(command: str) -> None:
-    """By name; what is none is a file."""
+    """Recipes are completed by name, and other words as files."""
     assert set(names()) <= set(completed(command, ""))
     assert completed(command, "zephyr-tiny/") == ["zephyr-tiny/dpo", "zephyr-tiny/sft"]
     assert completed(command, "./my") == ["<file>"]
 
 
 def test_submit_takes_tasks_too() -> None:
-    """Those of jobs/, as `submit` finds them."""
+    """For `submit`, the tasks of jobs/ are completed too."""
     assert set(job_files.names()) <= set(completed("submit", ""))
     assert set(job_files.names()) & set(completed("plan", "")) == set()
 
@@ -84,19 +84,19 @@ def test_submit_takes_tasks_too() -> None:
     ids=" ".join,
 )
 def test_runs_are_those_of_this_machine(before: tuple[str, ...]) -> None:
-    """The latest first; records that cannot be read are passed over."""
+    """Runs are completed, the latest first; unreadable records are skipped."""
     assert completed(*before, "") == ["there", "here"]
     assert completed(*before, "h") == ["here"]
 
 
 def test_a_machine_without_runs_completes_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No folder is no error."""
+    """A missing state folder is no error."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "none"))
     assert completed("logs", "") == []
 
 
 def test_gpus_and_places_are_those_that_are_rented() -> None:
-    """Names that the table knows; numbers and regions once they are asked for."""
+    """GPUs and clouds are completed; counts and regions after a colon or slash."""
     found = completed("plan", "--gpus", "")
     assert "A100-80GB" in found
     assert all(gpu(name).name for name in found)
@@ -106,23 +106,23 @@ def test_gpus_and_places_are_those_that_are_rented() -> None:
 
 
 def test_the_snapshot_is_the_one_that_prices_are_from() -> None:
-    """Its path is written twice, so that Tab need not import what reads it."""
+    """The snapshot's path is defined twice, so that completion does not import the price module."""
     assert completion.SNAPSHOT == SNAPSHOT
     assert completion.JOBS == job_files.JOBS
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_the_script_is_click_s_own(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """For each shell, of the program `launcher`."""
+    """The command prints click's script for each shell, for the program `launcher`."""
     with pytest.raises(SystemExit) as ended:
         main(["completion", shell])
     assert not ended.value.code
-    said = capsys.readouterr().out
-    assert f"_LAUNCHER_COMPLETE={shell}_complete" in said
+    output = capsys.readouterr().out
+    assert f"_LAUNCHER_COMPLETE={shell}_complete" in output
 
 
 def test_tab_imports_nothing_that_takes_long() -> None:
-    """It is pressed again and again."""
+    """Completion runs at every Tab, so it imports no slow package."""
     script = (
         "import sys\nfrom launcher.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
@@ -134,20 +134,20 @@ def test_tab_imports_nothing_that_takes_long() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environ, capture_output=True, text=True, check=True
     )
-    said, _, loaded = done.stdout.rpartition("LOADED")
-    assert "plain,A100" in said
+    output, _, loaded = done.stdout.rpartition("LOADED")
+    assert "plain,A100" in output
     heavy = {"torch", "sky", "obstore", "pydantic", "yaml", "rich", "psutil", "numpy", "matplotlib"}
     assert not heavy & set(loaded.split())
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_a_real_shell_completes(shell: str, state: Path, tmp_path: Path) -> None:
-    """The printed script, read by the shell on a terminal; what it runs is what Tab made of a few letters."""
+    """A real shell on a terminal reads the printed script and completes typed letters."""
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} here")
     mine = tmp_path / "with-a-name.yaml"
     mine.touch()
-    said = typed(
+    output = typed(
         shell,
         [
             "launcher sub\t",
@@ -159,7 +159,7 @@ def test_a_real_shell_completes(shell: str, state: Path, tmp_path: Path) -> None
         ],
         tmp_path,
     )
-    assert said == [
+    assert output == [
         ["submit"],
         ["submit", "--checkpoints"],
         ["logs", "here"],
@@ -170,13 +170,13 @@ def test_a_real_shell_completes(shell: str, state: Path, tmp_path: Path) -> None
 
 
 def typed(shell: str, lines: Sequence[str], folder: Path) -> list[list[str]]:
-    """The words of each `launcher` that a shell on a terminal ran when these lines were typed."""
-    said = folder / "said"
+    """Return the arguments of each `launcher` command that a shell on a terminal ran after these lines were typed."""
+    log = folder / "commands"
     program = folder / "bin" / "launcher"
     program.parent.mkdir()
     program.write_text(f"""#!/bin/sh
 [ -n "${completion.VARIABLE}" ] || [ "$1" = completion ] && exec {sys.executable} -m launcher "$@"
-printf '%s\\t' "$@" >> {said}; echo >> {said}
+printf '%s\\t' "$@" >> {log}; echo >> {log}
 """)
     program.chmod(0o755)
     environ = {
@@ -188,9 +188,9 @@ printf '%s\\t' "$@" >> {said}; echo >> {said}
         os.chdir(ROOT)
         os.execvpe(SHELL[shell][0], SHELL[shell], environ)
     os.write(terminal, "".join(f"{line}\r" for line in (READS[shell], *lines, "exit")).encode())
-    with contextlib.suppress(OSError):  # how Linux ends a terminal that nobody has open any more
+    with contextlib.suppress(OSError):  # how Linux ends a terminal after its last process has ended
         while os.read(terminal, 4096):
             pass
     os.waitpid(child, 0)
     os.close(terminal)
-    return [line.split("\t")[:-1] for line in said.read_text().splitlines()]
+    return [line.split("\t")[:-1] for line in log.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""`launcher doctor`: what is there, what is missing, how to get it; nothing left behind, no secret shown."""
+"""`launcher doctor`: what works, what is missing, how to fix it; it leaves nothing behind and shows no secret."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fine(name: str = "a") -> Finding:
 
 
 def test_checks_run_side_by_side_and_keep_their_order() -> None:
-    """Each waits for the other here, so one after the other would never end."""
+    """Checks run in parallel: each of these two waits for the other, so a sequence would never end."""
     meet = threading.Barrier(2)
 
     def wait(name: str) -> Finding:
@@ -59,7 +59,7 @@ def test_checks_run_side_by_side_and_keep_their_order() -> None:
 
 
 def test_a_check_that_hangs_is_left_behind() -> None:
-    """The others are told all the same."""
+    """A check that exceeds its timeout is a failed finding, and the other checks are reported."""
     never = threading.Event()
     hanging = Check("network", lambda: [fine()] if never.wait() else [], timeout_s=0.05)
     hung, other = run_all([hanging, Check("b", lambda: fine("b"))], environ={})
@@ -69,18 +69,18 @@ def test_a_check_that_hangs_is_left_behind() -> None:
 
 
 def test_errors_are_findings_and_secrets_are_not_shown() -> None:
-    """An error may repeat what it was given; a bug is told too, and hides nothing else."""
-    environ = {"HF_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": "s3cr3ts3cr3t", "HOME": "/home/somebody"}
+    """Errors and bugs of a check become findings, in which the values of secrets are hidden."""
+    environ = {"HF_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": "s3cr3ts3cr3t", "HOME": "/home/user"}
 
     def refuses() -> Finding:
-        raise UserError(f"Bearer {TOKEN} is refused at /home/somebody", hint="not s3cr3ts3cr3t")
+        raise UserError(f"Bearer {TOKEN} is refused at /home/user", hint="not s3cr3ts3cr3t")
 
     def breaks() -> Finding:
         raise RuntimeError(f"oh {TOKEN}")
 
     refused, broken = run_all([Check("a", refuses), Check("b", breaks, needed=False)], environ=environ)
     assert (refused.detail, refused.hint) == (
-        f"Bearer {HIDDEN} is refused at /home/somebody",
+        f"Bearer {HIDDEN} is refused at /home/user",
         f"not {HIDDEN}",
     )
     assert refused.blocks_run
@@ -89,7 +89,7 @@ def test_errors_are_findings_and_secrets_are_not_shown() -> None:
 
 
 def test_a_bucket_is_tried_and_left_as_it_was(uri: str) -> None:
-    """Folder, S3 and GCS: written, listed, read, the condition honoured, and nothing stays."""
+    """A folder, S3 and GCS are written, listed and read, conditional writes work, and nothing remains."""
     found = check_bucket(uri, from_other_machines=False)
     assert [(each.name, each.status) for each in found] == [("bucket", "ok"), ("conditional put", "ok")]
     if "://" in uri:
@@ -99,23 +99,23 @@ def test_a_bucket_is_tried_and_left_as_it_was(uri: str) -> None:
 
 
 def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
-    """With what is in it."""
+    """An existing folder and its content are not deleted."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").touch()
     check_bucket(str(tmp_path / "runs"), from_other_machines=False)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
 
 
-def test_a_store_without_conditions_is_told_and_will_do(rclone: str) -> None:
-    """Runs work on it, with less protection."""
+def test_a_store_without_conditional_writes_is_reported_but_allowed(rclone: str) -> None:
+    """A store without conditional writes is reported, but does not block the run."""
     written, conditions = check_bucket(rclone, from_other_machines=False)
     assert written.status == "ok"
     assert (conditions.status, conditions.blocks_run) == ("failed", False)
     assert open_run(rclone, "any").list() == []
 
 
-def test_the_words_of_submit_are_looked_at_too(tmp_path: Path) -> None:
-    """Another model or other data is what somebody wants to know of."""
+def test_overrides_of_the_recipe_are_checked(tmp_path: Path) -> None:
+    """Overrides of the recipe apply: the data of the override is checked."""
     data = tmp_path / "pairs.jsonl"
     data.write_text("{}\n")
     found = check_all(
@@ -130,7 +130,7 @@ def test_the_words_of_submit_are_looked_at_too(tmp_path: Path) -> None:
 
 
 def test_an_address_that_cannot_be_is_a_finding() -> None:
-    """One of many: the other checks are told all the same, as JSON too."""
+    """An invalid address is one finding, and the other checks are reported too."""
     found = check_all(
         None,
         infra=("local",),
@@ -143,14 +143,14 @@ def test_an_address_that_cannot_be_is_a_finding() -> None:
     assert "gcs://b/runs" in bucket_.detail
 
 
-def test_a_bucket_that_is_not_there_is_the_store_s_own_message(s3: str) -> None:
-    """Or one that nobody may write to."""
-    with pytest.raises(BucketError, match="nobody-s-bucket"):
-        check_bucket("s3://nobody-s-bucket/runs", from_other_machines=True)
+def test_a_missing_bucket_is_the_store_s_error(s3: str) -> None:
+    """The error of a missing bucket is the store's, and names the bucket."""
+    with pytest.raises(BucketError, match="a-missing-bucket"):
+        check_bucket("s3://a-missing-bucket/runs", from_other_machines=True)
 
 
 def test_a_folder_will_not_do_for_other_machines() -> None:
-    """The way out is in the hint."""
+    """A local folder blocks a run on other machines, and the hint has the option for a bucket."""
     (found,) = check_bucket("/shared/runs", from_other_machines=True)
     assert found.blocks_run
     assert "--checkpoints gs://" in str(found.hint)
@@ -163,15 +163,15 @@ def test_a_folder_will_not_do_for_other_machines() -> None:
 def test_the_hub_is_asked_whether_it_knows_the_token(
     token: str | None, status: str, blocks_run: bool, server: Hub
 ) -> None:
-    """A wrong one is refused even what is public."""
+    """A missing token does not block the run, but a wrong one does: with it the Hub refuses public files too."""
     environ = {"HF_ENDPOINT": server.url, **({"HF_TOKEN": token} if token else {})}
     found = check_token(environ)
     assert (found.status, found.blocks_run) == (status, blocks_run)
     assert TOKEN not in found.model_dump_json()
 
 
-def test_a_hub_that_is_away_says_nothing_of_the_token() -> None:
-    """The nodes may well reach it."""
+def test_an_unreachable_hub_does_not_judge_the_token() -> None:
+    """If the Hub is unreachable from here, the token is not judged, because the nodes may reach it."""
     found = check_token({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN})
     assert (found.status, found.blocks_run) == ("skipped", False)
 
@@ -197,7 +197,7 @@ def recipe(model: str | None) -> Recipe:
     ],
 )
 def test_a_model_is_looked_for_on_the_hub(answers: dict[str, int], status: str, server: Hub) -> None:
-    """By its head alone; a redirect to where the file lies is not followed with the token."""
+    """One HEAD request checks the model; a redirect is not followed, because the token must not leave the Hub."""
     server.paths = {f"/org/model/resolve/main/{file}": code for file, code in answers.items()}
     found = check_model(recipe("org/model"), {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN})
     assert found.status == status
@@ -206,7 +206,7 @@ def test_a_model_is_looked_for_on_the_hub(answers: dict[str, int], status: str, 
 
 
 def test_models_and_data_that_need_no_hub(tmp_path: Path, server: Hub) -> None:
-    """Made from nothing, or on this machine."""
+    """Generated models and data, and those on this machine or in a bucket, are checked without the Hub."""
     environ = {"HF_ENDPOINT": server.url}
     assert check_model(recipe(None), environ).status == "ok"
     assert check_model(recipe(str(tmp_path)), environ).status == "ok"
@@ -219,7 +219,7 @@ def test_models_and_data_that_need_no_hub(tmp_path: Path, server: Hub) -> None:
 
 @pytest.mark.parametrize(("code", "status"), [(200, "ok"), (401, "failed"), (404, "missing")])
 def test_data_is_looked_for_on_the_hub(code: int, status: str, server: Hub) -> None:
-    """With its revision, if it has one."""
+    """A data set is checked on the Hub, with its revision if it has one."""
     server.paths = {"/api/datasets/org/data": code, "/api/datasets/org/data/revision/v1": code}
     environ = {"HF_ENDPOINT": server.url}
     assert check_data(DataSource(id="org/data"), environ).status == status
@@ -227,7 +227,7 @@ def test_data_is_looked_for_on_the_hub(code: int, status: str, server: Hub) -> N
 
 
 def test_one_cloud_will_do() -> None:
-    """And with none, each says why."""
+    """One usable cloud is enough; if none is usable, each has its reason."""
     cloud = FakeCloud()
     cloud.disabled = {"lambda": "Reason [compute]: no key"}
     found = check_clouds(cloud, ("gcp", "lambda"))
@@ -257,7 +257,7 @@ SKY_CHECK = [
 
 
 def test_sky_check_s_answer_is_read() -> None:
-    """Its result says which clouds, its report why not; as SkyPilot 0.14.1 prints it."""
+    """The enabled clouds are in the result, the reasons for the others in the printed report (SkyPilot 0.14.1)."""
     found = {"default": {"Lambda": ["compute"], "AWS": ["storage"]}}
     assert enabled_of(found, ["gcp/us-central1", "lambda", "aws", "slurm"], SKY_CHECK) == {
         "gcp": "Fail to get project id. Run the following commands:"
@@ -269,14 +269,14 @@ def test_sky_check_s_answer_is_read() -> None:
 
 
 def test_a_trainer_s_python_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """As a run on this machine would find it."""
+    """A missing trainer Python is reported with its path, in the words of a run on this machine."""
     found = check_trainer_python(Settings(trainer_python=tmp_path / "python"), {}, needed=True)
     assert found.blocks_run
     assert f"{tmp_path}/python, which does not exist" in found.detail
 
 
-def test_a_full_disk_is_blocks_run_of_a_run_on_this_machine(tmp_path: Path) -> None:
-    """And not of one elsewhere."""
+def test_a_full_disk_blocks_a_run_on_this_machine(tmp_path: Path) -> None:
+    """A full disk blocks a run on this machine, but not one elsewhere."""
     assert check_disk({"scratch": tmp_path / "not" / "yet"}, needed=True).detail.endswith(
         "GB free for scratch"
     )
@@ -300,7 +300,7 @@ def statuses(out: str) -> dict[str, str]:
 def test_a_run_in_the_cloud_that_has_all_it_needs(
     s3: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, server: Hub
 ) -> None:
-    """Exit code 0; tokens and a builder may be missing; the token is in neither form of the answer."""
+    """Exit code 0 although optional things are missing; the output has no token, as text and as JSON."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     words = (TINY, "--infra", "gcp", "--checkpoints", s3)
@@ -339,10 +339,10 @@ def test_a_run_in_the_cloud_that_has_all_it_needs(
         ),
     ],
 )
-def test_what_is_blocks_run_is_exit_code_2(
+def test_a_missing_requirement_is_exit_code_2(
     words: Sequence[str], fault: UserError | None, name: str, s3: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And all the rest is told too."""
+    """A missing requirement is exit code 2, and all other checks are reported."""
     words = [s3 if word == "S3" else word for word in words]
     code, out = doctor(capsys, *words, "--infra", "gcp", "--json", cloud=FakeCloud(fault=fault))
     assert (code, json.loads(out)["ready"]) == (2, False)
@@ -352,17 +352,17 @@ def test_what_is_blocks_run_is_exit_code_2(
     assert f"not ready: {name}" in text
 
 
-def test_settings_that_cannot_be_read_are_all_that_is_told(
+def test_unreadable_settings_are_the_only_finding(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Everything else depends on them."""
+    """If the settings cannot be read, only that is reported, because every other check depends on them."""
     monkeypatch.setenv("AEOLUS_CONFIG", str(tmp_path / "none.toml"))
     code, out = doctor(capsys, "--json")
     assert (code, statuses(out)) == (2, {"settings": "failed"})
 
 
 def test_a_run_on_this_machine_needs_no_cloud(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A folder will do, and nobody asks SkyPilot."""
+    """For a local run a folder is fine, and SkyPilot is not asked."""
     cloud = FakeCloud(fault=Unavailable("asked"))
     _code, out = doctor(
         capsys, "--infra", "local", "--checkpoints", str(tmp_path / "runs"), "--json", cloud=cloud

@@ -1,4 +1,4 @@
-"""The trainer's image as a value: its name, its commands, and what its failures say."""
+"""The trainer's image as a value: its name, its commands, and the errors made from a builder's output."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ ARGUMENTS = [
     ],
 )
 def test_whatever_goes_in_names_the_image(change: dict[str, object]) -> None:
-    """Another base, argument, file or content is another tag."""
+    """Another base, argument, file or content gives another tag."""
     assert RECIPE.model_copy(update=change).digest != RECIPE.digest
 
 
 def test_the_order_of_files_does_not_name_it() -> None:
-    """The same files read in another order are the same image."""
+    """The order of the files does not change the tag."""
     files = {"a": "1", "b": "2"}
     turned = dict(reversed(files.items()))
     assert ImageSpec(files=files).digest == ImageSpec(files=turned).digest
@@ -60,12 +60,12 @@ def test_the_order_of_files_does_not_name_it() -> None:
     ],
 )
 def test_a_registry_is_the_front_of_the_name(registry: str | None, name: str) -> None:
-    """Any host, with a port or a path, will do; the tag is the digest."""
+    """Every host works, with a port or a path; the tag is the digest."""
     assert images.name_of(RECIPE, registry) == f"{name}:{RECIPE.digest[:16]}"
 
 
 def test_an_address_with_a_scheme_is_no_registry() -> None:
-    """Image names have no scheme, and the message says what they look like."""
+    """Image names have no scheme, and the error has examples."""
     with pytest.raises(UserError, match="not a registry name"):
         images.name_of(RECIPE, "https://ghcr.io/me")
 
@@ -95,7 +95,7 @@ def test_a_build_is_a_command(builder: Builder, command: list[str]) -> None:
 
 
 def test_google_builds_the_same_and_pushes_by_itself() -> None:
-    """Cloud Build gets docker's own command, and the image's name to push."""
+    """Cloud Build gets Docker's command, and the name of the image to push."""
     steps = images.cloudbuild(NAME, RECIPE)
     assert steps["steps"][0]["args"] == images.build_command("docker", NAME, RECIPE, ".", secret=None)[1:]
     assert steps["images"] == [NAME]
@@ -114,7 +114,7 @@ def test_google_builds_the_same_and_pushes_by_itself() -> None:
     ],
 )
 def test_only_loopback_may_go_without_tls(builder: Builder, host: str, plain: bool) -> None:
-    """A registry on this machine needs no certificate; docker knows that by itself."""
+    """Only a registry on this machine is used without TLS; Docker does so by itself."""
     name = f"{host}/aeolus-trainer:1"
     assert ("--tls-verify=false" in images.push_command(builder, name)) is plain
     assert (f'"{host}"\ninsecure = true' in images.registries_config(builder, name)) is plain
@@ -159,8 +159,8 @@ def test_only_loopback_may_go_without_tls(builder: Builder, host: str, plain: bo
         ("build", "g++: fatal error", "podman could not build ghcr.io/me/aeolus-trainer"),
     ],
 )
-def test_a_failure_says_what_a_user_can_mend(action: images.Action, line: str, message: str) -> None:
-    """Each has what happened, the builder's own words, and a way out where there is one."""
+def test_a_failure_becomes_an_error_with_a_hint(action: images.Action, line: str, message: str) -> None:
+    """An error has what happened, the builder's own line, and a hint if the cause is known."""
     error = images.to_error(["before", line], action=action, builder="podman", image=NAME, base="debian:12")
     assert error.message.startswith(message)
     assert line in error.message
@@ -168,7 +168,7 @@ def test_a_failure_says_what_a_user_can_mend(action: images.Action, line: str, m
 
 
 def test_only_the_package_index_is_handed_to_the_build() -> None:
-    """Index variables go in as shell, quoted; no other variable does."""
+    """Only the package index's variables are passed to the build, as quoted shell lines."""
     environ = {
         "UV_DEFAULT_INDEX": "https://a:it's@host",
         "UV_CACHE_DIR": "/c",
@@ -179,14 +179,14 @@ def test_only_the_package_index_is_handed_to_the_build() -> None:
 
 
 def test_the_dockerfile_has_the_arguments_that_it_is_given() -> None:
-    """Names and defaults of the Dockerfile and of the launcher are the same."""
+    """Names and defaults of the arguments are equal in the Dockerfile and in the launcher."""
     stated = dict(re.findall(r"^ARG (\w+)=(.*)$", DOCKERFILE, re.MULTILINE))
     stated.pop("UV")
     assert stated == ImageSpec(files={}).arguments
 
 
 def test_the_digest_is_of_what_the_dockerfile_copies() -> None:
-    """Everything that is copied is digested, and nothing else."""
+    """The digest covers exactly what the Dockerfile copies."""
     copied = {
         word
         for line in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE)
@@ -196,14 +196,14 @@ def test_the_digest_is_of_what_the_dockerfile_copies() -> None:
 
 
 def test_the_ignore_file_lets_through_what_is_copied() -> None:
-    """A build by hand, with the checkout as its context, sees the same files."""
+    """A build by hand, with the checkout as its context, uses the same files."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     passed = {line[1:] for line in lines if line.startswith("!")}
     assert passed == {*images.INPUTS, images.WHEELS} - {images.DOCKERFILE}
 
 
 def test_the_image_has_the_pins_that_the_tests_ran_with() -> None:
-    """The image's packages are some of the trainer's, at the same versions."""
+    """The image has the same package versions as the environment that the tests ran in."""
     tested = pins("trainer.txt")
     image = pins("image.txt")
     assert image.items() <= tested.items()
@@ -212,19 +212,19 @@ def test_the_image_has_the_pins_that_the_tests_ran_with() -> None:
 
 
 def test_the_image_is_asked_for_what_the_trainer_imports() -> None:
-    """Each package that the trainer imports is named, and no other but what its libraries load on a recipe's word."""
+    """The image's requirements are what the trainer imports, and what its libraries load if a recipe asks for it."""
     named = (ROOT / "requirements" / "image.in").read_text().splitlines()[1:]
     imported = {PACKAGE_OF.get(name, name.replace("_", "-")) for name in third_party_imports()}
     assert set(named) == imported | LOADED_BY_LIBRARIES
 
 
 def test_no_address_of_a_package_index_is_written_down() -> None:
-    """Where packages come from is the builder's business, and may have a password in it."""
+    """The Dockerfile names no package index, because its address may contain a password."""
     assert not re.search(r"index-url|--index|pypi\.|simple/", DOCKERFILE)
 
 
 def third_party_imports() -> set[str]:
-    """Top-level names that the trainer's modules import from elsewhere than Python and the project."""
+    """Return the top-level third-party packages that the trainer's modules import."""
     nodes = [
         node for path in (ROOT / "trainer").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
     ]

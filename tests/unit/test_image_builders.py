@@ -1,4 +1,4 @@
-"""What is done for an image: with a builder that is a script and a registry that is a file."""
+"""Building and pushing the image, with a shell script as the builder and a file as the registry."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PUSHING = BuildOptions(registry="127.0.0.1:5000", push=True)
 
 
 class Machine:
-    """A folder that is PATH, with one builder in it."""
+    """A folder that is the PATH, with one builder in it."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder = folder
         self._log = folder / "log"
-        self.said: list[str] = []
+        self.output: list[str] = []
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
     def has(self, name: str, *, build: str = "true", push: str = "true") -> None:
@@ -41,8 +41,8 @@ class Machine:
         program.write_text(FAKE.format(log=self._log, build=build, push=push))
         program.chmod(0o755)
 
-    def ensure(self, wishes: BuildOptions, **environ: str) -> builders.Built:
-        return builders.ensure(wishes, say=self.said.append, environ={**os.environ, **environ})
+    def ensure(self, options: BuildOptions, **environ: str) -> builders.Built:
+        return builders.ensure(options, say=self.output.append, environ={**os.environ, **environ})
 
     def verbs(self) -> list[str]:
         return [line.split()[0] for line in self._log.read_text().splitlines()] if self._log.exists() else []
@@ -59,18 +59,18 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_an_image_is_built_pushed_and_looked_for(machine: Machine) -> None:
-    """After the push the registry is asked whether it has the tag."""
+    """After the push, the registry is asked whether it has the tag."""
     machine.has("podman")
     built = machine.ensure(PUSHING)
     assert machine.verbs() == ["manifest", "image", "build", "push", "manifest", "history"]
     assert (built.built, built.pushed) == (True, True)
     assert built.image_id == f"docker:127.0.0.1:5000/aeolus-trainer:{built.digest[:16]}"
     assert [layer.size_bytes for layer in built.layers] == [9, 7]
-    assert "STEP 1" in machine.said
+    assert "STEP 1" in machine.output
 
 
 def test_what_the_registry_has_is_not_made_again(machine: Machine) -> None:
-    """The tag is the content, so the same tag is the same image."""
+    """The tag is a digest of the content, so an existing tag is not built again."""
     machine.has("podman")
     machine.ensure(PUSHING)
     before = len(machine.verbs())
@@ -80,15 +80,15 @@ def test_what_the_registry_has_is_not_made_again(machine: Machine) -> None:
 
 
 def test_the_package_index_is_a_secret_of_the_build(machine: Machine) -> None:
-    """It goes in a file that the build mounts; no argument, and so no layer, has it."""
+    """The package index is in a file that the build mounts, and so in no argument and no layer."""
     machine.has("podman")
     machine.ensure(BuildOptions(), UV_DEFAULT_INDEX="https://me:password@example.org/simple")
     assert machine.secret == "export UV_DEFAULT_INDEX='https://me:password@example.org/simple'\n"
-    assert not any("password" in line for line in machine.said)
+    assert not any("password" in line for line in machine.output)
 
 
-def test_a_push_that_is_refused_is_told(machine: Machine) -> None:
-    """The registry's own words, and how to log in."""
+def test_a_refused_push_is_an_error(machine: Machine) -> None:
+    """The error has the registry's message, and the login command."""
     machine.has("podman", push="echo 'unauthorized: no' >&2; exit 1")
     with pytest.raises(ImageError, match="does not allow you to push") as caught:
         machine.ensure(PUSHING)
@@ -96,24 +96,24 @@ def test_a_push_that_is_refused_is_told(machine: Machine) -> None:
 
 
 def test_a_push_that_left_nothing_is_an_error(machine: Machine) -> None:
-    """A builder that says it pushed is not believed; the registry is."""
+    """If the registry does not have the tag after a successful push, that is an error."""
     machine.has("podman", push='rm -f "$(dirname "$0")/log.tag"')
     with pytest.raises(ImageError, match="does not have it"):
         machine.ensure(PUSHING)
 
 
 def test_a_build_that_fails_pushes_nothing(machine: Machine) -> None:
-    """No half of an image gets a name anywhere."""
+    """After a failed build nothing is pushed."""
     machine.has("podman", build="echo 'write: no space left on device' >&2; exit 1")
     with pytest.raises(ImageError, match="disk that podman uses is full"):
         machine.ensure(PUSHING)
     assert "push" not in machine.verbs()
 
 
-def test_with_no_builder_it_is_said_what_would_do(
+def test_without_a_builder_the_error_has_an_install_command(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The message names what was looked for, and one command."""
+    """The error names the builders that were tried, and a command that installs one."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="podman is not installed") as caught:
         machine.ensure(BuildOptions())
@@ -123,7 +123,7 @@ def test_with_no_builder_it_is_said_what_would_do(
 def test_where_another_builder_would_do_it_is_named(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Asked for one that is not here, it says which one is, and builds nothing with it."""
+    """If the requested builder is missing, the hint names one that works, but it is not used."""
     machine.has("podman")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="buildah is not installed") as caught:
@@ -133,14 +133,14 @@ def test_where_another_builder_would_do_it_is_named(
 
 
 def test_a_push_needs_a_registry(machine: Machine) -> None:
-    """Said before anything is built."""
+    """A push without a registry is refused before anything is built."""
     with pytest.raises(UserError, match="no registry to push to"):
         machine.ensure(BuildOptions(push=True))
     assert machine.verbs() == []
 
 
 def test_only_the_inputs_are_the_context() -> None:
-    """What is digested is what is built: no caches, no data, nothing of git."""
+    """The context has exactly the files of the digest: no caches, no data, nothing of git."""
     names = [name for name, _ in builders.inputs(builders.ROOT, None)]
     with builders.context(builders.ROOT, None) as folder:
         there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

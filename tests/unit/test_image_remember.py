@@ -1,4 +1,4 @@
-"""Remembering the image: one key of the settings file, and the rest left alone."""
+"""Writing one setting: the key changes, and the rest of the file stays."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from launcher.settings import SettingsError, load, with_key, write_setting
     ],
 )
 def test_one_key_is_written(before: str, after: str) -> None:
-    """Comments, order and other keys stay; a key that is there is replaced where it stands."""
+    """Comments, order and other keys stay; an existing key is replaced in its line."""
     assert with_key(before, "image", "new") == after
 
 
 def test_a_value_of_any_form_is_read_back(tmp_path: Path) -> None:
-    """What is remembered is what `submit` reads."""
+    """The value that was written is the one that `submit` reads."""
     environ = {"AEOLUS_CONFIG": str(tmp_path / "new" / "config.toml")}
     for image in ("ghcr.io/me/aeolus-trainer:1", 'a"b\\c'):
         path = write_setting(environ, "image", image)
@@ -34,7 +34,7 @@ def test_a_value_of_any_form_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    """The image is made by then; what failed is the note of it."""
+    """The error names the key and the file."""
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot write image"):
         write_setting({"AEOLUS_CONFIG": str(tmp_path / "file" / "config.toml")}, "image", "x")

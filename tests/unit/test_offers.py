@@ -1,4 +1,4 @@
-"""Offers: a fresh cache, else SkyPilot's catalog, else the newest prices that are known."""
+"""Loading offers: from a fresh cache, else from SkyPilot's catalog, else from the newest known prices."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def load(tmp_path: Path) -> Load:
 
 
 def test_skypilots_catalog_becomes_offers(load: Load) -> None:
-    """A row is an offer with the shape that a fit takes."""
+    """A catalog row becomes an offer with the shape that a fit needs."""
     prices = load(FakeCatalogs(ALL), infra=["gcp"])
     assert prices == Prices(offers=(OFFER,), as_of=NOW.date(), source="skypilot")
 
 
 def test_gcp_and_lambda_are_asked_for_unless_others_are_named(load: Load) -> None:
-    """The two clouds that the project is about, both in one question."""
+    """By default one request asks for the prices of GCP and Lambda."""
     catalogs = FakeCatalogs(ALL)
     assert [offer.infra for offer in load(catalogs).offers] == ["gcp", "lambda"]
     assert catalogs.asked == [("gcp", "lambda")]
 
 
 def test_skypilot_is_asked_once_a_day(load: Load) -> None:
-    """A fresh cache answers alone; a day later it does not."""
+    """A fresh cache is used without a request; after 24 hours SkyPilot is asked again."""
     catalogs = FakeCatalogs(ALL)
     load(catalogs)
     again = load(catalogs, now=NOW + timedelta(hours=23))
@@ -73,7 +73,7 @@ def test_skypilot_is_asked_once_a_day(load: Load) -> None:
 
 
 def test_only_what_is_not_cached_is_asked_for(load: Load) -> None:
-    """Each cloud's prices have an age of their own; the oldest is told."""
+    """Every cloud's prices have their own age, and the date of the oldest is reported."""
     catalogs = FakeCatalogs(ALL)
     load(catalogs, infra=["gcp"])
     prices = load(catalogs, infra=["gcp", "aws"], now=NOW + timedelta(hours=20))
@@ -82,15 +82,15 @@ def test_only_what_is_not_cached_is_asked_for(load: Load) -> None:
 
 
 def test_a_refresh_asks_again(load: Load) -> None:
-    """For those who do not want to wait a day."""
+    """With `refresh`, SkyPilot is asked although the cache is fresh."""
     catalogs = FakeCatalogs(ALL)
     load(catalogs)
     assert load(catalogs, refresh=True).source == "skypilot"
     assert len(catalogs.asked) == 2
 
 
-def test_without_skypilot_the_snapshot_is_used_and_said(load: Load) -> None:
-    """Nobody has to install SkyPilot, or be online, to see a plan; the date says what the prices are worth."""
+def test_without_skypilot_the_snapshot_is_used_with_a_note(load: Load) -> None:
+    """Without SkyPilot or a network, the snapshot is used, and the notes have its date and the reason."""
     prices = load(FakeCatalogs())
     assert (prices.source, prices.as_of) == ("snapshot", SNAPSHOT_DAY)
     assert prices.notes == (
@@ -101,7 +101,7 @@ def test_without_skypilot_the_snapshot_is_used_and_said(load: Load) -> None:
 
 
 def test_the_snapshot_is_never_taken_for_fresh(load: Load, tmp_path: Path) -> None:
-    """It is not put into the cache: SkyPilot is asked again before long."""
+    """The snapshot is not written to the cache, so SkyPilot is asked again soon."""
     catalogs = FakeCatalogs()
     load(catalogs)
     assert not list(tmp_path.glob("*.json"))
@@ -110,7 +110,7 @@ def test_the_snapshot_is_never_taken_for_fresh(load: Load, tmp_path: Path) -> No
 
 
 def test_a_failure_is_not_tried_again_at_once(load: Load) -> None:
-    """Offline, the next plan does not wait for SkyPilot's import and the network once more; the note stays."""
+    """After a failure, the next plan does not wait again for SkyPilot's import and the network; the note stays."""
     catalogs = FakeCatalogs()
     first = load(catalogs)
     soon = NOW + store.RETRY_INTERVAL - timedelta(seconds=1)
@@ -121,7 +121,7 @@ def test_a_failure_is_not_tried_again_at_once(load: Load) -> None:
 
 
 def test_a_missing_skypilot_is_not_remembered(load: Load) -> None:
-    """Who installs it at the error's advice has live prices at once."""
+    """Once SkyPilot is installed, its prices are used at once."""
     missing = UserError("SkyPilot is not installed")
     load(FakeCatalogs({"gcp": missing}), infra=["gcp"])
     assert load(FakeCatalogs(ALL), infra=["gcp"]).source == "skypilot"
@@ -129,13 +129,13 @@ def test_a_missing_skypilot_is_not_remembered(load: Load) -> None:
 
 @pytest.mark.parametrize("text", ["", "yesterday\ndown", "2026-11-22T12:00:00\ndown", "\xff"])
 def test_a_damaged_record_of_a_failure_is_none(load: Load, tmp_path: Path, text: str) -> None:
-    """It stands in nobody's way."""
+    """A damaged failure file is ignored."""
     (tmp_path / "gcp.failed").write_text(text, encoding="latin-1")
     assert load(FakeCatalogs(ALL), infra=["gcp"]).source == "skypilot"
 
 
 def test_an_old_cache_is_better_than_an_older_snapshot(load: Load) -> None:
-    """When SkyPilot cannot be asked, the newest prices win."""
+    """If SkyPilot cannot be asked, the newest prices are used: here those of the cache."""
     load(FakeCatalogs(ALL))
     prices = load(FakeCatalogs(), infra=["lambda"], now=NOW + timedelta(days=3))
     assert (prices.source, prices.as_of) == ("cache", NOW.date())
@@ -143,21 +143,21 @@ def test_an_old_cache_is_better_than_an_older_snapshot(load: Load) -> None:
 
 
 def test_a_new_snapshot_is_better_than_an_older_cache(load: Load, tmp_path: Path) -> None:
-    """A cache that was left behind by an earlier version does not stand in the way."""
+    """A cache older than the snapshot is ignored."""
     store.write_cache("gcp", Table(NOW - timedelta(days=99), "long ago", (A100,)), folder=tmp_path)
     assert load(FakeCatalogs(), infra=["gcp"]).source == "snapshot"
 
 
 def test_a_damaged_cache_is_asked_for_again(load: Load, tmp_path: Path) -> None:
-    """And mended on the way."""
+    """A damaged cache leads to a request, which repairs it."""
     (tmp_path / "gcp.json").write_text("{")
     catalogs = FakeCatalogs(ALL)
     assert load(catalogs, infra=["gcp"]).source == "skypilot"
     assert load(catalogs, infra=["gcp"]).source == "cache"
 
 
-def test_the_least_live_source_is_told(load: Load) -> None:
-    """One cloud's fallback is not hidden behind the other's fresh prices."""
+def test_the_least_fresh_source_is_reported(load: Load) -> None:
+    """If one cloud falls back to the snapshot, the source of all is `snapshot`, although the other has fresh prices."""
     prices = load(FakeCatalogs({"gcp": Fetched((A100,))}))
     assert (prices.source, prices.as_of) == ("snapshot", SNAPSHOT_DAY)
     assert OFFER in prices.offers
@@ -165,7 +165,7 @@ def test_the_least_live_source_is_told(load: Load) -> None:
 
 
 def test_an_empty_catalog_is_no_answer(load: Load, tmp_path: Path) -> None:
-    """A cloud with no GPU at all is a catalog gone wrong; it does not empty the cache."""
+    """A catalog without any GPU is an error of the catalog, and does not overwrite the cache."""
     prices = load(FakeCatalogs({"gcp": Fetched(())}), infra=["gcp"])
     assert prices.source == "snapshot"
     assert "SkyPilot lists no GPUs of gcp" in prices.notes[0]
@@ -173,17 +173,17 @@ def test_an_empty_catalog_is_no_answer(load: Load, tmp_path: Path) -> None:
 
 
 def test_what_skypilot_warns_of_is_passed_on(load: Load) -> None:
-    """It may have used a catalog of its own that is older than it should be."""
-    said = "Failed to fetch gcp catalog gcp/vms.csv. Using cached catalog files."
-    prices = load(FakeCatalogs({"gcp": Fetched((A100,), (said,))}), infra=["gcp"])
-    assert prices.notes == (f"SkyPilot: {said}",)
+    """SkyPilot may warn that it used an old catalog of its own; such prices are not cached."""
+    warning = "Failed to fetch gcp catalog gcp/vms.csv. Using cached catalog files."
+    prices = load(FakeCatalogs({"gcp": Fetched((A100,), (warning,))}), infra=["gcp"])
+    assert prices.notes == (f"SkyPilot: {warning}",)
     assert (
         load(FakeCatalogs(ALL), infra=["gcp"]).source == "skypilot"
     )  # what is of no certain age is not kept
 
 
 def test_another_cloud_is_skypilots_alone_to_price(load: Load) -> None:
-    """`--infra aws` works while SkyPilot does; else its reason is the error."""
+    """`--infra aws` works if SkyPilot has prices; otherwise SkyPilot's error is raised."""
     assert load(FakeCatalogs(ALL), infra=["aws"]).offers[0].shape.accelerator == "L40S"
     with pytest.raises(Unavailable, match="the network is down"):
         load(FakeCatalogs(), infra=["runpod"])
@@ -198,8 +198,8 @@ def test_another_cloud_is_skypilots_alone_to_price(load: Load) -> None:
         ("gcp,lambda", "`--infra gcp --infra lambda`"),
     ],
 )
-def test_an_infrastructure_that_nobody_knows_is_an_error(load: Load, name: str, hint: str) -> None:
-    """It names what was meant, and asks nobody."""
+def test_an_unknown_infrastructure_is_an_error(load: Load, name: str, hint: str) -> None:
+    """An unknown infrastructure is an error with the nearest names, without any request."""
     catalogs = FakeCatalogs(ALL)
     with pytest.raises(UserError, match=f"unknown infrastructure `{name}`") as caught:
         load(catalogs, infra=[name])
@@ -208,7 +208,7 @@ def test_an_infrastructure_that_nobody_knows_is_an_error(load: Load, name: str, 
 
 
 def test_what_one_owns_has_no_price(load: Load) -> None:
-    """A cluster, or this machine, is planned for without offers, and that is said."""
+    """The user's own cluster or machine has no offers, and a note has the reason."""
     catalogs = FakeCatalogs(ALL)
     prices = load(catalogs, infra=["k8s", "slurm", "local"])
     assert (prices.offers, catalogs.asked) == ((), [])
@@ -217,7 +217,7 @@ def test_what_one_owns_has_no_price(load: Load) -> None:
 
 
 def test_a_region_narrows_a_cloud(load: Load) -> None:
-    """As SkyPilot writes it; a region without GPUs is an error that names the others."""
+    """`gcp/us-central1` limits offers to the region; a region without GPUs is an error that names the others."""
     prices = load(FakeCatalogs(), infra=["gcp/us-central1"])
     assert {offer.region for offer in prices.offers} == {"us-central1"}
     with pytest.raises(UserError, match="no GPUs in region `us-centrall`") as caught:
@@ -226,20 +226,20 @@ def test_a_region_narrows_a_cloud(load: Load) -> None:
 
 
 def test_a_cloud_that_is_named_twice_is_offered_once(load: Load) -> None:
-    """Whole and in part, the part is not doubled."""
+    """A cloud that is named whole and by region has every offer once."""
     catalogs = FakeCatalogs(ALL)
     assert load(catalogs, infra=["gcp", "gcp", "gcp/us-central1"]).offers == (OFFER,)
     assert catalogs.asked == [("gcp",)]
 
 
 def test_prices_survive_json() -> None:
-    """They are part of what `--json` prints."""
+    """Prices can be read back from the JSON that `--json` prints."""
     prices = Prices(offers=(OFFER,), as_of=NOW.date(), source="cache", notes=("old",))
     assert Prices.model_validate_json(prices.model_dump_json()) == prices
 
 
 def test_prices_that_are_at_hand_are_read_without_skypilot() -> None:
-    """`import sky` takes seconds; a plan with a fresh cache is to take less than one."""
+    """`import sky` takes seconds; a plan with cached prices does not import it."""
     script = (
         "import sys, tempfile\n"
         "from datetime import UTC, datetime\n"

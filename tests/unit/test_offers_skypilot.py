@@ -1,4 +1,4 @@
-"""SkyPilot's catalogs as rows: against a stand-in for them, and against SkyPilot itself where it is installed."""
+"""SkyPilot's catalogs as rows: tested against a stand-in, and against SkyPilot itself if it is installed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ print(json.dumps(sorted(ALL_CLOUDS)))
 
 
 def entry(**given: Any) -> SimpleNamespace:
-    """As SkyPilot's `InstanceTypeInfo`."""
+    """Return an entry like SkyPilot's `InstanceTypeInfo`."""
     some = {
         "instance_type": "g5.xlarge",
         "accelerator_name": "A10G",
@@ -77,13 +77,13 @@ def rows(*entries: SimpleNamespace) -> tuple[CatalogRow, ...]:
 
 
 def test_an_entry_becomes_a_row() -> None:
-    """Numbers are Python's, not pandas'."""
+    """The row's numbers are Python's, not pandas'."""
     assert rows(entry()) == (CatalogRow("aws", "us-east-1", "g5.xlarge", "A10G", 1, 4, 16.0, 1.006, 0.4),)
 
 
 @pytest.mark.parametrize(("name", "missing"), [("spot_price", 8), ("price", 7)])
 def test_a_missing_price_is_none(name: str, missing: int) -> None:
-    """NaN would pass for a number in every sum and comparison."""
+    """A missing price, NaN in the catalog, becomes None, because NaN passes silently through sums and comparisons."""
     (row,) = rows(entry(**{name: NAN}))
     assert row[missing] is None
 
@@ -99,12 +99,12 @@ def test_a_missing_price_is_none(name: str, missing: int) -> None:
     ],
 )
 def test_what_is_no_whole_machine_with_a_price_is_left_out(given: dict[str, object]) -> None:
-    """Without its cores and memory nobody can say what fits on it; a share of a GPU cannot train here."""
+    """Entries without cores, memory or any price, and shares of a GPU, are left out: they cannot be planned for."""
     assert rows(entry(**given), entry()) == rows(entry())
 
 
 def test_a_download_that_hangs_is_left_behind() -> None:
-    """SkyPilot's downloads have no timeout; what came before one is still used."""
+    """SkyPilot's downloads have no timeout, so ours abandons them; the clouds that answered before are used."""
     done, ended = (
         skypilot.Fetched((CatalogRow("gcp", "r", "t", "L4", 1, 4, 16.0, 1.0, None),)),
         threading.Event(),
@@ -121,8 +121,8 @@ def test_a_download_that_hangs_is_left_behind() -> None:
     assert "SkyPilot had no prices within 0.2 s" in str(answers["lambda"])
 
 
-def test_what_a_user_can_mend_is_an_answer_and_a_bug_is_raised() -> None:
-    """A cloud that cannot be had leaves the others; a bug keeps its traceback, also out of a thread."""
+def test_a_user_error_is_an_answer_and_a_bug_is_raised() -> None:
+    """A UserError of one cloud is an answer for that cloud; a bug is raised with its traceback, also from a thread."""
     down = Unavailable("down")
 
     def fetch(infra: str) -> skypilot.Fetched:
@@ -133,23 +133,23 @@ def test_what_a_user_can_mend_is_an_answer_and_a_bug_is_raised() -> None:
         skypilot.catalogs(["gcp", "aws"], fetch=fetch)
 
 
-def test_without_skypilot_the_error_says_how_to_install_it() -> None:
-    """The trainer's environment has none; nor has everybody's laptop."""
+def test_without_skypilot_the_error_has_the_install_command() -> None:
+    """Without SkyPilot, the error has the command that installs it."""
     script = (
         "import sys; sys.modules['sky'] = None\n"
         "from launcher.cloud import skypilot\n"
         "print(skypilot.catalogs(['gcp'])['gcp'])\n"
     )
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "SkyPilot is not installed" in said.stdout
-    assert skypilot.INSTALL in said.stdout
+    assert "SkyPilot is not installed" in done.stdout
+    assert skypilot.INSTALL in done.stdout
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What SkyPilot itself makes of small catalogs; of a third cloud it has none, and no network to get it."""
+    """Return what SkyPilot itself makes of small catalogs; it has none for a third cloud, and no network to download it."""
     if not importlib.util.find_spec("sky"):
         pytest.skip("SkyPilot is not installed: make setup")
     folder = tmp_path_factory.mktemp("sky")
@@ -175,7 +175,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 def test_skypilot_itself_gives_these_rows(live: list[Any]) -> None:
-    """GCP's hosts and accelerators are one price, its other hosts are there too, and nothing else is printed."""
+    """The prices of GCP's hosts and accelerators are added up, and nothing else is printed."""
     answers, _ = live
     assert sorted(map(tuple, answers["gcp"])) == [
         ("gcp", "me-west1", "a2-highgpu-8g", "A100", 8, 96, 680.0, pytest.approx(32.3), None),
@@ -196,20 +196,20 @@ def test_skypilot_itself_gives_these_rows(live: list[Any]) -> None:
     assert answers["lambda"] == [["lambda", "us-east-1", "gpu_8x_a100", "A100", 8, 124, 1800.0, 15.92, None]]
 
 
-def test_a_catalog_that_cannot_be_downloaded_is_told(live: list[Any]) -> None:
-    """The reason is SkyPilot's, in one message of ours."""
+def test_a_catalog_that_cannot_be_downloaded_is_an_error(live: list[Any]) -> None:
+    """A failed download is one error message of ours, with SkyPilot's reason."""
     answers, _ = live
     assert answers["cudo"].startswith("SkyPilot has no prices for cudo: Failed to fetch Cudo catalog")
 
 
 def test_all_of_skypilots_clouds_are_known_by_name(live: list[Any]) -> None:
-    """So that a name can be checked without importing SkyPilot."""
+    """Our list of clouds is complete, so that a name can be checked without importing SkyPilot."""
     _, clouds = live
     assert sorted([*skypilot.PRICED, *skypilot.UNPRICED]) == clouds
 
 
 def test_a_home_that_cannot_be_written_to_leaves_the_shipped_prices() -> None:
-    """SkyPilot makes folders there as it is imported; a plan needs none of them."""
+    """SkyPilot's import creates folders in the home; if it fails, the answer is `Unavailable`, and a plan uses the snapshot."""
     pytest.importorskip("sky")
     ask = "from launcher.cloud.skypilot import catalogs; print(repr(catalogs(['gcp'])['gcp']))"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The plan: everything that could run a recipe, ranked, and why the rest is not in it."""
+"""The plan: every offer that could run a recipe, ranked, and the reasons for the rejections."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def planned(
 
 
 def test_rows_are_ranked_by_expected_dollars_and_the_first_is_chosen() -> None:
-    """What people pay is what they compare."""
+    """By default rows are sorted by expected cost, and the first is chosen."""
     found = planned()
     assert [row.usd for row in found.rows] == sorted(row.usd for row in found.rows)
     assert found.chosen == found.rows[0]
@@ -49,14 +49,14 @@ def test_rows_are_ranked_by_expected_dollars_and_the_first_is_chosen() -> None:
 
 
 def test_or_by_hours() -> None:
-    """Whoever is in a hurry asks for that."""
+    """With `by="hours"` rows are sorted by expected hours."""
     found = planned(by="hours")
     assert [row.hours for row in found.rows] == sorted(row.hours for row in found.rows)
     assert "shortest expected time" in found.why
 
 
 def test_every_row_fits_and_keeps_the_global_batch() -> None:
-    """No row promises memory that is not there, or trains another batch."""
+    """Every row fits into the memory of its machine and trains with the recipe's global batch size."""
     for row in planned().rows:
         assert row.fit.gpu.gib <= (usable_gib(row.shape) or 0)
         assert row.fit.host.gib <= row.shape.host_memory_gib
@@ -64,7 +64,7 @@ def test_every_row_fits_and_keeps_the_global_batch() -> None:
 
 
 def test_each_offer_is_in_its_cheapest_region() -> None:
-    """A dearer region is no other way to run."""
+    """A row has the lowest price of all regions; dearer regions have no row of their own."""
     for row in planned().rows:
         same = [
             offer.spot_usd_per_h if row.spot else offer.usd_per_h
@@ -75,7 +75,7 @@ def test_each_offer_is_in_its_cheapest_region() -> None:
 
 
 def test_the_seeds_machines_come_out() -> None:
-    """Full DPO on 8 x 80 GB needs no offload; on 8 x 40 GB neither; LoRA needs one GPU."""
+    """Full DPO fits on 8 x 80 GB and on 8 x 40 GB without offloading; LoRA fits on one GPU."""
     large = planned(accelerator="A100-80GB", count=8).rows[0].fit
     small = planned(accelerator="A100", count=8).rows[0].fit
     assert (large.engine, large.offload_optimizer) == ("zero2", False)
@@ -86,14 +86,14 @@ def test_the_seeds_machines_come_out() -> None:
 
 
 def test_lambda_rents_no_spot() -> None:
-    """Only GCP's rows are on spot, and `--spot` leaves nothing else."""
+    """Only GCP has spot machines, and `--spot` leaves only those."""
     assert {row.offer.infra for row in planned(spot=True).rows} == {"gcp"}
     assert not any(row.spot for row in planned(spot=False).rows)
 
 
 @pytest.mark.parametrize("accelerator", [None, "A100"])
 def test_a_market_that_a_cloud_does_not_have_is_named(accelerator: str | None) -> None:
-    """`--infra lambda --spot` is not a question of other GPUs."""
+    """`--infra lambda --spot` is an error about the market, not about the GPUs."""
     found = shipped_prices()
     here = found.model_copy(update={"offers": tuple(each for each in found.offers if each.infra == "lambda")})
     with pytest.raises(UserError, match=f"lambda rents no {accelerator or 'GPUs'} spot") as error:
@@ -102,7 +102,7 @@ def test_a_market_that_a_cloud_does_not_have_is_named(accelerator: str | None) -
 
 
 def test_spot_counts_preemptions_and_on_demand_does_not() -> None:
-    """Expected hours on spot are more than the work; the interval between saves goes with them."""
+    """The expected hours on spot exceed the work, and a spot row has an interval between saves."""
     rows = planned(accelerator="A100-80GB", count=8).rows
     spot = next(row for row in rows if row.spot)
     steady = next(row for row in rows if not row.spot)
@@ -114,7 +114,7 @@ def test_spot_counts_preemptions_and_on_demand_does_not() -> None:
 
 
 def test_spot_that_saves_nothing_gives_way_to_on_demand() -> None:
-    """Spot at nearly the price of on demand costs more in the end, for what is lost and done again."""
+    """If spot is nearly as dear as on demand, on demand is chosen, because of the work that spot repeats."""
 
     def dearer(offer: Offer) -> Offer:
         if not offer.usd_per_h or not offer.spot_usd_per_h:
@@ -129,7 +129,7 @@ def test_spot_that_saves_nothing_gives_way_to_on_demand() -> None:
 
 
 def test_what_does_not_fit_is_rejected_with_the_way_out() -> None:
-    """A V100 has no bfloat16; a single A100's host is too small for the optimizer."""
+    """A V100 has no bfloat16, and the host memory of a single A100 is too small for the optimizer."""
     rejected = {each.what.split()[0]: each for each in planned().rejected}
     assert "bfloat16" in rejected["V100:8"].why
     assert "130 GiB of each host's memory" in rejected["A100:1"].why
@@ -137,13 +137,13 @@ def test_what_does_not_fit_is_rejected_with_the_way_out() -> None:
 
 
 def test_arm_hosts_are_left_out_unless_they_are_named() -> None:
-    """Our image does not run on Grace; whoever names it has another."""
+    """The image does not run on Grace, so such machines are used only if the user names them."""
     assert any(each.what.startswith("GH200") and "Arm" in each.why for each in planned().rejected)
     assert planned(accelerator="GH200").rows
 
 
 def test_budget_and_deadline_reject_with_their_values() -> None:
-    """Nothing over the limit is chosen, and each row says by how much."""
+    """No chosen row exceeds a limit, and every rejection has the value and the limit."""
     found = planned(budget_usd=20, deadline_h=2)
     assert all(row.usd <= 20 and row.hours <= 2 for row in found.rows)
     reasons = [each.why for each in found.rejected]
@@ -152,14 +152,14 @@ def test_budget_and_deadline_reject_with_their_values() -> None:
 
 
 def test_nothing_left_is_no_choice() -> None:
-    """An impossible budget leaves no row, and the reasons."""
+    """An impossible budget leaves no row, but the rejections have their reasons."""
     found = planned(budget_usd=0.01)
     assert (found.chosen, found.rows) == (None, ())
     assert found.rejected
 
 
 def test_two_nodes_cost_twice_an_hour() -> None:
-    """Both machines are paid."""
+    """The price of two nodes is twice that of one."""
     one = planned(accelerator="A100-80GB", count=8, spot=False).rows[0]
     two = planned(accelerator="A100-80GB", count=8, spot=False, nodes=2).rows[0]
     assert two.usd_per_h == 2 * one.usd_per_h
@@ -167,8 +167,8 @@ def test_two_nodes_cost_twice_an_hour() -> None:
     assert str(two.shape) == "2 x A100-80GB:8"
 
 
-def test_gpus_that_nobody_rents_are_refused_with_what_is_rented() -> None:
-    """The name, and then the number."""
+def test_unavailable_gpus_are_refused_with_the_available_ones() -> None:
+    """An unavailable GPU, or number of GPUs, is an error with the available ones."""
     with pytest.raises(UserError, match="no cloud of this plan rents a machine with 7 x A100") as error:
         planned(accelerator="A100", count=7)
     assert "1, 2, 4, 8" in str(error.value.hint)
@@ -177,7 +177,7 @@ def test_gpus_that_nobody_rents_are_refused_with_what_is_rented() -> None:
 
 
 def test_a_place_where_nothing_is_rented_says_why() -> None:
-    """A cluster of one's own has no prices, so no plan."""
+    """The user's own cluster has no prices, so there is no plan, and the error has the reason."""
     own = Prices(offers=(), as_of=date(2026, 11, 21), source="snapshot", notes=("slurm has no prices",))
     with pytest.raises(
         UserError, match="no machines are for rent on the requested infrastructure; slurm has no prices"
@@ -189,13 +189,13 @@ def test_a_place_where_nothing_is_rented_says_why() -> None:
     ("text", "parsed"), [("A100:8", ("A100", 8)), ("a100-80gb:4", ("A100-80GB", 4)), ("L4", ("L4", None))]
 )
 def test_gpus_are_read(text: str, parsed: tuple[str, int | None]) -> None:
-    """As SkyPilot writes them, in any case."""
+    """Names and counts are read as SkyPilot writes them, in any case."""
     assert parse_gpus(text) == parsed
 
 
 @pytest.mark.parametrize("text", ["A100:", "A100:0", "A100:x", "A10000:8"])
 def test_gpus_that_cannot_be_are_refused(text: str) -> None:
-    """No number of GPUs, or no such GPU."""
+    """An invalid count or an unknown GPU is a UserError."""
     with pytest.raises(UserError):
         parse_gpus(text)
 
@@ -203,7 +203,7 @@ def test_gpus_that_cannot_be_are_refused(text: str) -> None:
 @settings(deadline=None)  # a loaded machine is no failure
 @given(factor=st.floats(min_value=1.0, max_value=10.0), which=st.integers(min_value=0, max_value=5))
 def test_a_dearer_offer_is_never_ranked_better(factor: float, which: int) -> None:
-    """Raising one machine's price cannot move it up."""
+    """Raising the price of one machine never moves it up."""
     before = [row.offer.instance_type for row in planned(accelerator="H100", spot=False).rows]
     named = before[which % len(before)]
 

@@ -1,4 +1,4 @@
-"""`launcher plan` on the command line: a table for people, JSON for programs, exit codes for scripts."""
+"""`launcher plan` on the command line: a table, JSON, and exit codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.options import DurationParam
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
-    """A runner whose prices are the shipped ones, a minute old: nobody is asked."""
+    """A runner whose cache has the shipped prices with the current time, so that SkyPilot is not asked."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for infra in ("gcp", "lambda"):
         table = store.load_snapshot(infra)
@@ -35,14 +35,14 @@ def plan(run: CliRunner, *words: str) -> Result:
 
 
 def test_no_recipe_is_dpo_full(run: CliRunner) -> None:
-    """The main job is planned when nothing is named."""
+    """Without a recipe, `zephyr-7b/dpo_full` is planned."""
     result = plan(run, "--json")
     assert result.return_value == 0, result.output
     assert json.loads(result.stdout)["recipe"] == "zephyr-7b/dpo_full"
 
 
 def test_json_has_every_row_with_its_terms(run: CliRunner) -> None:
-    """What a program needs to decide for itself: prices, memory and time term by term, rejections."""
+    """The JSON has prices, every term of memory and time, and the rejections."""
     found = json.loads(plan(run, "--gpus", "A100:8", "--on-demand", "--json").stdout)
     assert found["chosen"] == found["rows"][0]
     row = found["chosen"]
@@ -53,8 +53,8 @@ def test_json_has_every_row_with_its_terms(run: CliRunner) -> None:
     assert found["prices"].startswith("cache")
 
 
-def test_the_table_says_what_where_how_and_how_much(run: CliRunner) -> None:
-    """One line a machine, the chosen one first, then why."""
+def test_the_table_has_shape_place_fit_and_cost(run: CliRunner) -> None:
+    """The table has one line per option, the chosen one first, and then the reason."""
     result = plan(run, "dpo_full", "--gpus", "A100-80GB:8")
     lines = result.stdout.splitlines()
     assert lines[0].split()[:4] == ["shape", "where", "market", "fit"]
@@ -63,23 +63,23 @@ def test_the_table_says_what_where_how_and_how_much(run: CliRunner) -> None:
     assert any(line.startswith("chosen A100-80GB:8 spot on gcp") for line in lines)
 
 
-def test_rejections_are_told_below(run: CliRunner) -> None:
-    """A machine that is too small is named with what it lacks."""
+def test_rejections_are_listed_below(run: CliRunner) -> None:
+    """A machine that is too small is listed below the table, with the reason."""
     result = plan(run, "dpo_full", "--all")
     assert "rejected" in result.stdout
     assert "V100:8 (lambda gpu_8x_v100)" in result.stdout
 
 
 def test_nothing_that_fits_is_exit_code_two_with_the_way_out(run: CliRunner) -> None:
-    """A script can stop before anything is rented."""
+    """If nothing fits, the exit code is 2, so that a script can stop."""
     result = plan(run, "dpo_full", "--gpus", "L4:1")
     assert isinstance(result.exception, UserError)
     assert "no machine that can be rented fits" in result.exception.message
     assert plan(run, "dpo_full", "--gpus", "L4:1", "--json").return_value == 2
 
 
-def test_limits_that_nothing_keeps_name_those_that_would(run: CliRunner) -> None:
-    """What fits and is only too dear or too slow comes first, and with that limit the nearest of it is chosen."""
+def test_limits_that_reject_all_options_name_limits_that_would_do(run: CliRunner) -> None:
+    """If only the limits reject all options, the hint has a limit with which the nearest option is chosen."""
     words = ("--gpus", "A100-80GB:8")
     for limits in (("--budget", "5"), ("--deadline", "30m"), ("--budget", "5", "--deadline", "90m")):
         result = plan(run, "dpo_full", *words, *limits)
@@ -94,8 +94,8 @@ def test_limits_that_nothing_keeps_name_those_that_would(run: CliRunner) -> None
         )
 
 
-def test_a_data_set_that_nobody_knows_asks_for_its_rows(run: CliRunner) -> None:
-    """Hours cannot be told of data of unknown size; the option that mends it is named."""
+def test_a_data_set_of_unknown_size_asks_for_its_rows(run: CliRunner) -> None:
+    """For a data set of unknown size, the error names `--rows`."""
     data = 'dataset_mixture={"datasets": [{"id": "someone/something"}]}'
     result = plan(run, "dpo_full", data)
     assert isinstance(result.exception, UserError), result.output
@@ -105,7 +105,7 @@ def test_a_data_set_that_nobody_knows_asks_for_its_rows(run: CliRunner) -> None:
 
 
 def test_files_on_this_machine_are_counted(run: CliRunner, tmp_path: Path) -> None:
-    """Rows are lines; tokens are guessed from bytes, and it says so."""
+    """Rows of a local file are its lines; tokens are estimated from its bytes."""
     data = tmp_path / "pairs.jsonl"
     data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 300)
     result = plan(run, "dpo_full", f"dataset_mixture={data}", "--gpus", "H100:8")
@@ -114,12 +114,12 @@ def test_files_on_this_machine_are_counted(run: CliRunner, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("text", "hours"), [("90m", 1.5), ("24h", 24.0), ("2d", 48.0), ("3", 3.0)])
 def test_times_are_read(text: str, hours: float) -> None:
-    """Minutes, hours, days; a plain number is hours."""
+    """Durations are read in minutes, hours and days; a plain number is hours."""
     assert DurationParam().convert(text, None, None) == hours
 
 
 @pytest.mark.parametrize("text", ["", "0", "h", "1w", "-3h"])
 def test_times_that_cannot_be_are_refused(text: str) -> None:
-    """With an example of what can."""
+    """An invalid duration is an error with examples of valid ones."""
     with pytest.raises(click.BadParameter, match="90m, 24h, 2d"):
         DurationParam().convert(text, None, None)

@@ -1,4 +1,4 @@
-"""What a recipe's header promises is what `launcher plan` says."""
+"""The predictions in the recipes' headers equal those of `launcher plan`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.recipe.yaml_file import RECIPES
 
 
 @pytest.mark.parametrize("name", predicted_recipes())
-def test_a_header_says_what_the_plan_says(name: str) -> None:
-    """Mended by `python -m launcher.plan.recipe_headers` when prices or estimates have changed."""
+def test_a_header_equals_the_plan(name: str) -> None:
+    """`python -m launcher.plan.recipe_headers` updates them after a change of prices or estimates."""
     found = LINE.findall((RECIPES / f"{name}.yaml").read_text())
     assert found == [predict(load(name).recipe)]

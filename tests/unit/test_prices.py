@@ -1,4 +1,4 @@
-"""Prices on this machine: the file they are kept in, the cache, and the shipped snapshot."""
+"""Prices stored on this machine: the file format, the cache and the shipped snapshot."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TABLE = Table(NOW, "a test", (L4, A100))
 
 
 def test_a_table_survives_its_file() -> None:
-    """Prices, missing ones too, come back as they were."""
+    """Prices, also missing ones, are read back as they were written."""
     assert parse(dump(TABLE)) == TABLE
 
 
 def test_equal_tables_are_equal_files_with_a_row_a_line() -> None:
-    """A new snapshot shows in a diff what has changed, and nothing else."""
+    """The file is sorted, one line per row, so that the diff of a new snapshot shows only what has changed."""
     assert dump(TABLE) == dump(TABLE._replace(rows=(A100, L4)))
     assert sum(line.startswith('["') for line in dump(TABLE).splitlines()) == 2
 
@@ -49,13 +49,13 @@ def test_equal_tables_are_equal_files_with_a_row_a_line() -> None:
     ],
 )
 def test_whatever_is_no_table_is_a_value_error(text: str) -> None:
-    """Damage of any kind, and files of other versions, are one case to those who read."""
+    """Damaged files and files of other versions all raise ValueError."""
     with pytest.raises(ValueError, match=r"."):
         parse(text)
 
 
 def test_the_cache_gives_back_what_it_was_given(tmp_path: Path) -> None:
-    """Clouds do not share a file: asking for one leaves the other's prices as old as they are."""
+    """Every cloud has its own file, so writing one cloud's prices does not make another's look newer."""
     folder = tmp_path / "new" / "folder"
     store.write_cache("gcp", TABLE, folder=folder)
     assert store.load_cached("gcp", folder=folder) == TABLE
@@ -65,7 +65,7 @@ def test_the_cache_gives_back_what_it_was_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b'{"format": 0}'])
 def test_a_damaged_cache_is_as_good_as_none(tmp_path: Path, damage: bytes) -> None:
-    """It is written anew the next time, and stops nobody."""
+    """A damaged cache file is ignored, and overwritten the next time."""
     (tmp_path / "gcp.json").write_bytes(damage)
     assert store.load_cached("gcp", folder=tmp_path) is None
     store.write_cache("gcp", TABLE, folder=tmp_path)
@@ -73,7 +73,7 @@ def test_a_damaged_cache_is_as_good_as_none(tmp_path: Path, damage: bytes) -> No
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
-    """A home that is read-only, or a file where the folder should be, costs time and nothing else."""
+    """With a read-only home, or a file in place of the folder, prices are just not cached."""
     (tmp_path / "file").write_text("")
     store.write_cache("gcp", TABLE, folder=tmp_path / "file" / "prices")
     assert store.load_cached("gcp", folder=tmp_path / "file" / "prices") is None
@@ -90,12 +90,12 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     ],
 )
 def test_a_day_makes_prices_old(age: timedelta, *, expected: bool) -> None:
-    """And a clock that was set back makes them unbelievable."""
+    """Prices are fresh for less than 24 hours; a time in the future, from a clock that was set back, is not fresh."""
     assert store.is_fresh(TABLE, now=NOW + age) is expected
 
 
 def test_every_row_of_the_snapshot_is_an_offer() -> None:
-    """Each GPU of the shipped prices is in the GPU table, and each row has something to say."""
+    """Every GPU of the snapshot is in the GPU table, and every row has a plausible price."""
     rows = read(store.SNAPSHOT).rows
     assert {row.infra for row in rows} == {"gcp", "lambda"}
     for row in rows:
@@ -110,14 +110,14 @@ def test_every_row_of_the_snapshot_is_an_offer() -> None:
 
 
 def test_the_snapshot_has_one_row_for_a_type_in_a_region() -> None:
-    """Zones are folded: a type is offered once a region, at its cheapest."""
+    """Zones are merged: every instance type has one row per region, with its lowest price."""
     rows = read(store.SNAPSHOT).rows
     keys = [(row.infra, row.region, row.instance_type, row.accelerator) for row in rows]
     assert len(set(keys)) == len(keys)
 
 
 def test_the_snapshot_says_where_it_is_from() -> None:
-    """Its day, its origin and that origin's licence go with it."""
+    """The snapshot contains its date, its origin and the origin's licence."""
     head = json.loads(store.SNAPSHOT.read_text())
     assert "github.com/skypilot-org/skypilot-catalog" in head["source"]
     assert "Apache License 2.0" in head["source"]
@@ -139,7 +139,7 @@ def test_the_snapshot_says_where_it_is_from() -> None:
 def test_known_prices_are_in_the_snapshot(
     infra: str, region: str, instance_type: str, expected: tuple[object, ...]
 ) -> None:
-    """Sums that were made by hand from the catalog's rows."""
+    """Some prices equal sums that were made by hand from the catalog's rows."""
     table = store.load_snapshot(infra)
     assert table is not None
     (row,) = [row for row in table.rows if (row.region, row.instance_type) == (region, instance_type)]
@@ -147,7 +147,7 @@ def test_known_prices_are_in_the_snapshot(
 
 
 def test_a_cloud_that_is_not_shipped_has_no_snapshot() -> None:
-    """Two clouds are; of the others SkyPilot alone knows."""
+    """The snapshot has two clouds; only SkyPilot has prices of the others."""
     assert store.load_snapshot("aws") is None
 
 
@@ -168,13 +168,13 @@ def test_a_cloud_that_is_not_shipped_has_no_snapshot() -> None:
 def test_an_offer_tells_boards_of_one_name_apart(
     infra: str, instance_type: str, accelerator: str, board: str | None
 ) -> None:
-    """SkyPilot calls PCIe and SXM boards alike; their peaks and links are not."""
+    """SkyPilot has one name for PCIe and SXM boards, but their peak rates and links differ."""
     offer = offer_of(A100._replace(infra=infra, instance_type=instance_type, accelerator=accelerator))
     assert offer is not None
     assert (offer.shape.board, offer.shape.accelerator) == (board, accelerator)
 
 
 def test_what_is_no_gpu_of_the_table_is_no_offer() -> None:
-    """TPUs and other makers' accelerators are rented out too, and cannot run this."""
+    """TPUs and other makers' accelerators are for rent too, but the trainer cannot use them."""
     assert offer_of(L4._replace(accelerator="tpu-v5e-8")) is None
     assert offer_of(L4._replace(accelerator="MI300X")) is None

@@ -1,4 +1,4 @@
-"""Log-probabilities of references that no run of a folder can use any more are shown, and go when somebody says so."""
+"""`checkpoints prune --references`: cached reference log-probabilities that no run needs are shown, and deleted with --yes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER = dpo("max_length=100")
 
 
 class Folder:
-    """A folder of runs, of which some keep log-probabilities of their reference."""
+    """A folder of runs, some of which have cached reference log-probabilities."""
 
     def __init__(self, uri: str, work: Path) -> None:
         self.uri = uri
@@ -36,7 +36,7 @@ class Folder:
         return bucket
 
     def keep(self, name: str, recipe: Recipe, *, days: float = 0.0) -> None:
-        """What a run keeps of the recipe's reference, since so many days."""
+        """Cache log-probabilities for the recipe's reference, with an age in days."""
         key = reference_key(recipe)
         shelved = open_cache(self.uri, key, run_id=name, attempt=1).put(*staged(self.work, 5))
         older = shelved.model_copy(update={"created": datetime.now(UTC) - timedelta(days=days)})
@@ -46,7 +46,7 @@ class Folder:
         return open_run(f"{self.uri}/reference", reference_key(recipe))
 
     def kept(self) -> list[str]:
-        """The runs that a manifest is left of."""
+        """Return the runs whose reference manifests still exist."""
         left = [key for bucket in cached_recipes(self.uri).values() for key in keys(bucket)]
         return sorted(Path(key).stem for key in left if key.endswith(".json") and key.count("/") == 1)
 
@@ -56,8 +56,8 @@ def folder(uri: str, tmp_path: Path) -> Folder:
     return Folder(uri, tmp_path / "work")
 
 
-def test_references_are_shown_first_and_go_only_when_told(folder: Folder, launcher: Type) -> None:  # noqa: F811
-    """Of a finished run and of one that is gone; the last run of a series keeps its for the next one."""
+def test_references_are_shown_first_and_deleted_only_with_yes(folder: Folder, launcher: Type) -> None:  # noqa: F811
+    """Old references of finished and deleted runs go; recent ones stay for the next run of a series."""
     folder.run("done", dpo(), done=True)
     folder.run("just-done", dpo(), done=True)
     folder.run("at-work", OTHER)
@@ -70,17 +70,17 @@ def test_references_are_shown_first_and_go_only_when_told(folder: Folder, launch
     assert "2 stay" in shown.out
     assert "add --yes" in shown.out
     assert {key: keys(bucket) for key, bucket in cached_recipes(folder.uri).items()} == before
-    told = launcher("prune", folder.uri, "--references", "--yes", "--json").json
-    assert [row["run"] for row in told["references"]] == ["done", "gone"]
-    assert (told["files"], told["kept"], told["deleted"]) == (6, 2, True)
-    assert {"fingerprint", "pairs", "created", "files", "bytes"} <= told["references"][0].keys()
+    output = launcher("prune", folder.uri, "--references", "--yes", "--json").json
+    assert [row["run"] for row in output["references"]] == ["done", "gone"]
+    assert (output["files"], output["kept"], output["deleted"]) == (6, 2, True)
+    assert {"fingerprint", "pairs", "created", "files", "bytes"} <= output["references"][0].keys()
     assert folder.kept() == ["at-work", "just-done"]
     assert not [key for key in keys(folder.shelf(dpo())) if "/done/" in key or "/gone/" in key]
     assert "nothing to delete; 2 stay" in launcher("prune", folder.uri, "--references", "--yes").out
 
 
 def test_a_run_that_has_just_begun_may_use_another_s(tmp_path: Path, launcher: Type) -> None:  # noqa: F811
-    """It keeps nothing yet, and its recipe says the same of model and data; of another one it does not."""
+    """A new run with the same model and data protects another run's reference; one with others does not."""
     folder = Folder(str(tmp_path / "runs"), tmp_path / "work")
     folder.run("done", dpo(), done=True)
     folder.keep("done", dpo(), days=300)
@@ -88,13 +88,13 @@ def test_a_run_that_has_just_begun_may_use_another_s(tmp_path: Path, launcher: T
     folder.run("begun", dpo("beta=0.5"))
     folder.run("lora", dpo("use_peft=true", "max_length=100"))
     folder.run("sft", load("zephyr-tiny/sft", ()).recipe)
-    told = launcher("prune", folder.uri, "--references", "--yes", "--json").json
-    assert [row["run"] for row in told["references"]] == ["gone"]
+    output = launcher("prune", folder.uri, "--references", "--yes", "--json").json
+    assert [row["run"] for row in output["references"]] == ["gone"]
     assert folder.kept() == ["done"]
 
 
-def test_older_than_is_what_is_said(tmp_path: Path, launcher: Type) -> None:  # noqa: F811
-    """In minutes, hours or days."""
+def test_older_than_takes_minutes_hours_or_days(tmp_path: Path, launcher: Type) -> None:  # noqa: F811
+    """`--older-than` takes minutes, hours or days."""
     folder = Folder(str(tmp_path / "runs"), tmp_path / "work")
     for name, days in (("a-day", 1.1), ("a-month", 31)):
         folder.run(name, dpo(), done=True)
@@ -104,12 +104,12 @@ def test_older_than_is_what_is_said(tmp_path: Path, launcher: Type) -> None:  # 
 
 
 @pytest.mark.parametrize("manifest", [None, b"nonsense"])
-def test_what_no_manifest_names_goes_when_nobody_can_be_uploading_it(
+def test_files_without_a_manifest_go_unless_a_running_run_may_upload_them(
     tmp_path: Path,
     launcher: Type,  # noqa: F811
     manifest: bytes | None,
 ) -> None:
-    """An upload that was cut short tells no age; that of a run at work is on its way."""
+    """Files without a manifest are deleted for a finished run, and stay for a running one, which may be uploading them."""
     folder = Folder(str(tmp_path / "runs"), tmp_path / "work")
     folder.run("done", dpo(), done=True)
     folder.run("at-work", dpo())
@@ -118,13 +118,13 @@ def test_what_no_manifest_names_goes_when_nobody_can_be_uploading_it(
         shelf.put(f"f/{name}/0001-000000009/logps.safetensors", b"values")
         if manifest is not None:
             shelf.put(f"f/{name}.json", manifest)
-    told = launcher("prune", folder.uri, "--references", "--yes", "--json").json
-    assert [(row["run"], row["created"]) for row in told["references"]] == [("done", None)]
+    output = launcher("prune", folder.uri, "--references", "--yes", "--json").json
+    assert [(row["run"], row["created"]) for row in output["references"]] == [("done", None)]
     assert {key.split("/")[1].removesuffix(".json") for key in keys(shelf)} == {"at-work"}
 
 
 def test_what_is_used_meanwhile_stays(tmp_path: Path) -> None:
-    """Between the question and the answer a run has begun, and another one has put something in place of its old."""
+    """A reference that a new run needs, or that was replaced, after the question is not deleted."""
     folder = Folder(str(tmp_path / "runs"), tmp_path / "work")
     for name, recipe in (("a", dpo()), ("b", OTHER)):
         folder.run(name, recipe, done=True)
@@ -138,7 +138,7 @@ def test_what_is_used_meanwhile_stays(tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_be_read_keeps_all(tmp_path: Path, launcher: Type) -> None:  # noqa: F811
-    """Nobody knows what it needs, unless it is finished."""
+    """If an unfinished run's record is unreadable, nothing is deleted, because its needs are unknown."""
     folder = Folder(str(tmp_path / "runs"), tmp_path / "work")
     folder.keep("gone", dpo(), days=300)
     strange = folder.run("strange", dpo())
@@ -151,11 +151,11 @@ def test_a_run_that_cannot_be_read_keeps_all(tmp_path: Path, launcher: Type) -> 
     assert folder.kept() == []
 
 
-def test_what_makes_no_sense_is_said(tmp_path: Path, launcher: Type) -> None:  # noqa: F811
-    """A run for a folder of runs, both kinds at once, neither, an age of checkpoints, an empty place."""
+def test_contradictory_options_are_errors(tmp_path: Path, launcher: Type) -> None:  # noqa: F811
+    """A run instead of a folder, contradictory or missing options, and an empty folder are errors."""
     folder = Folder(str(tmp_path / "runs"), tmp_path / "work")
     folder.run("done", dpo(), done=True)
-    for words, said in {
+    for words, message in {
         (f"{folder.uri}/done", "--references"): f"use {folder.uri}",
         (folder.uri, "--references", "--keep", "2"): "use `--keep N` for a run",
         (folder.uri,): "use `--keep N` for a run",
@@ -163,5 +163,5 @@ def test_what_makes_no_sense_is_said(tmp_path: Path, launcher: Type) -> None:  #
         (str(tmp_path / "nowhere"), "--references"): "no runs and no references",
     }.items():
         answer = launcher("prune", *words)
-        assert (answer.code, said in answer.err) == (2, True), answer.err
+        assert (answer.code, message in answer.err) == (2, True), answer.err
     assert not (tmp_path / "nowhere").exists()

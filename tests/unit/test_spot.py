@@ -1,4 +1,4 @@
-"""Expected hours on spot: against a simulation, at its limits, and in order."""
+"""Expected hours on spot: compared with a simulation, at the limits, and for monotonicity."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def expect(**changes: Any) -> SpotOutlook:
 
 
 def lived(choice: random.Random, run: dict[str, Any], interval_s: float) -> tuple[float, int]:
-    """Hours that one simulated run holds machines, and its preemptions; event by event, no formula."""
+    """Return the held hours and the preemptions of one simulated run, event by event, without the formula."""
     held, losses, committed = 0.0, 0, 0.0
     start = run["load_s"]
     while True:
@@ -74,7 +74,7 @@ def lived(choice: random.Random, run: dict[str, Any], interval_s: float) -> tupl
     ],
 )
 def test_the_formula_is_the_mean_of_simulated_runs(changes: dict[str, Any]) -> None:
-    """Machines with exponential lives, played event by event, hold as many hours as the closed form says."""
+    """The closed form equals the mean of simulated runs on machines with exponential lifetimes."""
     run = {**USUAL, **changes}
     expected = spot_expectation(**run)
     choice = random.Random(7)
@@ -97,7 +97,7 @@ def test_without_preemptions_a_run_takes_its_work_and_its_saves() -> None:
 
 
 def test_a_rate_near_zero_is_the_limit() -> None:
-    """The formula at a very small rate meets the case without preemptions."""
+    """At a very small rate the formula gives the result without preemptions."""
     none, hardly = expect(preemptions_per_h=0.0, interval_s=H), expect(preemptions_per_h=1e-9, interval_s=H)
     assert hardly.paid_hours == pytest.approx(none.paid_hours, rel=1e-6)
 
@@ -105,7 +105,7 @@ def test_a_rate_near_zero_is_the_limit() -> None:
 @given(runs, st.floats(1.0, 3.0))
 @settings(max_examples=150, deadline=None)
 def test_more_preemptions_are_never_cheaper(run: dict[str, Any], more: float) -> None:
-    """With the interval held, and with the best one, a higher rate never saves hours."""
+    """A higher rate never saves hours, with a fixed interval and with the best one."""
     worse = {**run, "preemptions_per_h": run["preemptions_per_h"] * more}
     held = {"interval_s": 900.0}
     assert spot_expectation(**worse, **held).paid_hours >= spot_expectation(**run, **held).paid_hours * (
@@ -118,7 +118,7 @@ def test_more_preemptions_are_never_cheaper(run: dict[str, Any], more: float) ->
 @given(runs, st.floats(1.0, 3.0))
 @settings(max_examples=150, deadline=None)
 def test_longer_work_never_takes_fewer_hours(run: dict[str, Any], more: float) -> None:
-    """Work added is time added."""
+    """More work never takes less time."""
     longer = spot_expectation(**{**run, "work_h": run["work_h"] * more}, interval_s=900.0)
     assert longer.hours >= spot_expectation(**run, interval_s=900.0).hours * (1 - 1e-7)
 
@@ -126,7 +126,7 @@ def test_longer_work_never_takes_fewer_hours(run: dict[str, Any], more: float) -
 @given(runs)
 @settings(max_examples=150, deadline=None)
 def test_hours_add_up(run: dict[str, Any]) -> None:
-    """Work, lost work, saves and starts are what is paid; with the waits they are the hours."""
+    """Work, lost work, saves and starts add up to the paid hours, and with the waits to all hours."""
     found = spot_expectation(**run)
     if math.isinf(found.hours):
         return
@@ -138,7 +138,7 @@ def test_hours_add_up(run: dict[str, Any]) -> None:
 @pytest.mark.parametrize("rate", [0.02, 0.1, 0.3, 1.0, 3.0])
 @pytest.mark.parametrize("save_s", [2.0, 30.0, 240.0])
 def test_the_interval_is_within_two_percent_of_the_best(rate: float, save_s: float) -> None:
-    """No interval that brute force finds, and that the upload allows, costs noticeably less."""
+    """No interval found by brute force costs over 2 % less, among those that leave time for the upload."""
     run = {**USUAL, "work_h": 100.0, "preemptions_per_h": rate, "save_s": save_s}
     chosen = spot_expectation(**run)
     least = spot.UPLOAD_SHARE
@@ -150,12 +150,12 @@ def test_the_interval_is_within_two_percent_of_the_best(rate: float, save_s: flo
 
 
 def test_young_s_estimate_is_where_losses_are_rare() -> None:
-    """For a save that is short beside the time between losses, the interval is the root of 2 x save x mean."""
+    """If a save is short compared with the time between preemptions, the interval is sqrt(2 x save x mean)."""
     assert daly(save_s=1.0, mean_s=1e6) == pytest.approx(math.sqrt(2e6), rel=0.002)
 
 
 def test_saves_never_come_faster_than_uploads_go() -> None:
-    """A free save and a slow bucket: uploads take at most half of the time."""
+    """With free saves and a slow bucket, uploads take at most half of the time."""
     assert best_interval(save_s=0.0, upload_s=600.0, preemptions_per_h=1.0) == 1200.0
 
 
@@ -166,7 +166,7 @@ def test_an_interval_is_never_longer_than_the_work() -> None:
 
 
 def test_a_notice_that_holds_a_save_keeps_the_work() -> None:
-    """With time to save and upload nothing is done twice; with a second less the notice is worth nothing."""
+    """With a notice long enough for save and upload no work is lost; with one second less it has no effect."""
     kept, late = expect(notice_s=105.0), expect(notice_s=104.0)
     assert kept.lost_h == pytest.approx(0.0, abs=0.05)
     assert late == expect()
@@ -174,21 +174,21 @@ def test_a_notice_that_holds_a_save_keeps_the_work() -> None:
 
 
 def test_a_machine_that_never_lasts_a_start_costs_without_end() -> None:
-    """Where a restart takes a hundred times a machine's life, the expectation says never, not an error."""
+    """If starts take far longer than machines live, the expectation is infinite, not an error."""
     never = expect(preemptions_per_h=2000.0)
     assert math.isinf(never.hours)
     assert math.isinf(never.paid_hours)
 
 
 def test_an_interval_becomes_save_steps() -> None:
-    """The nearest number of steps, at least one and no more than there are."""
+    """The interval becomes the nearest number of steps, at least 1 and at most all."""
     assert save_steps(600.0, step_s=11.0, total_steps=478) == 55
     assert save_steps(5.0, step_s=11.0, total_steps=478) == 1
     assert save_steps(1e9, step_s=11.0, total_steps=478) == 478
 
 
-def test_what_nobody_measured_says_so() -> None:
-    """A GPU with no trace borrows another's rates and names it; more zones shorten the wait."""
+def test_without_a_measurement_the_source_has_the_reason() -> None:
+    """A GPU without a trace uses the pooled rates, and the source has the reason; more zones shorten the wait."""
     unknown = market("gcp", "A100-80GB", count=8)
     assert "no published data for A100-80GB on gcp" in unknown.source
     assert market("aws", "V100").source.startswith("measured")
