@@ -59,7 +59,7 @@ def training_arguments(config_class: Any, job: Job) -> Any:
     for key, reason in REFUSED.items():
         if settings.get(key):
             raise RecipeError(f"`{key}` cannot be used: {reason}", hint=f"remove `{key}` from the recipe")
-    config = engine.config(job.recipe, job.fit, has_bf16=has_bf16(job.fit))
+    config = engine.config(job.recipe, job.fit, has_bf16=device_has_bf16(job.fit))
     settings = {**_defaults(settings, job.fit), **_fitted(job), **settings, **_owned(job)}
     settings |= engine.settings(config, job.fit)
     engine.start(job, config)
@@ -77,7 +77,7 @@ def training_arguments(config_class: Any, job: Job) -> Any:
 def _defaults(settings: dict[str, Any], fit: Fit) -> dict[str, Any]:
     """Return our defaults, which the recipe overrides. TRL's own default is bf16, even on hardware without it."""
     return {
-        "bf16": has_bf16(fit) and not settings.get("fp16"),
+        "bf16": device_has_bf16(fit) and not settings.get("fp16"),
         "report_to": "none",
         "per_device_eval_batch_size": fit.micro_batch,
         "ddp_find_unused_parameters": False,  # Transformers would search for them at every step if checkpointing is off
@@ -117,7 +117,7 @@ def _owned(job: Job) -> dict[str, Any]:
     return owned
 
 
-def has_bf16(fit: Fit) -> bool:
+def device_has_bf16(fit: Fit) -> bool:
     """Return whether the device computes in bfloat16 at full speed. For a CPU it is False: bfloat16 is slow there."""
     import torch
 

@@ -20,7 +20,7 @@ from trainer.files import write_atomically
 from trainer.job import Job
 from trainer.staged import STAGED_SUFFIX, Staged, mark_staged
 from trainer.worker import checkpoint_identity, engine
-from trainer.worker.arguments import has_bf16
+from trainer.worker.arguments import device_has_bf16
 from trainer.worker.checkpoint_identity import Identity
 from trainer.worker.supervisor_channel import Channel
 
@@ -44,7 +44,7 @@ class Progress(TrainerCallback):
         self._about = about
         self._samples = samples
         self._seen = TrainedTokens()
-        self._config = engine.config(job.recipe, job.fit, has_bf16=has_bf16(job.fit))
+        self._config = engine.config(job.recipe, job.fit, has_bf16=device_has_bf16(job.fit))
         self._pace = StepTimer()
         self._since = 0.0
 

@@ -51,9 +51,9 @@ def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
 def _keeps_float32(recipe: Recipe, fit: Fit) -> bool:
     if fit.use_cpu:
         return False
-    from trainer.worker.arguments import has_bf16
+    from trainer.worker.arguments import device_has_bf16
 
-    has_half = half_precision(recipe, has_bf16=has_bf16(fit)) is not None
+    has_half = half_precision(recipe, has_bf16=device_has_bf16(fit)) is not None
     return trains_in_float32(recipe, fit.engine, has_half=has_half)
 
 

@@ -29,7 +29,7 @@ from trainer.job import Job
 from trainer.memory.precision import half_precision
 from trainer.staged import Staged, mark_staged
 from trainer.worker import fsdp
-from trainer.worker.arguments import has_bf16
+from trainer.worker.arguments import device_has_bf16
 from trainer.worker.data import TokenizedDataset
 from trainer.worker.model_source import dtype_name
 from trainer.worker.sampling import Numbers, dealt, lengths_of, shuffled
@@ -147,7 +147,7 @@ def about(job: Job, tokens: TokenizedDataset, model: str) -> About:
     another shape keeps its values.
     """
     settings = job.recipe.trainer_args
-    half = half_precision(job.recipe, has_bf16=has_bf16(job.fit))
+    half = half_precision(job.recipe, has_bf16=device_has_bf16(job.fit))
     return About(
         model=model,
         data=tokens.fingerprint,
