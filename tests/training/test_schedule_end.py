@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.training.jobs import Trained
+from trainer.estimate.batch import count_steps
 from trainer.estimate.workload import Workload
 
 BATCH, RATE, LENGTH, ROWS = 4, 1e-3, 128, 24
