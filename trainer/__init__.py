@@ -1,1 +1,1 @@
-"""What runs on the machine that trains: the contract with the launcher, the supervisor, the worker."""
+"""The program on the machine that trains: the contract with the launcher, the supervisor, and the worker."""

@@ -18,11 +18,11 @@ from trainer.options import BUDGET_USD, DEADLINE_H, DurationParam
 from trainer.supervisor.preemption import Notice
 
 TASK_ID_VARIABLE = "SKYPILOT_TASK_ID"
-"""The same across the recoveries of a managed job, so it names the run (SkyPilot 0.14.1)."""
+"""SkyPilot 0.14.1 keeps its value across the recoveries of a managed job, so it names the run."""
 
 
 class Options(NamedTuple):
-    """The options of `run`, as click hands them over."""
+    """The options of the `run` command."""
 
     checkpoints: str
     run_id: str | None
@@ -34,42 +34,44 @@ class Options(NamedTuple):
 
 @click.group()
 def main() -> None:
-    """Trains a recipe, checkpointed to a bucket, so that another machine can go on."""
+    """Train a recipe with checkpoints in a bucket, so that another machine can resume the run."""
 
 
 @main.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--checkpoints", required=True, help="Where runs live: gs://…, s3://… or a folder.")
-@click.option("--run-id", help="The run's name in there.  [default: the managed job's, or recipe and digest]")
+@click.option("--checkpoints", required=True, help="Folder of all runs: gs://…, s3://… or a local folder.")
+@click.option(
+    "--run-id", help="Name of the run in that folder.  [default: the managed job's, or recipe and digest]"
+)
 @click.option("--work", type=click.Path(path_type=Path), help="Scratch folder on this machine.")
 @click.option(
     "--staging",
     type=click.Choice(["auto", "tmpfs", "disk"]),
     default="auto",
     show_default=True,
-    help="Where checkpoints wait for their upload: memory if there is room for three, or --work's disk.",
+    help="Where checkpoints wait for upload: memory if three of them fit, or the disk of --work.",
 )
 @click.option(
     "--budget",
     envvar=BUDGET_USD,
     type=click.FloatRange(min=0, min_open=True),
     metavar="USD",
-    help="Of all attempts together: when it is used up, the run saves and stops.",
+    help="The most that all attempts may cost. The run saves and stops when it is used up.",
 )
 @click.option(
     "--deadline",
     envvar=DEADLINE_H,
     type=DurationParam(),
     metavar="TIME",
-    help="90m, 24h, 2d since the first attempt began: likewise.",
+    help="Time since the start of the first attempt (90m, 24h, 2d) after which the run saves and stops.",
 )
 def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
-    """Start RECIPE (a file, or a name such as zephyr-tiny/dpo), or go on with its run.
+    """Start or resume the run of RECIPE, a file or a name such as zephyr-tiny/dpo.
 
     Exit codes: 0 done; 75 preempted or the infrastructure failed, start it again; 77 a newer attempt
-    owns the run; 78 the recipe, data or bucket is wrong; 79 the budget or the deadline is used up, what there
-    is is saved; else a bug.
+    owns the run; 78 the recipe, data or bucket is wrong; 79 the budget or the deadline is used up and the progress
+    is saved; any other code is a bug.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
@@ -87,28 +89,32 @@ def run(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
 @main.command()
 @click.argument("uri")
 @click.option(
-    "--step", type=int, help="Of a checkpoint.  [default: the final model, or the newest checkpoint]"
+    "--step",
+    type=int,
+    help="Step of the checkpoint to export.  [default: the final model, or the newest checkpoint]",
 )
-@click.option("--merge", is_flag=True, help="An adapter into the base that it was trained on, as one model.")
+@click.option("--merge", is_flag=True, help="Merge an adapter into its base model.")
 @click.option(
-    "--into", type=click.Path(path_type=Path), help="Folder to make.  [default: the run's name, here]"
+    "--into",
+    type=click.Path(path_type=Path),
+    help="Folder to create.  [default: the run's name, in the current folder]",
 )
-@click.option("--push", metavar="ORG/NAME", help="Upload it to the Hub, with the token of $HF_TOKEN.")
-@click.option("--private", is_flag=True, help="The Hub's repository, if it has to be made.")
-def export(uri: str, **wishes: Any) -> None:
-    """Make a model for others of the run at URI: safetensors, tokenizer, configs, model card; no GPU is needed."""
+@click.option("--push", metavar="ORG/NAME", help="Upload the model to the Hub, with the token in $HF_TOKEN.")
+@click.option("--private", is_flag=True, help="Make the Hub's repository private, if it is created.")
+def export(uri: str, **options: Any) -> None:
+    """Export the model of the run at URI: safetensors, tokenizer, configs and model card. Needs no GPU."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     from trainer.supervisor.export import ExportRequest, export
 
     try:
-        click.echo(export(uri, ExportRequest(**wishes)))
+        click.echo(export(uri, ExportRequest(**options)))
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
 
 
 def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Notice) -> ExitCode:
-    # Imported here so that `--help` and a signal in the first moments are answered at once.
+    # Imported late, so that `--help` and early signals are handled at once.
     from trainer.accounting import Limits
     from trainer.recipe import default_run_id, load
     from trainer.supervisor.attempt import RunRequest
@@ -136,10 +142,10 @@ def _run(recipe: str, overrides: tuple[str, ...], options: Options, notice: Noti
 
 
 def work_folder(run_id: str, checkpoints: str) -> str:
-    """Its name: that of a run in one place, however its address is written and wherever a relative one begins.
+    """Return the name of a run's work folder. All spellings of the checkpoints address give the same name.
 
     Raises:
-        BucketError: it is no address.
+        BucketError: `checkpoints` is not a valid address.
     """
     from trainer.bucket.address import parse
 

@@ -1,4 +1,4 @@
-"""Full disks: how to know one by the error that it gives, and what to say of it."""
+"""Full disks: how their errors are recognised, and what users are shown."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from trainer.staged import STAGED_SUFFIX
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 SIGNS = (
-    "No space left on device",  # safetensors, which raises an error of its own
+    "No space left on device",  # safetensors raises an error type of its own
     "Disk quota exceeded",
     "basic_ios::clear: iostream error",  # torch.save to a path
     "PytorchStreamWriter failed writing",
 )
 BALLAST = "ballast"
-"""A file in the work folder that is removed when the disk is full, so that the outcome can be written."""
+"""A file in the work folder that reserves space. It is removed when the disk is full, so that the outcome can be
+written."""
 BALLAST_BYTES = 256 * 1024
-HINT = "what was committed is safe; free some space, give `--work` a larger disk, or choose `--staging`"
+HINT = "committed checkpoints are safe; free some space, give `--work` a larger disk, or choose `--staging`"
 
 
 def is_full(error: BaseException) -> bool:
@@ -34,9 +35,10 @@ def is_full(error: BaseException) -> bool:
 
 
 def no_room(job: Job, error: BaseException) -> Outcome | None:
-    """The outcome of a worker that ran out of room; room for it is made by removing what it was writing.
+    """Return the outcome of a worker whose disk is full, and free space for it by removing unfinished checkpoints.
 
-    None if the error says something else.
+    Returns:
+        None if the error is about something else.
     """
     if not is_full(error):
         return None
@@ -50,28 +52,29 @@ def no_room(job: Job, error: BaseException) -> Outcome | None:
 
 
 def reserve_disk(work: Path) -> None:
+    """Write the file that reserves space for an outcome."""
     (work / BALLAST).write_bytes(bytes(BALLAST_BYTES))
 
 
 def _remove_unfinished(staging: Path) -> int:
-    """Remove what no marker names; the bytes that it held."""
+    """Remove the folders in staging that have no marker, and return their size in bytes."""
     unfinished = [
         path
         for path in staging.iterdir()
         if path.is_dir() and not (staging / f"{path.name}{STAGED_SUFFIX}").exists()
     ]
-    held = sum(path.stat().st_size for folder in unfinished for path in folder.rglob("*") if path.is_file())
+    freed = sum(path.stat().st_size for folder in unfinished for path in folder.rglob("*") if path.is_file())
     for folder in unfinished:
         shutil.rmtree(folder, ignore_errors=True)
-    return held
+    return freed
 
 
 @contextmanager
 def room_in(folder: Path) -> Iterator[None]:
-    """Turn a full disk into words.
+    """Convert the error of a full disk.
 
     Raises:
-        NoRoom: names the folder and what is free there.
+        NoRoom: names the folder and its free space.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The errors a user can mend, and the exit codes that a managed job reads."""
+"""Errors that users can fix, and the exit codes that a managed job reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of `python -m trainer run`; the launcher exits with `USAGE` for what a user can mend."""
+    """Exit codes of `python -m trainer run`. The launcher exits with `USAGE` for errors that users can fix."""
 
     DONE = 0
     BUG = 1
@@ -15,17 +15,17 @@ class ExitCode(IntEnum):
     RECOVER = 75
     """Preempted, or the infrastructure failed: start the run again (`EX_TEMPFAIL`)."""
     SUPERSEDED = 77
-    """A newer attempt owns the run: neither recover nor retry this one (`EX_NOPERM`)."""
+    """A newer attempt owns the run: neither recover nor retry this attempt (`EX_NOPERM`)."""
     CONFIG = 78
     """The recipe, the data or the bucket's address is wrong: a retry cannot help (`EX_CONFIG`)."""
     LIMIT = 79
-    """The run's budget or deadline is used up, and its work is saved: nobody goes on without a higher one."""
+    """The run's budget or deadline is used up, and its progress is saved. Resume it with a higher limit."""
 
 
 class UserError(Exception):
-    """What a user can mend: what happened with its values, and the way out.
+    """An error that users can fix: what happened with its values, and a hint what to do.
 
-    Becomes text in one place, the command line; anything else is a bug and keeps its traceback.
+    Only the command line turns it into text. Any other exception is a bug and keeps its traceback.
     """
 
     exit_code = ExitCode.CONFIG
@@ -44,7 +44,7 @@ class RecipeError(UserError):
 
 
 class DataError(UserError):
-    """A data set that is missing, empty, or in a form that cannot be read."""
+    """A data set that is missing, empty, or in an unknown format."""
 
 
 class ModelError(UserError):
@@ -52,27 +52,27 @@ class ModelError(UserError):
 
 
 class BucketError(UserError):
-    """A bucket that is not there, that refuses us, or that is written by nobody we know."""
+    """A bucket that does not exist, refuses access, or has unknown content."""
 
 
 class NoFit(UserError):
-    """A recipe that cannot run on the shape at hand."""
+    """A recipe that does not fit on the given machines."""
 
 
 class Unavailable(UserError):
-    """The store, or the network to it, failed for longer than we retry: the run can be recovered."""
+    """The store, or the network to it, failed for longer than the retries last. The run can be recovered."""
 
     exit_code = ExitCode.RECOVER
 
 
 class NoRoom(UserError):
-    """This machine's disk or memory cannot hold what the run has to put there; another machine's may."""
+    """This machine's disk or memory is too small for the run's files. Another machine's may be large enough."""
 
     exit_code = ExitCode.RECOVER
 
 
 class Superseded(UserError):
-    """A newer attempt has claimed the run; this one must neither commit nor delete."""
+    """A newer attempt has claimed the run. This attempt must neither commit nor delete."""
 
     exit_code = ExitCode.SUPERSEDED
 

@@ -1,11 +1,11 @@
-"""What the supervisor and its workers tell each other, as files in the attempt's work folder.
+"""The interface between the supervisor and its workers: files in the attempt's work folder.
 
-The supervisor knows nothing of the training program beyond this: it writes `job.json`, starts the
-program with that path as its only argument, and watches the folder. Any program that reads the
-job, writes checkpoint folders under `staging/` and drops a marker beside each can run under it.
+The supervisor writes `job.json`, starts the training program with that path as its only argument, and watches the
+folder. It knows nothing else about the program. Any program can run under it that reads the job, writes checkpoint
+folders under `staging/`, and writes a marker beside each complete one.
 
     job.json                        what to do                          supervisor -> worker
-    steps.jsonl                     what happens, a JSON object a line  worker -> supervisor
+    steps.jsonl                     events, one JSON object per line  worker -> supervisor
     staging/checkpoint-100/         a checkpoint being written          worker
     staging/checkpoint-100.staged   it is complete: upload it           worker -> supervisor
     outcome.json                    how it ended                        worker -> supervisor
@@ -34,15 +34,15 @@ class Job(BaseModel):
     recipe: Recipe
     fit: Fit
     work: Path
-    """The attempt's own folder; gone when the attempt ends."""
+    """The attempt's own folder, which is deleted when the attempt ends."""
     model: str | None
     """Local folder, GGUF file or Hub id to load instead of the recipe's; None with `init: tiny`."""
     resume_from: Path | None
-    """A restored checkpoint, already verified; None to start at step 0."""
+    """Folder of a restored and verified checkpoint; None to start at step 0."""
     reference: Path | None = None
-    """Folder with what the bucket keeps of the reference's log-probabilities, a folder each, the best first."""
+    """Folder with cached log-probabilities of the reference, one subfolder per cache entry, the best first."""
     report_id: str = ""
-    """Tells this run from others of its name, elsewhere or earlier."""
+    """Distinguishes this run in trackers from other runs with the same name, in other buckets or earlier."""
 
     @property
     def staging(self) -> Path:
@@ -50,7 +50,7 @@ class Job(BaseModel):
 
     @property
     def reports(self) -> Path:
-        """What W&B and TensorBoard write; copied to the bucket."""
+        """Folder for the files of W&B and TensorBoard, which are copied to the bucket."""
         return self.work / "reports"
 
     @property
@@ -63,23 +63,23 @@ class Job(BaseModel):
 
 
 class Publish(BaseModel):
-    """A committed checkpoint, or the final model, to be made a model for others."""
+    """The task to export a committed checkpoint, or the final model, for publication."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     job: Job
-    """Of the run; its base is found by it."""
+    """A job of the run; it locates the base model."""
     source: Path
     """Folder of the verified checkpoint or final model."""
     step: int
     merge: bool
-    """An adapter into its base."""
+    """Whether to merge an adapter into its base model."""
     card: str
     """Text of README.md."""
     into: Path
-    """Folder that appears when all is there."""
+    """Folder to create; it appears when it is complete."""
     push: str | None = None
-    """Repository of the Hub to upload it to."""
+    """Repository on the Hub to upload to."""
     private: bool = False
 
     @property
@@ -88,25 +88,25 @@ class Publish(BaseModel):
 
 
 class Outcome(BaseModel):
-    """How the workers ended. An exit code is a number without a message, so the truth is in this file."""
+    """How the workers ended. This file replaces their exit codes, which have no message."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     status: Literal["done", "preempted", "user_error", "no_room", "unavailable"]
-    """`no_room`: the staging folder's disk or memory is full; another machine may do better. `unavailable`: the Hub does
-    not answer or a GPU failed, which a later try or another machine may do without.
+    """`no_room`: the disk or memory of the staging folder is full, and another machine's may be larger. `unavailable`: the
+    Hub does not answer or a GPU failed, and a later try or another machine may succeed.
     """
     message: str = ""
     hint: str | None = None
 
     @property
     def explains(self) -> bool:
-        """It says why a rank failed, which the codes of those that waited for it do not."""
+        """Whether it names the cause of a failure. The exit codes of the other ranks, which only waited, do not."""
         return self.status in ("user_error", "no_room", "unavailable")
 
 
 class Tail:
-    """The lines that were added to a file since the last look; a line in the making waits."""
+    """Reads the lines that were added to a file since the last call. An unfinished line is left for a later call."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -118,6 +118,6 @@ class Tail:
         with self._path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return whole.decode().splitlines()
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return complete.decode().splitlines()

@@ -1,4 +1,4 @@
-"""`run.json`: what a run trains, written once; and what its earlier attempts came to."""
+"""The record of a run, `run.json`, which is written once; and the events of its earlier attempts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.recipe import Recipe
 
 
 class RunRecord(BaseModel):
-    """The run's identity; every attempt must agree with it."""
+    """The run's identity. Every attempt must have the same recipe."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,10 +29,10 @@ class RunRecord(BaseModel):
 
 
 def write_or_compare(bucket: Bucket, run_id: str, recipe: Recipe, notes: tuple[str, ...]) -> None:
-    """Write `run.json`, or see that the run is of the same recipe.
+    """Write `run.json`, or check that the existing one has the same recipe.
 
     Raises:
-        RecipeError: the run was started with another recipe; names what differs.
+        RecipeError: the run was started with another recipe; the message names the differences.
     """
     mine = RunRecord(
         run_id=run_id,
@@ -49,29 +49,29 @@ def write_or_compare(bucket: Bucket, run_id: str, recipe: Recipe, notes: tuple[s
         return
     raise RecipeError(
         f"run {run_id} was started with another recipe: {'; '.join(theirs.recipe.differences(recipe))}",
-        hint="give this one another run id, or start it with the recipe that the run began with",
+        hint="choose another run id, or use the recipe that the run was started with",
     )
 
 
 def read(bucket: Bucket) -> RunRecord:
-    """What the run trains.
+    """Return the record of the run.
 
     Raises:
-        FileNotFoundError: the run has not begun.
+        FileNotFoundError: no attempt has started the run.
     """
     return RunRecord.model_validate_json(bucket.get(RUN_KEY))
 
 
 def report_id(bucket: Bucket) -> str:
-    """By which a tracker tells this run from others of its name."""
+    """Return an id by which trackers distinguish this run from others with the same name."""
     return f"{bucket.uri} {read(bucket).created.isoformat()}"
 
 
 def fruitless_attempts(bucket: Bucket, attempt: int) -> int:
-    """How many attempts just before `attempt` died in a row without committing a checkpoint."""
+    """Return how many consecutive attempts just before `attempt` failed without committing a checkpoint."""
     count = 0
     for number in range(attempt - 1, 0, -1):
-        events = parse(bucket.get_or_none(events_key(number)) or b"")
+        events = _read_events(bucket, number)
         if not of_kind(events, "failed") or of_kind(events, "committed"):
             break
         count += 1
@@ -79,17 +79,24 @@ def fruitless_attempts(bucket: Bucket, attempt: int) -> int:
 
 
 def last_commits(bucket: Bucket, attempt: int, *, attempts: int = 3) -> list[Event]:
-    """The events of the last attempt before `attempt` that committed a checkpoint, if it is a recent one."""
+    """Return the events of the newest attempt that committed a checkpoint.
+
+    Only the last `attempts` attempts before `attempt` are read.
+    """
     for number in range(attempt - 1, max(0, attempt - 1 - attempts), -1):
-        events = parse(bucket.get_or_none(events_key(number)) or b"")
+        events = _read_events(bucket, number)
         if of_kind(events, "committed"):
             return events
     return []
 
 
 def events_before(bucket: Bucket, attempt: int) -> list[list[Event]]:
-    """The events of each attempt before `attempt`, in their order."""
-    return [parse(bucket.get_or_none(events_key(number)) or b"") for number in range(1, attempt)]
+    """Return the events of each attempt before `attempt`, in order."""
+    return [_read_events(bucket, number) for number in range(1, attempt)]
+
+
+def _read_events(bucket: Bucket, attempt: int) -> list[Event]:
+    return parse(bucket.get_or_none(events_key(attempt)) or b"")
 
 
 def _own_version() -> str:

@@ -1,4 +1,4 @@
-"""Staged checkpoints: complete folders on the local disk that wait for their upload."""
+"""Staged checkpoints: complete folders on the local disk or in memory that wait for upload."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from trainer.files import write_atomically
 
 STAGED_SUFFIX = ".staged"
 IDENTITY_FILE = "aeolus.json"
-"""The file of a checkpoint that tells which model, data and packages it belongs to."""
+"""The file of a checkpoint that identifies its model, data and package versions."""
 
 
 class Staged(BaseModel):
-    """The marker beside a complete folder in staging; written last, by rename."""
+    """The marker beside a complete folder in staging. It is written last and atomically."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,21 +24,22 @@ class Staged(BaseModel):
     """Name of the folder beside the marker."""
     step: int
     kind: Literal["checkpoint", "final", "reference"] = "checkpoint"
-    """`reference`: log-probabilities of DPO's reference, which outlive the run; a later one replaces an earlier."""
+    """`reference`: log-probabilities of DPO's reference, which outlive the run. A later one replaces an earlier one."""
     stall_s: float = 0.0
     """Seconds that training stood still while the folder was written."""
     details: dict[str, Any] = {}
-    """What the manifest keeps beside the files: world size, engine, data digest."""
+    """Facts for the manifest: world size, engine, data digest."""
 
 
 def mark_staged(staging: Path, staged: Staged) -> None:
+    """Mark a folder in staging as complete."""
     write_atomically(staging / f"{staged.folder}{STAGED_SUFFIX}", staged.model_dump_json())
 
 
 def pending(staging: Path) -> list[Staged]:
-    """Complete folders that wait for upload or are being uploaded, by step."""
+    """Return the markers of complete folders that wait for upload or are being uploaded, by step."""
     found = []
     for path in staging.glob(f"*{STAGED_SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError):  # uploaded, and removed since we looked
+        with contextlib.suppress(FileNotFoundError):  # uploaded and removed since the listing
             found.append(Staged.model_validate_json(path.read_text()))
     return sorted(found, key=lambda staged: (staged.step, staged.kind == "final", staged.folder))

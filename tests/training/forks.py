@@ -14,7 +14,7 @@ import pytest
 
 from tests.training.forked import ADDRESS_VARIABLE, PROGRAM_VARIABLE
 from trainer.job import Job
-from trainer.parent_death import leashed
+from trainer.parent_death import killed_with_parent
 from trainer.supervisor.workers import PROGRAM, Workers, environment
 
 OF_ONE = {
@@ -50,6 +50,8 @@ def _address(job: Job) -> bytes:
             listener.bind("")  # in Linux' abstract namespace, which leaves no file
             listener.listen()
             command = [sys.executable, "-m", "tests.training.warm", str(listener.fileno())]
-            started = subprocess.Popen(leashed(command), env=variables, pass_fds=[listener.fileno()])
+            started = subprocess.Popen(
+                killed_with_parent(command), env=variables, pass_fds=[listener.fileno()]
+            )
             _warm[key] = started, listener.getsockname()
     return _warm[key][1]

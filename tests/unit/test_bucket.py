@@ -111,7 +111,7 @@ def test_a_bucket_that_is_not_there_is_said_at_once(s3: str) -> None:
     """A wrong name is no reason to wait."""
     with pytest.raises(BucketError, match="NoSuchBucket") as caught:
         open_run(s3.replace("test-", "none-"), "run")
-    assert "make it" in str(caught.value)
+    assert "create it" in str(caught.value)
 
 
 @pytest.mark.parametrize(

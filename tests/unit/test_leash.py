@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 HOLDER = """
 import subprocess, sys, time
-from trainer.parent_death import leashed
-child = subprocess.Popen(leashed([sys.executable, "-c", "import time; time.sleep(600)"]))
+from trainer.parent_death import killed_with_parent
+child = subprocess.Popen(killed_with_parent([sys.executable, "-c", "import time; time.sleep(600)"]))
 print(child.pid, flush=True)
 time.sleep(600)
 """

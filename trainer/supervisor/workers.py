@@ -19,7 +19,7 @@ import psutil
 
 from trainer.errors import UserError
 from trainer.job import Job
-from trainer.parent_death import leashed
+from trainer.parent_death import killed_with_parent
 
 PYTHON_VARIABLE = "AEOLUS_TRAINER_PYTHON"
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -167,7 +167,8 @@ class Workers:
         at = at or (choose_rendezvous() if job.fit.engine != "single" else DEFAULT_RENDEZVOUS)
         self._ranks = [
             subprocess.Popen(
-                leashed(command(job_file, python, program)), env=environment(job, local_rank=rank, at=at)
+                killed_with_parent(command(job_file, python, program)),
+                env=environment(job, local_rank=rank, at=at),
             )
             for rank in range(job.fit.processes_per_node)
         ]
