@@ -4,7 +4,7 @@ import sys
 
 try:
     from launcher.cli import main
-except ModuleNotFoundError as error:  # the first thing that somebody types is often typed before `make setup`
+except ModuleNotFoundError as error:  # the first command is often typed before `make setup`
     if str(error.name).startswith(("launcher", "trainer")):
         raise
     print(  # noqa: T201 (click is what is missing)

@@ -1,1 +1,1 @@
-"""What the launcher wants of a cloud, and SkyPilot, which has it."""
+"""The backends that run jobs: SkyPilot, this machine, and a stand-in for tests."""

@@ -1,7 +1,8 @@
-"""SkyPilot, the only file that imports it, and only when asked: `import sky` takes some 7 s of CPU.
+"""The SkyPilot backend and its price catalogs.
 
-Written against 0.14.1. Its wheel holds no prices: it downloads each cloud's catalog at first use, and again
-when it is older than 7 hours (`sky/catalog/common.py`, `read_catalog`).
+This is the only file that imports SkyPilot. The imports are inside functions, because `import sky` takes about 7 s
+of CPU. The code is written for 0.14.1. SkyPilot's wheel contains no prices: it downloads the catalog of a cloud at
+the first use, and again when it is older than 7 hours (`sky/catalog/common.py`, `read_catalog`).
 """
 
 from __future__ import annotations
@@ -47,48 +48,48 @@ PRICED = (
     "yotta",
 )
 UNPRICED = ("kubernetes", "slurm", "ssh", "vsphere")
-"""What one owns: SkyPilot knows it, and no catalog has a price for it. With `PRICED`, all of SkyPilot's clouds
-(`sky.skylet.constants.ALL_CLOUDS`)."""
+"""Infrastructure that the user owns, so that no catalog has a price for it. `PRICED` and `UNPRICED` together are all
+of SkyPilot's clouds (`sky.skylet.constants.ALL_CLOUDS`)."""
 FAULTS = (OSError, ImportError, LookupError, ValueError, AssertionError, AttributeError)
-"""What a catalog fails with: the network (requests' errors are OSErrors), a cloud's missing package, and rows
-that SkyPilot or pandas did not expect."""
+"""Errors of a catalog: the network (the errors of requests are OSErrors), a missing package of a cloud, or rows that
+SkyPilot or pandas did not expect."""
 
 
 class Fetched(NamedTuple):
-    """A cloud's catalog, and what SkyPilot warned of while it was read."""
+    """The catalog of a cloud, and SkyPilot's warnings while it was read."""
 
     rows: tuple[CatalogRow, ...]
     warnings: tuple[str, ...] = ()
 
 
 def _fetch(infra: str) -> Fetched:
-    """A cloud's catalog.
+    """Return the catalog of a cloud.
 
     Raises:
-        UserError: SkyPilot or what it needs for this cloud is not installed.
+        UserError: SkyPilot, or a package that it needs for this cloud, is not installed.
         Unavailable: the catalog cannot be downloaded or read.
     """
     try:
         from sky import catalog
     except ImportError as error:
         raise UserError(f"SkyPilot is not installed: {error}", hint=INSTALL) from None
-    except OSError as error:  # it makes folders in the home as it is imported
+    except OSError as error:  # its import makes folders in the home folder
         raise Unavailable(f"SkyPilot cannot start: {error}") from None
-    with _overheard() as warnings:
+    with _captured_log() as warnings:
         try:
             rows = _rows(infra, catalog)
         except FAULTS as error:
-            said = "; ".join(dict.fromkeys(warnings)) or f"{type(error).__name__}: {error}"
-            raise Unavailable(f"SkyPilot has no prices for {infra}: {said}") from None
+            reason = "; ".join(dict.fromkeys(warnings)) or f"{type(error).__name__}: {error}"
+            raise Unavailable(f"SkyPilot has no prices for {infra}: {reason}") from None
     return Fetched(rows, tuple(dict.fromkeys(warnings)))
 
 
 def catalogs(
     infras: Sequence[str], *, timeout_s: float = 120.0, fetch: Callable[[str], Fetched] = _fetch
 ) -> Mapping[str, Fetched | UserError]:
-    """What SkyPilot's catalogs have of machines with GPUs, by cloud; an error where one could not be had.
+    """Return the machines with GPUs in SkyPilot's catalogs, by cloud, or the error of a cloud.
 
-    SkyPilot's downloads have no timeout of their own, so they run in a thread that is left behind if they hang.
+    SkyPilot's downloads have no timeout, so they run in a thread that is abandoned if they hang.
     """
     found: dict[str, Fetched | Exception] = {}
     thread = threading.Thread(target=_fetch_all, args=(tuple(infras), fetch, found), daemon=True)
@@ -110,7 +111,7 @@ def _fetch_all(
     for infra in infras:
         try:
             found[infra] = fetch(infra)
-        except Exception as error:  # noqa: BLE001 (the thread's caller raises it, unless it is the user's to mend)
+        except Exception as error:  # noqa: BLE001 (the thread's caller raises it, unless it is a UserError)
             found[infra] = error
 
 
@@ -119,12 +120,12 @@ def _rows(infra: str, catalog: Any) -> tuple[CatalogRow, ...]:
     infos = [info for group in listed.values() for info in group]
     rows = [row for info in infos if (row := _row(infra, info))]
     if len(rows) < len(infos):
-        log.debug("%s: %d of %d entries are no whole machine", infra, len(infos) - len(rows), len(infos))
+        log.debug("%s: %d of %d entries are not whole machines", infra, len(infos) - len(rows), len(infos))
     return tuple(rows + (_other_hosts(rows, catalog) if infra == "gcp" else []))
 
 
 def _row(infra: str, info: Any) -> CatalogRow | None:
-    """An entry of SkyPilot's; None without cores, memory or price, or with a share of a GPU."""
+    """Return SkyPilot's entry as a row; None if it has no cores, memory or price, or only a share of a GPU."""
     price, spot = _number(info.price), _number(info.spot_price)
     cores, memory, count = _number(info.cpu_count), _number(info.memory), _number(info.accelerator_count)
     if (
@@ -147,10 +148,10 @@ def _row(infra: str, info: Any) -> CatalogRow | None:
 
 
 def _other_hosts(rows: Sequence[CatalogRow], catalog: Any) -> list[CatalogRow]:
-    """GCP's other hosts for the same GPUs: SkyPilot lists the cheapest alone, whose memory may not do.
+    """Return GCP's other hosts for the same GPUs. SkyPilot lists only the cheapest, whose memory may be too small.
 
-    An L4 comes with 16 to 128 GiB of host memory (`g2-standard-4` to `-32`). GCP prices host and accelerator
-    apart; the sum is SkyPilot's own (`sky/catalog/gcp_catalog.py`, `list_accelerators`).
+    An L4 comes with 16 to 128 GiB of host memory (`g2-standard-4` to `-32`). GCP has separate prices for host and
+    accelerator; they are added as SkyPilot does it (`sky/catalog/gcp_catalog.py`, `list_accelerators`).
     """
     from sky.catalog import gcp_catalog
 
@@ -179,29 +180,29 @@ def _gcp_price(row: CatalogRow, catalog: Any, *, use_spot: bool) -> float | None
     where = {"region": row.region, "zone": None, "clouds": "gcp"}
     try:
         host = catalog.get_hourly_cost(row.instance_type, use_spot=use_spot, **where)
-    except ValueError:  # SkyPilot's word for a host that has no such price there
+    except ValueError:  # raised if the host has no such price in this region
         return None
     gpus = catalog.get_accelerator_hourly_cost(row.accelerator, row.gpus, use_spot=use_spot, **where)
     return _number(host + gpus)
 
 
 def _number(value: Any) -> float | None:
-    """A float of pandas', or None for its NaN; without the dust of sums."""
+    """Return a pandas float without the rounding errors of sums; None for NaN."""
     return None if value is None or math.isnan(value) else round(float(value), 6)
 
 
 @contextlib.contextmanager
-def _overheard() -> Iterator[list[str]]:
-    """What SkyPilot logs goes into the list: its own handler prints to stdout, which may be our JSON."""
-    logger, heard = logging.getLogger("sky"), _Listener()
-    handlers, logger.handlers = logger.handlers, [heard]
+def _captured_log() -> Iterator[list[str]]:
+    """Collect SkyPilot's log in a list. Its own handler prints to stdout, which may carry our JSON."""
+    logger, collector = logging.getLogger("sky"), _WarningCollector()
+    handlers, logger.handlers = logger.handlers, [collector]
     try:
-        yield heard.warnings
+        yield collector.warnings
     finally:
         logger.handlers = handlers
 
 
-class _Listener(logging.Handler):
+class _WarningCollector(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.warnings: list[str] = []
@@ -221,11 +222,11 @@ JOB_FIELDS = (
     "cloud",
     "region",
 )
-"""Of a managed job's record (`sky/schemas/api/responses.py`); all of them would bring its YAML along."""
+"""Fields of a managed job's record (`sky/schemas/api/responses.py`) to ask for; the full record includes its YAML."""
 
 
 class SkyPilot:
-    """SkyPilot's API server through its Python SDK; the server is started by the SDK where it is local and down."""
+    """Implements `Cloud` with SkyPilot's Python SDK. The SDK starts a local API server that is not running."""
 
     polls = False
 
@@ -251,11 +252,11 @@ class SkyPilot:
         return int(job_ids[0] if isinstance(job_ids, Sequence) else job_ids)
 
     def enabled(self, infra: Sequence[str]) -> Mapping[str, str | None]:
-        said: list[str] = []
+        report: list[str] = []
         with _asking(f"check {', '.join(infra)}") as sky:
             request = sky.client.sdk.check(tuple(infra), verbose=False)  # `sky.check` is a module
-            found = sky.stream_and_get(request, output_stream=LineStream(said.append))
-        return enabled_of(found, infra, said)
+            found = sky.stream_and_get(request, output_stream=LineStream(report.append))
+        return enabled_of(found, infra, report)
 
     def jobs(self, names: Sequence[str] | None = None) -> Mapping[str, JobStatus]:
         with _asking("list managed jobs") as sky:
@@ -273,12 +274,12 @@ class SkyPilot:
             return {record.name: of_cluster(record, _job_on(sky, record)) for record in listed}
 
     def tried(self, status: JobStatus) -> Sequence[str]:
-        said: list[str] = []
+        lines: list[str] = []
         with _asking(f"read the controller's log of {status.name}") as sky:
             sky.jobs.tail_logs(
-                job_id=status.job_id, follow=False, controller=True, output_stream=LineStream(said.append)
+                job_id=status.job_id, follow=False, controller=True, output_stream=LineStream(lines.append)
             )
-        return said
+        return lines
 
     def logs(
         self,
@@ -300,8 +301,8 @@ class SkyPilot:
 
     def cancel(self, status: JobStatus, say: Say) -> None:
         with _asking(f"cancel {status.name}") as sky:
-            # Gracefully: SIGTERM, and only then is the machine taken away. On Slurm it is the other way round:
-            # to cancel a job is SIGKILL to its step, while the end of the allocation begins with SIGTERM.
+            # A graceful cancel sends SIGTERM before the machine is taken away. On Slurm, cancelling a job sends
+            # SIGKILL to its step, while ending the allocation begins with SIGTERM.
             slurm = status.cloud == "slurm"
             if status.kind == "managed job":
                 request = sky.jobs.cancel(job_ids=[status.job_id], graceful=not slurm)
@@ -317,14 +318,14 @@ class SkyPilot:
 
 
 def accepts(config: Mapping[str, Any], secrets: Mapping[str, str]) -> None:
-    """Have SkyPilot itself check a task, with no server and nothing sent; raises UserError."""
+    """Let SkyPilot check a task, without a server; raises UserError."""
     with _asking(f"check the task {config.get('name')}") as sky:
         _task(sky, config, secrets)
 
 
 @contextlib.contextmanager
 def _asking(doing: str) -> Iterator[Any]:
-    """SkyPilot, its faults as ours; what it prints goes to stderr: stdout may be our JSON."""
+    """Yield SkyPilot, and raise its errors as ours. What it prints goes to stderr, because stdout may carry our JSON."""
     try:
         import sky
         import sky.exceptions
@@ -334,30 +335,30 @@ def _asking(doing: str) -> Iterator[Any]:
     except OSError as error:  # as above
         raise UserError(f"SkyPilot cannot start: {error}") from None
     try:
-        with _overheard(), contextlib.redirect_stdout(sys.stderr):
+        with _captured_log(), contextlib.redirect_stdout(sys.stderr):
             yield sky
     except UserError:
         raise
-    except Exception as error:  # the server's faults come in any class; what we do not know is raised again
-        if told := sort_fault(error, doing):
-            raise told from None
+    except Exception as error:  # the server raises errors of any class; unknown ones are raised again
+        if known := sort_fault(error, doing):
+            raise known from None
         raise
 
 
 def _task(sky: Any, config: Mapping[str, Any], secrets: Mapping[str, str]) -> Any:
-    """SkyPilot takes a config apart as it reads it, and keeps its text: values of secrets come separately."""
+    """Return SkyPilot's task. It changes the config that it reads, and keeps its text, so secrets are passed apart."""
     return sky.Task.from_yaml_config(
         copy.deepcopy(dict(config)), secrets_overrides=list(secrets.items()) or None
     )
 
 
 def _job_on(sky: Any, record: Any) -> tuple[int | None, str] | None:
-    """The last job on a cluster: its id and status; None where there is none or nobody answers."""
+    """Return the id and status of the newest job on a cluster; None if it has none, or does not answer."""
     if record.status.value != "UP":
         return None
     try:
         found = sky.get(sky.job_status(record.name))
-    except (sky.exceptions.ClusterNotUpError, sky.exceptions.CommandError):  # it goes down just now
+    except (sky.exceptions.ClusterNotUpError, sky.exceptions.CommandError):  # it is going down
         return None
     except Exception as error:  # as above
         if absent(error):

@@ -1,4 +1,4 @@
-"""What SkyPilot 0.14.1 answers, as values of our own; needs no SkyPilot."""
+"""Convert the answers of SkyPilot 0.14.1 to our own values, without importing SkyPilot."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ PHASES: Mapping[str, Phase] = {
     "SUCCEEDED": "done",
     "CANCELLED": "cancelled",
 }
-"""Of `ManagedJobStatus` (`sky/jobs/state.py`) and `JobStatus` (`sky/skylet/job_lib.py`); all others are `failed`."""
+"""Phases of `ManagedJobStatus` (`sky/jobs/state.py`) and `JobStatus` (`sky/skylet/job_lib.py`); others are `failed`."""
 STATED = re.compile(r": (en|dis)abled")
-"""A cloud's own line in the report of `sky check`; what is below, with its reasons, is of that cloud."""
+"""A cloud's own line in the report of `sky check`. The reasons below it belong to that cloud."""
 REASON = re.compile(r"^Reason( \[[^]]*\])?: ")
 ENDS_REASON = ("For more info", "Details", "Reason")
 
 
 def enabled_of(
-    found: Mapping[str, Mapping[str, Iterable[Any]]], infra: Iterable[str], said: Iterable[str]
+    found: Mapping[str, Mapping[str, Iterable[Any]]], infra: Iterable[str], report: Iterable[str]
 ) -> dict[str, str | None]:
-    """Clouds of `sky check`: in any workspace with compute, or why not, as it has printed it.
+    """Return None for each cloud that has compute in any workspace, else the reason why it cannot be used.
 
     Args:
-        found: workspace, then cloud, then capabilities.
-        infra: as asked for; `gcp/us-central1` is gcp.
-        said: the lines of its report: a cloud's name, and its reasons below.
+        found: the answer of `sky check`: workspace, then cloud, then capabilities.
+        infra: the places in question; `gcp/us-central1` stands for gcp.
+        report: the lines that `sky check` prints: a cloud's name, and its reasons below.
     """
     able = {
         cloud.casefold()
         for clouds in found.values()
         for cloud, capabilities in clouds.items()
-        if any("compute" in str(each).casefold() for each in capabilities)
+        if any("compute" in str(capability).casefold() for capability in capabilities)
     }
-    lines = [plain(line).strip() for line in said]
+    lines = [plain(line).strip() for line in report]
     clouds = dict.fromkeys(name.partition("/")[0].lower() for name in infra)
     return {cloud: None if cloud in able else _reason(cloud, lines) for cloud in clouds}
 
 
 def _reason(cloud: str, lines: list[str]) -> str:
-    """The first reason below the cloud's own line, with the commands or the addresses that follow it."""
+    """Return the first reason below the cloud's own line, with the commands or addresses that follow it."""
     below, found = False, list[str]()
     for line in lines:
         if found and (not line or line.startswith(ENDS_REASON) or STATED.search(line)):
@@ -102,7 +102,7 @@ def _cloud(record: Any) -> str | None:
 
 
 class LineStream:
-    """A stream that hands whole lines on, without colours; of a spinner, its last state."""
+    """A stream that passes on complete lines without colours. A redrawn spinner counts as its last state."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -118,7 +118,7 @@ class LineStream:
             self._say(plain(line.rstrip("\r").rpartition("\r")[2]))
 
     def flush(self) -> None:
-        """SkyPilot flushes after every piece: half a line waits for its other half."""
+        """Do nothing: SkyPilot flushes after every piece, and an incomplete line waits for its end."""
 
     def isatty(self) -> bool:
         return False

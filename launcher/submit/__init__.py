@@ -1,1 +1,1 @@
-"""A request becomes an order, the order a SkyPilot task; and what became of it."""
+"""Submit a run: resolve the options, decide where it runs, launch it, follow it to its end."""

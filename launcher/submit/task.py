@@ -1,4 +1,4 @@
-"""A submission as the task that SkyPilot is given: a value, so that a dry run and a test see all of it; no I/O."""
+"""Build SkyPilot's task from a submission, without I/O, so that a dry run and a test see the whole task."""
 
 from __future__ import annotations
 
@@ -13,61 +13,61 @@ from launcher.plan.rank import Plan, PlanRow
 from trainer.errors import RecipeError, UserError
 
 VARIABLES = ("RECIPE", "CHECKPOINTS", "OVERRIDES", "RUN")
-"""What every task of `jobs/` takes."""
+"""Environment variables that every task of `jobs/` takes."""
 NODE_PYTHON = "AEOLUS_TRAINER_PYTHON"
 PLACE = ("infra", "accelerators", "use_spot", "instance_type")
 CHOICE = (*PLACE, "ordered", "any_of")
-"""Keys of a task's `resources` that say where; the others hold wherever it is."""
+"""Keys of a task's `resources` that choose the place; the others apply to any place."""
 ORDER = ("name", "envs", "secrets", "num_nodes", "resources", "workdir", "file_mounts", "setup", "run")
-"""Of a task's keys, for who reads it."""
+"""Order of a task's keys, for readers."""
 FALLBACKS = 5
-"""Where else SkyPilot may look if what was chosen cannot be had."""
+"""Number of other places that SkyPilot may try if the chosen one is unavailable."""
 DEARER = 2.0
-"""Own choice: nothing is rented without asking for more than so many times the expected dollars of what was chosen."""
+"""Largest cost of a fallback that the user has not asked for, as a multiple of the chosen place's expected cost."""
 IDLE_MIN = 10
-"""Minutes without a job after which a cluster of ours goes down, so that nobody pays for a forgotten one."""
+"""Minutes without a job after which a cluster goes down, so that a forgotten one does not cost money."""
 
 Config = dict[str, Any]
 
 
 class Candidate(BaseModel):
-    """Where a task may run: one entry of SkyPilot's `ordered`."""
+    """A place where a task may run: one entry of SkyPilot's `ordered`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     infra: str
-    """A cloud, in whose regions SkyPilot looks for itself, the cheapest first; or `gcp/us-central1`, that region alone."""
+    """A cloud, whose regions SkyPilot tries from the cheapest on; or one region only, such as `gcp/us-central1`."""
     accelerators: str
-    """Of one node: `A100:8`."""
+    """GPUs of one node, such as `A100:8`."""
     use_spot: bool | None
-    """None where nobody asks: SkyPilot's Slurm knows no spot."""
+    """None for infrastructure without spot: SkyPilot's Slurm does not take the key."""
     instance_type: str | None = None
-    """Hosts of one GPU differ in memory, which the plan has counted."""
+    """The host that the plan has chosen; hosts for the same GPU differ in memory."""
 
 
 class TaskSpec(BaseModel):
-    """What is asked of SkyPilot, but for the values of secrets."""
+    """The inputs of a task, without the values of secrets."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     run_id: str
     recipe: str
-    """As the node finds it: a shipped name, or a path there."""
+    """The recipe on the node: a shipped name, or a path there."""
     checkpoints: str
     overrides: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = Field(min_length=1)
     nodes: int = 1
     image: str | None = None
     secrets: tuple[str, ...] = ()
-    """Names of variables; their values are handed over at the launch and are in no file."""
+    """Names of variables. Their values are passed at the launch and are in no file."""
     workdir: str | None = None
     envs: Mapping[str, str] = {}
-    """Variables of the nodes beside the task's own; nothing secret."""
+    """Variables of the nodes in addition to the task's own; none of them is secret."""
     mounts: Mapping[str, str] = {}
     """Path on the node: path here."""
     node_python: str | None = None
     autostop: bool = False
-    """Whether the cluster goes down `IDLE_MIN` after its last job; managed jobs see to that themselves."""
+    """Whether the cluster goes down `IDLE_MIN` after its last job; a managed job's machine always does."""
 
     @property
     def where(self) -> str:
@@ -79,10 +79,10 @@ class TaskSpec(BaseModel):
 
 
 def task_config(base: Mapping[str, Any], request: TaskSpec) -> Config:
-    """The task of `jobs/` with what was asked for: `setup` and `run` stay as they are.
+    """Return the task of `jobs/` with the inputs filled in; `setup` and `run` stay as they are.
 
     Raises:
-        UserError: a task that does not take what ours take, or an override that cannot be handed on.
+        UserError: the task does not take our variables, or an override cannot be passed to the node unchanged.
     """
     config: Config = {key: value for key, value in base.items() if key not in ("secrets", "file_mounts")}
     config["name"] = cloud_name(request.run_id)
@@ -106,13 +106,13 @@ def _place(key: str) -> int:
 def candidates(
     planned: Plan, *, managed: bool, asked: Sequence[str], named: bool = False
 ) -> tuple[Candidate, ...]:
-    """The plan's rows in its order, the chosen one first; spot only where a lost machine is recovered.
+    """Return the places of the plan's rows, the chosen one first. Spot is included only for a managed job.
 
     Args:
-        planned: has a chosen row.
+        planned: a plan with a chosen row.
         managed: whether SkyPilot recovers the job.
-        asked: the user's `--infra`; a region in it is kept.
-        named: the user named the GPUs, or a budget: then all of the plan's rows are theirs.
+        asked: the user's `--infra`; a region in it stays in the place.
+        named: whether the user named the GPUs or a budget. Then dear rows are not left out.
     """
     chosen = planned.rows[0]
     rows = [row for row in planned.rows if managed or not row.spot]
@@ -121,7 +121,7 @@ def candidates(
 
 
 def cloud_name(run_id: str) -> str:
-    """What SkyPilot calls the run's cluster or managed job: letters, digits, `-_.`, a letter first, no dot last.
+    """Return SkyPilot's name for the run's cluster or managed job: letters, digits, `-_.`, a letter first, no dot last.
 
     https://docs.skypilot.co/en/v0.14.1/reference/yaml-spec.html; the pattern is `CLUSTER_NAME_VALID_REGEX` in
     SkyPilot's `sky/skylet/constants.py`.
@@ -131,7 +131,7 @@ def cloud_name(run_id: str) -> str:
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
-    """The task as a file that `sky launch` takes; scripts stay readable, and secrets have names only."""
+    """Return the task as a file for `sky launch`. Scripts stay readable; of secrets there are only the names."""
     return yaml.dump(dict(config), Dumper=_Readable, sort_keys=False, width=120, allow_unicode=True)
 
 
@@ -139,27 +139,27 @@ def _envs(base: Mapping[str, Any], request: TaskSpec) -> dict[str, str]:
     given = {str(name): str(value or "") for name, value in (base.get("envs") or {}).items()}
     if missing := [name for name in VARIABLES if name not in given]:
         hint = "see `envs` of jobs/dpo_full.yaml"
-        raise UserError(f"the task {base.get('name')} takes no {', '.join(missing)}", hint=hint)
+        raise UserError(f"the task {base.get('name')} has no variable {', '.join(missing)}", hint=hint)
     python = {NODE_PYTHON: request.node_python} if request.node_python else {}
     return {
         **given,
         "RECIPE": request.recipe,
         "CHECKPOINTS": request.checkpoints,
-        "OVERRIDES": " ".join(_handed_on(request.overrides)),
+        "OVERRIDES": " ".join(_checked_overrides(request.overrides)),
         "RUN": request.run_id,
         **python,
         **request.envs,
     }
 
 
-def _handed_on(overrides: Sequence[str]) -> Iterator[str]:
-    """Overrides go through a variable that the node's shell takes apart at blanks."""
+def _checked_overrides(overrides: Sequence[str]) -> Iterator[str]:
+    """Yield the overrides. They reach the node in a variable that its shell splits at blanks."""
     for word in overrides:
         if re.search(r"[\s*?'\"\\]", word):
             key = word.partition("=")[0]
             raise RecipeError(
-                f"command line: `{key}` has blanks, quotes or wildcards, which the way to the node would change",
-                hint="put it into a recipe file, and submit that",
+                f"command line: `{key}` has blanks, quotes or wildcards, which the node's shell would change",
+                hint="put it into a recipe file, and submit the file",
             )
         yield word
 
@@ -175,12 +175,12 @@ def _resources(base: Mapping[str, Any], request: TaskSpec) -> Config:
 
 
 def _entry(candidate: Candidate, base: Mapping[str, Any]) -> Config:
-    """A place, with what the task has to say of its cloud, such as Google's kinds of disks and networks."""
+    """Return a place with the task's own keys for its cloud, such as the kinds of disks and networks on Google Cloud."""
     entry = {key: value for key, value in candidate.model_dump().items() if value is not None}
     cloud = candidate.infra.partition("/")[0]
     listed = base.get("ordered") or base.get("any_of") or ()
     same: Mapping[str, Any] = next(
-        (each for each in listed if str(each.get("infra")).partition("/")[0] == cloud), {}
+        (entry for entry in listed if str(entry.get("infra")).partition("/")[0] == cloud), {}
     )
     return {**entry, **{key: value for key, value in same.items() if key not in PLACE}}
 
@@ -197,7 +197,7 @@ def _candidate(row: PlanRow, asked: Sequence[str]) -> Candidate:
 
 
 class _Readable(yaml.SafeDumper):
-    """Writes several lines as a block, and no anchors."""
+    """Writes text of several lines as a block, and no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (PyYAML's signature)
         return True

@@ -50,7 +50,7 @@ def test_no_capacity_lists_what_was_tried() -> None:
     told = sort_fault(error, "launch a-run")
     assert isinstance(told, Unavailable)
     assert told.message.splitlines() == [
-        "cannot launch a-run: no machine can be had: Failed to provision",
+        "cannot launch a-run: no machine is available: Failed to provision",
         "  tried: Quota 'NVIDIA_A100_GPUS' exceeded in us-central1",
         "  tried: ZONE_RESOURCE_POOL_EXHAUSTED",
     ]

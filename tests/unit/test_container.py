@@ -35,7 +35,7 @@ def test_auto_is_this_checkouts_image_by_its_content() -> None:
 
 def test_auto_wants_a_registry() -> None:
     """Rented machines cannot pull from this one."""
-    with pytest.raises(UserError, match="nowhere to push to") as refused:
+    with pytest.raises(UserError, match="no registry to push to") as refused:
         container("auto", Settings(), own=False)
     assert "registry = " in str(refused.value.hint)
 

@@ -163,7 +163,7 @@ def test_a_node_finds_the_price_and_plan_that_the_launcher_sends() -> None:
     made = order(gpus="A100-80GB:8")
     row = made.row
     assert row
-    envs = made.config["envs"]
+    envs = made.launch.task["envs"]
     shape = row.shape.model_copy(update={"node": "another-name"})
     there = {**envs, **environ("GCP", row.offer.region), PRICES: envs[PRICES]}
     answers = {"instance/scheduling/preemptible": "TRUE" if row.spot else "FALSE"}
@@ -182,8 +182,8 @@ def test_a_node_finds_the_price_and_plan_that_the_launcher_sends() -> None:
 def test_every_place_that_skypilot_may_choose_has_its_price() -> None:
     """A candidate names a cloud, and SkyPilot may choose any of its regions."""
     made = order(gpus="A100-80GB:8")
-    prices = json.loads(made.config["envs"][PRICES])
-    clouds = {each["infra"] for each in made.config["resources"]["ordered"]}
+    prices = json.loads(made.launch.task["envs"][PRICES])
+    clouds = {each["infra"] for each in made.launch.task["resources"]["ordered"]}
     assert {each["infra"].partition("/")[0] for each in prices} == clouds
     assert len({each["infra"] for each in prices if each["infra"].startswith("gcp/")}) > 1
     assert all(each["gpus"] == "A100-80GB:8" and each["usd_per_h"] > 0 for each in prices)
@@ -191,7 +191,7 @@ def test_every_place_that_skypilot_may_choose_has_its_price() -> None:
 
 def test_prices_are_of_all_nodes() -> None:
     """The price is what an hour of the run costs."""
-    one, two = (json.loads(order(gpus="A100-80GB:8", nodes=n).config["envs"][PRICES]) for n in (1, 2))
+    one, two = (json.loads(order(gpus="A100-80GB:8", nodes=n).launch.task["envs"][PRICES]) for n in (1, 2))
     by_place = {(each["infra"], each["market"]): each["usd_per_h"] for each in one}
     for each in two:
         assert each["usd_per_h"] == pytest.approx(2 * by_place[each["infra"], each["market"]], abs=1e-3)
@@ -200,6 +200,6 @@ def test_prices_are_of_all_nodes() -> None:
 def test_own_machines_get_the_price_of_the_settings() -> None:
     """Rented machines do not get it."""
     own = order("zephyr-tiny/dpo", gpus="A100:8", infra=("slurm",), environ={USD_PER_H: "3"})
-    assert own.config["envs"][USD_PER_H] == "3"
-    assert not {PRICES, PLAN} & own.config["envs"].keys()
-    assert USD_PER_H not in order(gpus="A100-80GB:8", environ={USD_PER_H: "3"}).config["envs"]
+    assert own.launch.task["envs"][USD_PER_H] == "3"
+    assert not {PRICES, PLAN} & own.launch.task["envs"].keys()
+    assert USD_PER_H not in order(gpus="A100-80GB:8", environ={USD_PER_H: "3"}).launch.task["envs"]

@@ -138,7 +138,7 @@ def test_an_override_that_the_shell_would_change_is_refused(word: str) -> None:
 
 def test_a_task_that_is_not_ours_is_refused() -> None:
     """Without the variables the node would train something else."""
-    with pytest.raises(UserError, match="takes no OVERRIDES, RUN"):
+    with pytest.raises(UserError, match="has no variable OVERRIDES, RUN"):
         task_config({"name": "x", "envs": {"RECIPE": "a", "CHECKPOINTS": "b"}}, request())
 
 
