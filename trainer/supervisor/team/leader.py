@@ -155,7 +155,11 @@ class Leader:
     ) -> Restored | None:
         """Restore the newest checkpoint that verifies on this node, then wait until every node has it."""
         restored = restore(
-            bucket, into, reject, trying=lambda manifest: self._broadcast(_restoring(manifest)), progress=tell
+            bucket,
+            into,
+            reject,
+            trying=lambda manifest: self._broadcast(_restoring(manifest)),
+            progress=progress,
         )
         self._broadcast(_restoring(restored.manifest if restored else None, sure=True))
         for number, link in self._links.items():
