@@ -1,4 +1,4 @@
-"""What workers staged is committed after every kind of failure, and the exit code shows how to continue."""
+"""Staged checkpoints are committed after every kind of failure, and the exit code shows how to continue."""
 
 from __future__ import annotations
 

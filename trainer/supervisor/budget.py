@@ -98,6 +98,7 @@ class BudgetWatch:
         """
         if not self._limits or self.reached or notice.given:
             return
+        # A limit must not be exceeded by the time at which a save that begins now would end.
         reserve_h = self._reporter.save_s() / 3600
         now = accounting.limit_usage(self._limits, usd=self.usd, hours=self.hours)
         then = accounting.limit_usage(

@@ -86,10 +86,11 @@ def _run_attempt(request: RunRequest, bucket: Bucket, team: Team, notice: Notice
         architecture = look_up_architecture(request.recipe, team.shape, bucket, notice)
         planned = fit(request.recipe, team.shape, architecture)
         predicted = checkpoint_bytes(request.recipe, architecture, planned) if architecture else None
-        if notice.given:
+        if notice.given:  # this machine is being preempted, so it claims no attempt
             return ExitCode.RECOVER
         attempt = attempts.claim(bucket, {"node": team.shape.node, "shape": str(team.shape)})
         team.announce(attempt, planned, predicted)
+    # From here on everything that happens is an event in the bucket.
     every_s = FOLDER_EVERY_S if bucket.is_folder else STORE_EVERY_S
     events = EventLog(attempt.number, _event_writer(bucket, attempt, team.node), every_s=every_s)
     with (

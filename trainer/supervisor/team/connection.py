@@ -187,7 +187,7 @@ class Link:
 
     def _receive(self) -> None:
         """Receive messages and send heartbeats until the link is closed or the other end is lost."""
-        buffer = b""
+        buffer = b""  # an incomplete line
         received_at = sent_at = time.monotonic()
         while not self._closed and self._lost is None:
             if time.monotonic() - sent_at >= self._timing.every_s:
