@@ -30,7 +30,7 @@ def checkpoints() -> None:
     """
 
 
-@checkpoints.command("list")
+@checkpoints.command("list", short_help="List the committed checkpoints.")
 @click.argument("uri")
 @step_option
 @json_option
@@ -59,7 +59,7 @@ def list_command(uri: str, step: int | None, as_json: bool) -> None:
         )
 
 
-@checkpoints.command(epilog=CHECKED)
+@checkpoints.command(epilog=CHECKED, short_help="Read every byte and compare the checksums.")
 @click.argument("uri")
 @step_option
 @click.option("--final", is_flag=True, help="Only the final model.")
@@ -90,7 +90,7 @@ def verify(uri: str, step: int | None, final: bool, as_json: bool) -> int:
     return ExitCode.BUG if is_broken else ExitCode.DONE
 
 
-@checkpoints.command(epilog=CHECKED)
+@checkpoints.command(epilog=CHECKED, short_help="Download a checkpoint into a folder.")
 @click.argument("uri")
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step.  [default: newest]")
@@ -128,7 +128,7 @@ def pull(uri: str, dest: Path, step: int | None, final: bool, as_json: bool) -> 
     return ExitCode.BUG if pulled.failures else ExitCode.DONE
 
 
-@checkpoints.command()
+@checkpoints.command(short_help="Delete old checkpoints or cached references.")
 @click.argument("uri")
 @click.option("--keep", type=click.IntRange(min=2), help="Number of newest checkpoints to keep, at least 2.")
 @click.option(

@@ -150,21 +150,17 @@ def plan(
             + "".join(f"; {note}" for note in prices.notes),
             hint="name a cloud with `--infra`, or omit the option",
         )
-    offers = _matching(prices.offers, request)
     # One fit and one estimate per shape serve all clouds and regions that offer it.
     rejected: list[Rejected] = []
     rows: list[PlanRow] = []
-    for shape, same_shape in _by_shape(offers, request.nodes).items():
-        if shape.accelerator in ARM and request.accelerator is None:
-            what, way_out = _describe(shape, same_shape), f"--gpus {shape.accelerator}"
-            rejected.append(Rejected(what=what, why=ARM_REASON, way_out=way_out))
-            continue
+    for shape, offers in _by_shape(_matching(prices.offers, request), request.nodes).items():
         sized = _size(recipe, architecture, shape, workload)
+        if shape.accelerator in ARM and request.accelerator is None:
+            sized = NoFit(ARM_REASON, hint=f"--gpus {shape.accelerator}")
         if isinstance(sized, NoFit):
-            what = _describe(shape, same_shape)
-            rejected.append(Rejected(what=what, why=sized.message, way_out=sized.hint))
+            rejected.append(Rejected(what=_describe(shape, offers), why=sized.message, way_out=sized.hint))
         else:
-            rows += _rows(shape, same_shape, sized, request)
+            rows += _rows(shape, offers, sized, request)
     rows.sort(key=lambda row: _key(row, request.by))
     fitting, over_limit = _apply_limits(rows, request)
     return Plan(

@@ -1,4 +1,4 @@
-"""`launcher doctor` of a real SkyPilot, its clouds, and a bucket behind a socket."""
+"""`launcher doctor` with a real SkyPilot, its clouds, and a bucket on a local server."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ ASKED = ("doctor", "zephyr-tiny/dpo", "--infra", "slurm", "--infra", "gcp")
 
 @pytest.fixture(scope="module")
 def launcher(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Launcher:
-    """Of somebody who has the bucket."""
+    """A launcher with the credentials of the bucket."""
     return Launcher(lab.inside, tmp_path_factory.mktemp("state"), lab.secrets)
 
 
 @pytest.fixture(autouse=True)
-def believed(lab: Lab) -> Iterator[None]:
-    """What is asked of SkyPilot here has it look again for clouds; other tests find the cluster alone."""
+def only_slurm_afterwards(lab: Lab) -> Iterator[None]:
+    """These tests make SkyPilot check its clouds again; afterwards it must find only the cluster."""
     yield
     lab.sky.pretend("Slurm")
 
 
-def test_what_is_there_is_told_as_json(lab: Lab, launcher: Launcher) -> None:
-    """The server answers, the cluster can be had, Google cannot and need not, the bucket is tried."""
+def test_the_json_reports_all_checks(lab: Lab, launcher: Launcher) -> None:
+    """The JSON reports the server, the usable cluster, the unusable but optional GCP, and the bucket."""
     done = launcher.run(*ASKED, "--checkpoints", lab.checkpoints, "--json")
-    told: dict[str, Any] = json.loads(done.stdout)
-    assert told["ready"] is True
-    found = {each["name"]: each for each in told["checks"]}
+    output: dict[str, Any] = json.loads(done.stdout)
+    assert output["ready"] is True
+    found = {each["name"]: each for each in output["checks"]}
     assert found["SkyPilot's server"]["said"] == "answers"
     assert (found["slurm"]["status"], found["slurm"]["said"]) == ("ok", "enabled")
     assert (found["gcp"]["status"], found["gcp"]["needed"]) == ("missing", False)
@@ -52,8 +52,8 @@ def test_what_is_there_is_told_as_json(lab: Lab, launcher: Launcher) -> None:
     assert lab.secrets["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
 
 
-def test_what_is_missing_ends_with_2(lab: Lab, launcher: Launcher) -> None:
-    """Where Google alone would do, it is in the way, and so is a bucket that is not there."""
+def test_missing_requirements_are_exit_code_2(lab: Lab, launcher: Launcher) -> None:
+    """With `--infra gcp` alone, missing GCP credentials and a missing bucket are exit code 2."""
     done = launcher.run("doctor", "--infra", "gcp", "--checkpoints", "s3://no-such-bucket/runs", check=False)
     assert done.returncode == ExitCode.USAGE
     assert done.stdout.splitlines()[-1] == "not ready: gcp, bucket"
