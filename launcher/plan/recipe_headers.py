@@ -22,6 +22,7 @@ FAMILIES = ("zephyr-7b", "notus-7b")
 """The families with known data sets. The others train on this machine, which has no price."""
 INFRA = ("gcp", "lambda")
 LARGE, SMALL = ("A100-80GB:8", "A100:8"), ("A100:1", "L4:1")
+"""GPUs of the predictions: SMALL for recipes that load the model in 4 bits, LARGE for the others."""
 LINE = re.compile(r"^# [Pp]redicted:.*$", re.MULTILINE)
 
 

@@ -69,13 +69,13 @@ class SpotOutlook(BaseModel):
     interval_s: float
     """Seconds of work between saves."""
     lost_h: float
-    """Work that is repeated, and starts and saves that a preemption cut off."""
+    """Hours of work that is repeated, and of starts and saves that a preemption cut off."""
     saving_h: float
-    """Pauses of training for saves, and the last upload."""
+    """Hours in which training pauses for saves, and the last upload."""
     starting_h: float
-    """Held machines load and restore."""
+    """Hours in which a held machine loads and restores."""
     waiting_h: float
-    """No machine is held."""
+    """Hours without a machine."""
     why: str
 
 

@@ -1,12 +1,13 @@
-"""The settings: the file, the environment, and the errors."""
+"""The settings: the file, the environment, writing one key, and the errors."""
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from launcher.settings import Settings, SettingsError, load, settings_file
+from launcher.settings import Settings, SettingsError, load, settings_file, with_key, write_setting
 
 
 @pytest.fixture
@@ -57,3 +58,33 @@ def test_broken_toml_is_an_error_that_names_the_file(config: Path) -> None:
 def test_the_named_file_may_be_in_the_home_folder() -> None:
     """A tilde is expanded to the user's home."""
     assert settings_file({"AEOLUS_CONFIG": "~/a.toml"}) == Path.home() / "a.toml"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", 'image = "new"\n'),
+        ("# mine\ncheckpoints = 'runs'\n", "# mine\ncheckpoints = 'runs'\nimage = \"new\"\n"),
+        ('image = "old"\nbudget_usd = 5\n', 'image = "new"\nbudget_usd = 5\n'),
+        ("infra = [\n  'gcp',\n]\n", "infra = [\n  'gcp',\n]\nimage = \"new\"\n"),
+    ],
+)
+def test_one_key_is_written(before: str, after: str) -> None:
+    """Comments, order and other keys stay; an existing key is replaced in its line."""
+    assert with_key(before, "image", "new") == after
+
+
+def test_a_value_of_any_form_is_read_back(tmp_path: Path) -> None:
+    """The value that was written is the one that `submit` reads."""
+    environ = {"AEOLUS_CONFIG": str(tmp_path / "new" / "config.toml")}
+    for image in ("ghcr.io/me/aeolus-trainer:1", 'a"b\\c'):
+        path = write_setting(environ, "image", image)
+        assert tomllib.loads(path.read_text())["image"] == image
+        assert load(environ).image == image
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """The error names the key and the file."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot write image"):
+        write_setting({"AEOLUS_CONFIG": str(tmp_path / "file" / "config.toml")}, "image", "x")
