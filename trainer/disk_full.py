@@ -56,19 +56,6 @@ def reserve_disk(work: Path) -> None:
     (work / BALLAST).write_bytes(bytes(BALLAST_BYTES))
 
 
-def _remove_unfinished(staging: Path) -> int:
-    """Remove the folders in staging that have no marker, and return their size in bytes."""
-    unfinished = [
-        path
-        for path in staging.iterdir()
-        if path.is_dir() and not (staging / f"{path.name}{STAGED_SUFFIX}").exists()
-    ]
-    freed = sum(path.stat().st_size for folder in unfinished for path in folder.rglob("*") if path.is_file())
-    for folder in unfinished:
-        shutil.rmtree(folder, ignore_errors=True)
-    return freed
-
-
 @contextmanager
 def room_in(folder: Path) -> Iterator[None]:
     """Convert the error of a full disk.
@@ -83,3 +70,16 @@ def room_in(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free
         raise NoRoom(f"no room left in {folder}: {free / 1e6:,.1f} MB are free", hint=HINT) from error
+
+
+def _remove_unfinished(staging: Path) -> int:
+    """Remove the folders in staging that have no marker, and return their size in bytes."""
+    unfinished = [
+        path
+        for path in staging.iterdir()
+        if path.is_dir() and not (staging / f"{path.name}{STAGED_SUFFIX}").exists()
+    ]
+    freed = sum(path.stat().st_size for folder in unfinished for path in folder.rglob("*") if path.is_file())
+    for folder in unfinished:
+        shutil.rmtree(folder, ignore_errors=True)
+    return freed

@@ -35,12 +35,6 @@ def die_with_parent(parent_pid: int, *, die: Callable[[], None] | None = None) -
         die()
 
 
-def _watch(parent_pid: int, die: Callable[[], None]) -> None:
-    while os.getppid() == parent_pid:
-        time.sleep(0.5)
-    die()
-
-
 def killed_with_parent(command: list[str]) -> list[str]:
     """Return the command line that runs `command` and ends it with this process."""
     return [command[0], "-m", "trainer.parent_death", str(os.getpid()), *command]
@@ -50,6 +44,12 @@ def main() -> None:
     parent_pid, *command = sys.argv[1:]
     die_with_parent(int(parent_pid))
     os.execv(command[0], command)  # noqa: S606 (the command must not run in a shell)
+
+
+def _watch(parent_pid: int, die: Callable[[], None]) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(0.5)
+    die()
 
 
 if __name__ == "__main__":

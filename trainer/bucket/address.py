@@ -98,10 +98,6 @@ def canonical(uri: str, cwd: Path) -> str:
     return str(place) if folder is None else str((cwd / folder.expanduser()).resolve())
 
 
-def _absolute(folder: str) -> str:
-    return str(Path(folder).expanduser().absolute())
-
-
 def connect(place: BucketAddress, patience: Patience, *, opening: bool = False) -> ObjectStore:
     """Return a store whose keys are relative to `place`. No request is sent to a bucket yet.
 
@@ -131,31 +127,6 @@ def connect(place: BucketAddress, patience: Patience, *, opening: bool = False) 
         return LocalStore(place.path, mkdir=True)
     except (BaseError, OSError, ValueError) as error:
         raise sort_fault(error, f"open {place}", opening=True) from None
-
-
-def _retry(total_s: float) -> RetryConfig:
-    # The backoff grows from 0.1 s to its maximum, so that the timeout ends the retries before the limit of 30 does.
-    return {
-        "max_retries": 30,
-        "retry_timeout": timedelta(seconds=total_s),
-        "backoff": {
-            "init_backoff": timedelta(seconds=0.1),
-            "max_backoff": timedelta(seconds=max(0.1, min(15.0, total_s / 6))),
-            "base": 2,
-        },
-    }
-
-
-def _client(place: BucketAddress, request_s: float) -> ClientConfig:
-    client: ClientConfig = {
-        "timeout": timedelta(seconds=request_s),
-        "connect_timeout": timedelta(seconds=min(10.0, request_s)),
-    }
-    variables = ENDPOINT_VARIABLES.get(place.scheme, ())
-    endpoint = next((os.environ[name] for name in variables if os.environ.get(name)), "")
-    if endpoint.startswith("http://"):
-        client["allow_http"] = True
-    return client
 
 
 class CredentialsFile:
@@ -212,3 +183,32 @@ def credentials_file(environ: Mapping[str, str] = os.environ) -> CredentialsFile
             raise
         return None
     return found
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute())
+
+
+def _retry(total_s: float) -> RetryConfig:
+    # The backoff grows from 0.1 s to its maximum, so that the timeout ends the retries before the limit of 30 does.
+    return {
+        "max_retries": 30,
+        "retry_timeout": timedelta(seconds=total_s),
+        "backoff": {
+            "init_backoff": timedelta(seconds=0.1),
+            "max_backoff": timedelta(seconds=max(0.1, min(15.0, total_s / 6))),
+            "base": 2,
+        },
+    }
+
+
+def _client(place: BucketAddress, request_s: float) -> ClientConfig:
+    client: ClientConfig = {
+        "timeout": timedelta(seconds=request_s),
+        "connect_timeout": timedelta(seconds=min(10.0, request_s)),
+    }
+    variables = ENDPOINT_VARIABLES.get(place.scheme, ())
+    endpoint = next((os.environ[name] for name in variables if os.environ.get(name)), "")
+    if endpoint.startswith("http://"):
+        client["allow_http"] = True
+    return client
