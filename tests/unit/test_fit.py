@@ -92,10 +92,10 @@ def test_a_cpu_takes_the_whole_batch_with_all_its_cores() -> None:
         use_cpu=True,
         reasons=(
             "1 process",
-            "micro batch 6: the largest up to 8 that divides a process's 12",
+            "micro batch 6: the largest up to 8 that divides the 12 rows of a process",
             "accumulation 2: 1 x 6 x 2 = 12",
-            "2 threads each: 2 cores for 1",
-            "memory: not predicted, as the model's numbers or the sequences' length are not known",
+            "2 threads per process: 2 cores for 1",
+            "memory: not predicted, because the architecture or the maximum length is unknown",
         ),
     )
 
@@ -171,7 +171,7 @@ def test_a_wish_too_large_for_a_share_gives_way() -> None:
     """The same recipe runs on one GPU and on eight."""
     planned = fit(recipe(16, 16), shape(8), SMALL)
     assert (planned.micro_batch, planned.accumulation) == (2, 1)
-    assert "micro batch 2: a process's whole share" in planned.reasons
+    assert "micro batch 2: the whole share of a process" in planned.reasons
 
 
 def test_an_uneven_share_names_the_nearest_that_works() -> None:
@@ -182,19 +182,19 @@ def test_an_uneven_share_names_the_nearest_that_works() -> None:
         "recipe a has global_batch_size 128, which 3 GPUs (A100-80GB:3) cannot share evenly"
     )
     assert caught.value.hint == (
-        "take 2 or 4 GPUs, or `global_batch_size=126` or `global_batch_size=129`, which trains another model"
+        "take 2 or 4 GPUs, or change the training: `global_batch_size=126` or `global_batch_size=129`"
     )
 
 
 def test_more_gpus_than_samples_do_not_fit() -> None:
     """A GPU without a sample has nothing to do."""
-    with pytest.raises(NoFit, match="take 4 GPUs, or `global_batch_size=8`"):
+    with pytest.raises(NoFit, match="take 4 GPUs, or change the training: `global_batch_size=8`"):
         fit(recipe(4), shape(8), SMALL)
 
 
 def test_a_gpu_needs_the_model_s_numbers() -> None:
     """Money is not spent on what may not fit."""
-    with pytest.raises(NoFit, match="nothing is known of the model"):
+    with pytest.raises(NoFit, match=r"the architecture of the model .* is unknown"):
         fit(dpo(), shape(8), None)
 
 
@@ -244,7 +244,7 @@ def test_notus_own_setting_is_had_on_request() -> None:
     assert planned.offload_parameters
     assert planned.host.gib_of("offloaded optimizer") == pytest.approx(8 * 7.241732096e9 / 2**30)
     assert planned.host.gib_of("offloaded parameters") > 13.4
-    assert "`offload: all`, as the recipe says" in " ".join(planned.reasons)
+    assert "set by the recipe (`offload: all`)" in " ".join(planned.reasons)
 
 
 def test_a_recipe_may_forbid_offload() -> None:
@@ -272,7 +272,9 @@ def test_what_computes_in_bf16_does_not_run_without(name: str) -> None:
     with pytest.raises(NoFit, match="bfloat16, which") as caught:
         fit(qlora(bf16=False, fp16=True, dtype="float16"), shape(1, 8, name, 64.0), architecture())
     assert ", L4," in (caught.value.hint or "")
-    with pytest.raises(NoFit, match="or `bf16=false fp16=true dtype=float16`"):
+    with pytest.raises(
+        NoFit, match="or change the training's precision: `bf16=false fp16=true dtype=float16`"
+    ):
         fit(dpo(), shape(8, 96, name), architecture())
 
 
@@ -287,7 +289,9 @@ def test_a_refusal_has_what_is_needed_what_is_there_and_what_would_do() -> None:
     small = shape(1, 8, "RTX5090", 64.0).model_copy(update={"memory_gib": 12.0})
     with pytest.raises(NoFit) as caught:
         fit(dpo(use_peft=True, lora_r=16, offload="none"), small, architecture())
-    assert "GiB of each GPU; RTX5090:1 has 11.8 to give (parameters 13.5 GiB" in caught.value.message
+    assert (
+        "GiB of each GPU's memory; RTX5090:1 has 11.8 available (parameters 13.5 GiB" in caught.value.message
+    )
     assert caught.value.hint == "take L4:1, or leave out `offload: none`"
 
 

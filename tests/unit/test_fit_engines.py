@@ -21,7 +21,7 @@ def test_an_engine_is_had_on_request() -> None:
     planned = fit(named("fsdp2"), shape(8, 96), architecture())
     assert (planned.engine, planned.offload_optimizer, planned.parameter_shards) == ("fsdp2", False, 8)
     assert planned.words().startswith("FSDP2, micro batch")
-    assert "FSDP2: `engine: fsdp2`, as the recipe says" in planned.reasons
+    assert "FSDP2: set by the recipe (`engine: fsdp2`)" in planned.reasons
 
 
 def test_silence_takes_zero_3_where_parameters_are_cut() -> None:
@@ -50,7 +50,9 @@ def test_a_named_engine_of_deepspeed_may_offload() -> None:
 
 def test_fsdp_steps_no_optimizer_of_bitsandbytes() -> None:
     """Its kernels take whole tensors; the message names one that does."""
-    with pytest.raises(NoFit, match="`optim: paged_adamw_8bit` steps no weights that FSDP 2 has cut") as told:
+    with pytest.raises(
+        NoFit, match="`optim: paged_adamw_8bit` cannot step the weights that FSDP2 shards"
+    ) as told:
         fit(named("fsdp2", optim="paged_adamw_8bit"), shape(8, 96), architecture())
     assert told.value.hint == "take `optim: adamw_torch_fused`, or leave out `engine: fsdp2`"
 
@@ -59,4 +61,4 @@ def test_the_cpu_has_the_named_engine_too() -> None:
     """So that it can be tried on a laptop; it is said."""
     planned = fit(recipe(8).model_copy(update={"engine": "fsdp2"}), shape(0), None)
     assert (planned.engine, planned.words()) == ("fsdp2", "CPU, FSDP2, micro batch 8 x 1")
-    assert "FSDP2: `engine: fsdp2`, as the recipe says" in planned.reasons
+    assert "FSDP2: set by the recipe (`engine: fsdp2`)" in planned.reasons

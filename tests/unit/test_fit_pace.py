@@ -14,7 +14,7 @@ from tests.unit.test_fit import SMALL, ZEPHYR, architecture, dpo, qlora, recipe,
 from trainer.errors import NoFit
 from trainer.estimate import step_s, usual_workload
 from trainer.fit import Fit, fit
-from trainer.fit.candidates import ENGINE_WORTH, WORTH, Timed, rank
+from trainer.fit.candidates import ENGINE_WORTH, WORTH, TimedLayout, rank
 from trainer.hardware import Shape
 from trainer.memory import Layout, predict_usage
 from trainer.recipe import DataSource, Mixture, Recipe
@@ -36,8 +36,8 @@ def layouts(wanted: Recipe, on: Shape, planned: Fit) -> Iterator[Layout]:
                     yield Layout(**{**planned.model_dump(include=set(Layout.model_fields)), **changes})
 
 
-def timed(wanted: Recipe, on: Shape, layout: Layout, model: str = ZEPHYR) -> Timed:
-    return Timed(layout, step_s(wanted, architecture(model), layout, on, usual_workload(wanted)))
+def timed(wanted: Recipe, on: Shape, layout: Layout, model: str = ZEPHYR) -> TimedLayout:
+    return TimedLayout(layout, step_s(wanted, architecture(model), layout, on, usual_workload(wanted)))
 
 
 @settings(deadline=None, max_examples=40)
@@ -72,19 +72,21 @@ def test_a_doubled_micro_batch_has_to_be_worth_its_memory() -> None:
         reference="none",
     )  # fmt: skip
     large = small.model_copy(update={"micro_batch": 4})
-    assert rank(Timed(small, 1.0)) < rank(Timed(large, 1.001 / WORTH))
-    assert rank(Timed(small, 1.0)) > rank(Timed(large, 0.999 / WORTH))
+    assert rank(TimedLayout(small, 1.0)) < rank(TimedLayout(large, 1.001 / WORTH))
+    assert rank(TimedLayout(small, 1.0)) > rank(TimedLayout(large, 0.999 / WORTH))
     whole, limit = small.model_copy(update={"engine": "ddp"}), 1 / ENGINE_WORTH["zero2"]
-    assert rank(Timed(whole, 1.0)) < rank(Timed(small, 1.001 * limit))
-    assert rank(Timed(whole, 1.0)) > rank(Timed(small, 0.999 * limit))
-    assert rank(Timed(small, 1.0)) < rank(Timed(small.model_copy(update={"engine": "zero3"}), 0.96))
+    assert rank(TimedLayout(whole, 1.0)) < rank(TimedLayout(small, 1.001 * limit))
+    assert rank(TimedLayout(whole, 1.0)) > rank(TimedLayout(small, 0.999 * limit))
+    assert rank(TimedLayout(small, 1.0)) < rank(
+        TimedLayout(small.model_copy(update={"engine": "zero3"}), 0.96)
+    )
 
 
 def test_an_offload_is_never_taken_for_its_speed() -> None:
     """However fast the estimate believes it to be."""
     planned = fit(dpo(), shape(8, 96), architecture())
     offloaded = planned.model_copy(update={"offload_optimizer": True})
-    assert rank(Timed(planned, 9.0)) < rank(Timed(offloaded, 1.0))
+    assert rank(TimedLayout(planned, 9.0)) < rank(TimedLayout(offloaded, 1.0))
 
 
 def test_a_slow_network_makes_fewer_and_larger_micro_batches() -> None:
@@ -110,7 +112,7 @@ def test_a_faster_engine_than_the_simplest_says_by_how_much() -> None:
     planned = fit(recipe(128), shape(8, 96, nodes=2), SMALL)
     assert planned.engine == "zero2"
     reason = next(reason for reason in planned.reasons if reason.startswith("ZeRO-2: "))
-    taken = re.search(r"DDP takes ([\d.]+) s a step", reason)
+    taken = re.search(r"DDP takes ([\d.]+) s per step", reason)
     assert taken
     assert float(taken[1]) > timed(recipe(128), shape(8, 96, nodes=2), planned, SMALL.name).seconds
 

@@ -9,7 +9,7 @@ from tests.unit.test_fit import SMALL, ZEPHYR, architecture, dpo, with_memory
 from trainer.errors import NoFit
 from trainer.estimate import step_s, usual_workload
 from trainer.fit import Fit, fit
-from trainer.fit.candidates import Timed, rank
+from trainer.fit.candidates import TimedLayout, rank
 from trainer.recipe import Recipe
 
 MODELS = ["HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen2.5-1.5B", ZEPHYR]
@@ -29,9 +29,9 @@ recipes = st.builds(
 )
 
 
-def on_a100(wanted: Recipe, planned: Fit, model: str) -> Timed:
+def on_a100(wanted: Recipe, planned: Fit, model: str) -> TimedLayout:
     on = with_memory(planned.processes, 80.0, 1000.0)
-    return Timed(planned, step_s(wanted, architecture(model), planned, on, usual_workload(wanted)))
+    return TimedLayout(planned, step_s(wanted, architecture(model), planned, on, usual_workload(wanted)))
 
 
 @settings(deadline=None)

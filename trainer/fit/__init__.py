@@ -1,8 +1,7 @@
-"""How a recipe runs on a shape: a pure decision, each choice with its reason, and the memory that it takes."""
+"""Choose how a recipe runs on a shape. The choice is a pure function; each part of it has a reason and a memory need."""
 
 from trainer.fit.candidates import LARGEST_GPU_MICRO_BATCH, LARGEST_MICRO_BATCH
-from trainer.fit.decide import fit
+from trainer.fit.decide import Fit, fit
 from trainer.fit.recipe_choices import reference_of
-from trainer.fit.result import Fit
 
 __all__ = ["LARGEST_GPU_MICRO_BATCH", "LARGEST_MICRO_BATCH", "Fit", "fit", "reference_of"]

@@ -1,4 +1,4 @@
-"""The layouts that a recipe could have on a shape, and what memory each takes."""
+"""The layouts that a recipe could have on a shape, with the memory of each and the predicted seconds of its step."""
 
 from __future__ import annotations
 
@@ -18,115 +18,108 @@ from trainer.memory.resident import DEFAULT_OPTIMIZER, optimizer_of
 from trainer.recipe import Recipe
 
 LARGEST_MICRO_BATCH = 8
-"""On the CPU, where memory is not what limits it."""
+"""The largest micro batch on the CPU, where memory does not limit it."""
 LARGEST_GPU_MICRO_BATCH = 32
-"""Own assumption: beyond it a GPU gets no faster."""
-CUTS_PARAMETERS: Engine = "zero3"
-"""Of ZeRO 3 and FSDP 2, which do the same, the one that is taken where the recipe is silent. Neither was measured to be the
-faster (`bench/engines.md`); FSDP 2 is predicted to take less on the way, of 7B on eight GPUs some 1.5 GiB, which nothing
-has shown on a GPU yet (`bench/memory.md`)."""
-Way = tuple[Engine, bool, bool]
-"""An engine, and whether optimizer and parameters are offloaded."""
+"""Own assumption: a larger micro batch does not make a GPU faster."""
+DEFAULT_SHARDED: Engine = "zero3"
+"""The engine that shards parameters if the recipe names none. ZeRO-3 and FSDP2 do the same, and neither was measured to be
+faster (`bench/engines.md`). FSDP2 is predicted to need less transient memory, some 1.5 GiB for 7B on eight GPUs, but no
+GPU has confirmed that yet (`bench/memory.md`)."""
+WORTH = 1.01
+"""Own assumption: the factor by which a step has to become faster for each doubling of the micro batch. An estimate that
+differs by up to 15 % from published runs cannot tell a difference of 1 %, and then less memory is the better choice."""
+ENGINE_WORTH = {"single": 1.0, "ddp": 1.0, "zero2": 1.02, "zero3": 1.07, "fsdp2": 1.07}
+"""Own assumption: the same factor for an engine that shards state. It stands for Python hooks and small messages, which the
+estimate does not count. With sharded parameters they cost a small model on a CPU more than everything else
+(`bench/engines.md`). No published run checks ZeRO-2."""
+Strategy = tuple[Engine, bool, bool]
+"""An engine, whether the optimizer is offloaded, and whether the parameters are."""
 
 
-def way_of(layout: Layout) -> Way:
-    return layout.engine, layout.offload_optimizer, layout.offload_parameters
-
-
-class Tried(NamedTuple):
-    """A layout with what it takes."""
+class SizedLayout(NamedTuple):
+    """A layout with the memory that it takes."""
 
     layout: Layout
     gpu: Usage
     host: Usage
 
     @property
-    def way(self) -> Way:
-        return way_of(self.layout)
+    def strategy(self) -> Strategy:
+        return strategy_of(self.layout)
+
+
+class TimedLayout(NamedTuple):
+    """A layout with the predicted seconds of its step."""
+
+    layout: Layout
+    seconds: float
 
 
 class MemoryBudget(NamedTuple):
-    """What a shape has for a run, GiB."""
+    """The memory that a shape has for a run, in GiB of each GPU and of each host."""
 
     gpu: float
     host: float
 
-    def holds(self, tried: Tried) -> bool:
-        return tried.gpu.gib <= self.gpu and tried.host.gib <= self.host
+    def holds(self, sized: SizedLayout) -> bool:
+        """Whether the layout fits into this memory."""
+        return sized.gpu.gib <= self.gpu and sized.host.gib <= self.host
 
 
-def tries(
-    recipe: Recipe, shape: Shape, architecture: Architecture, share: int, room: MemoryBudget
-) -> Iterator[Tried]:
-    """Layouts that the recipe allows, as far as it takes to find the largest micro batch of each way that fits, with
-    activation checkpointing only those beyond the largest without; `share` is a GPU's part of the batch.
+def strategy_of(layout: Layout) -> Strategy:
+    """Return the strategy of a layout."""
+    return layout.engine, layout.offload_optimizer, layout.offload_parameters
 
-    Where a way fits, none with more offload is tried. The estimate has it that some would be faster where traffic is slow,
-    most of them between nodes; but there a guess stands against another, the network of a node that nobody told against the
-    host's rate, of which one table of 2021 is all that is known (`bench/estimate.md`). Nor does it count that DeepSpeed
-    brings back what is summed on the host for each micro batch (stage_1_and_2.py, `async_accumulate_grad_in_cpu_via_gpu`).
 
-    Where nothing fits, the smallest layout of each way comes.
+def size_layouts(
+    recipe: Recipe, shape: Shape, architecture: Architecture, share: int, budget: MemoryBudget
+) -> Iterator[SizedLayout]:
+    """Yield layouts that the recipe allows, until the largest micro batch of each strategy that fits is found.
+
+    With activation checkpointing, only micro batches beyond the largest one without it are tried. If nothing fits,
+    the smallest layout of each strategy is among the results.
+
+    If a strategy fits, none with more offload is tried. The estimate predicts that some of them would be faster where
+    traffic is slow, mostly between nodes. But that compares two guesses: the network of a node that is not known, and
+    the host's rate, for which one table of 2021 is the only source (`bench/estimate.md`). The estimate also does not
+    count that DeepSpeed copies the sum on the host back for each micro batch (stage_1_and_2.py,
+    `async_accumulate_grad_in_cpu_via_gpu`).
+
+    Args:
+        recipe: the recipe.
+        shape: the machines.
+        architecture: the architecture of its model.
+        share: rows of the global batch per GPU.
+        budget: the memory of the shape.
 
     Raises:
-        NoFit: what the recipe asks for is not possible.
+        NoFit: the recipe asks for something impossible.
         RecipeError: the recipe does not limit the length of its sequences.
     """
-    found: int | None = None
-    for way in _ways(recipe, shape):
-        if found is not None and way[1] + way[2] > found:
+    fitting_offload: int | None = None
+    for strategy in _list_strategies(recipe, shape):
+        offload = strategy[1] + strategy[2]
+        if fitting_offload is not None and offload > fitting_offload:
             return
-        sizes = micro_batches(recipe, share)
-        for checkpointing in _checkpointings(recipe):
-            attempt = partial(_try, recipe, shape, architecture, way, checkpointing)
-            for tried in _up_to_the_largest(sizes, attempt, room):
-                yield tried
-                if room.holds(tried):
-                    found = way[1] + way[2]
-                    sizes = [size for size in sizes if size > tried.layout.micro_batch]
+        sizes = list_micro_batches(recipe, share)
+        for checkpointing in _list_checkpointing(recipe):
+            size_one = partial(_size_candidate, recipe, shape, architecture, strategy, checkpointing)
+            for sized in _search_largest(sizes, size_one, budget):
+                yield sized
+                if budget.holds(sized):
+                    fitting_offload = offload
+                    sizes = [size for size in sizes if size > sized.layout.micro_batch]
 
 
-def _up_to_the_largest(
-    sizes: list[int], attempt: Callable[[int], Tried], room: MemoryBudget
-) -> Iterator[Tried]:
-    """The smallest micro batch, and if it fits those that lead, by halves, to the largest that does."""
-    if not sizes:
-        return
-    smallest = attempt(sizes[0])
-    yield smallest
-    low, high = 0, len(sizes) - 1 if room.holds(smallest) else 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = attempt(sizes[middle])
-        yield tried
-        low, high = (middle, high) if room.holds(tried) else (low, middle - 1)
+def size_layout(recipe: Recipe, shape: Shape, architecture: Architecture, layout: Layout) -> SizedLayout:
+    """Return a layout with the memory that it takes on a shape."""
+    return SizedLayout(layout, *predict_usage(recipe, architecture, layout, has_bf16=has_bf16(gpu_of(shape))))
 
 
-def _try(
-    recipe: Recipe, shape: Shape, architecture: Architecture, way: Way, checkpointing: bool, micro: int
-) -> Tried:
-    layout = Layout(
-        processes=shape.gpus,
-        nodes=shape.nodes,
-        micro_batch=micro,
-        engine=way[0],
-        offload_optimizer=way[1],
-        offload_parameters=way[2],
-        attention=attention_on(recipe, architecture, gpu_of(shape)),
-        activation_checkpointing=checkpointing,
-        reference=reference_of(recipe),
-    )
-    return taking(recipe, shape, architecture, layout)
+def choose_attention(recipe: Recipe, architecture: Architecture, board: Gpu | None) -> Attention:
+    """Return the recipe's attention, or else the fastest that the GPU has.
 
-
-def taking(recipe: Recipe, shape: Shape, architecture: Architecture, layout: Layout) -> Tried:
-    """A layout with what it takes on a shape."""
-    return Tried(layout, *predict_usage(recipe, architecture, layout, has_bf16=has_bf16(gpu_of(shape))))
-
-
-def attention_on(recipe: Recipe, architecture: Architecture, board: Gpu | None) -> Attention:
-    """The recipe's choice, or the fastest that the board has; FlashAttention, which knows no float32, gives way where
-    it cannot run.
+    FlashAttention 2 has no float32 and needs a newer GPU. Where it cannot run, `sdpa` replaces it.
     """
     wanted = attention_of(recipe) or "flash_attention_2"
     in_half = (
@@ -136,124 +129,160 @@ def attention_on(recipe: Recipe, architecture: Architecture, board: Gpu | None) 
     return "sdpa" if wanted == "flash_attention_2" and not has_flash else wanted
 
 
-def largest_divisor(whole: int, *, at_most: int) -> int:
+def find_largest_divisor(whole: int, *, at_most: int) -> int:
+    """Return the largest divisor of `whole` that is not above `at_most`."""
     return max(size for size in range(1, min(whole, at_most) + 1) if whole % size == 0)
 
 
-def _ways(recipe: Recipe, shape: Shape) -> list[Way]:
-    """What the recipe's `offload` names, or all."""
-    several = shape.gpus > 1
-    ways = _possible(recipe, several=several) if recipe.engine is None else _named(recipe, several=several)
-    if recipe.offload is None:
-        return ways
-    wanted = {"none": (False, False), "optimizer": (True, False), "all": (True, True)}[recipe.offload]
-    asked = [way for way in ways if way[1:] == wanted]
-    if not asked:
-        raise NoFit(
-            f"recipe {recipe.name}: nothing of it can be offloaded as `offload: {recipe.offload}` asks",
-            hint="DeepSpeed steps AdamW, RMSprop and their like on the host, of models that are not quantised",
-        )
-    return asked
-
-
-def _possible(recipe: Recipe, *, several: bool) -> list[Way]:
-    """Whole replicas; then ZeRO, which cannot cut what bitsandbytes packed, and whose second stage saves nothing of
-    LoRA's small state; then with offload, by an optimizer that can step on the host.
-    """
-    ways: list[Way] = [("ddp" if several else "single", False, False)]
-    if recipe.is_quantised:
-        return ways
-    second: list[Way] = [] if recipe.is_lora else [("zero2", False, False)]
-    if several:
-        ways += [*second, (CUTS_PARAMETERS, False, False)]
-    if optimizer_of(str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER))).offloads:
-        ways += [(engine, True, False) for engine, _, _ in second]
-        ways += [("zero3", True, False), ("zero3", True, True)]
-    return ways
-
-
-def _named(recipe: Recipe, *, several: bool) -> list[Way]:
-    """The engine that the recipe names; of DeepSpeed's, with offload after without."""
-    engine = engine_of(recipe, several=several)
-    steps = optimizer_of(str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER))).offloads
-    if engine == "fsdp2" and not steps:
-        raise NoFit(
-            f"recipe {recipe.name}: `optim: {recipe.trainer_args['optim']}` steps no weights that FSDP 2 has cut",
-            hint=f"take `optim: {DEFAULT_OPTIMIZER}`, or leave out `engine: fsdp2`",
-        )
-    ways: list[Way] = [(engine, False, False)]
-    if engine in ("zero2", "zero3") and steps:
-        ways.append((engine, True, False))
-    return [*ways, ("zero3", True, True)] if engine == "zero3" and steps else ways
-
-
-def _checkpointings(recipe: Recipe) -> tuple[bool, ...]:
-    wanted = checkpointing_of(recipe)
-    return (False, True) if wanted is None else (wanted,)
-
-
-def micro_batches(recipe: Recipe, share: int) -> list[int]:
-    """Divisors of a process's share, up to the recipe's wish, smallest first."""
+def list_micro_batches(recipe: Recipe, share: int) -> list[int]:
+    """Return the divisors of a process's share up to the recipe's `micro_batch_size`, the smallest first."""
     most = min(share, recipe.micro_batch_size or LARGEST_GPU_MICRO_BATCH)
     return [size for size in range(1, most + 1) if share % size == 0]
 
 
-WORTH = 1.01
-"""Own assumption: the factor by which a step has to become faster for each doubling of the micro batch. An estimate that is
-off by up to 15 % of what was published does not tell a part in a hundred; less memory is then the better choice."""
-ENGINE_WORTH = {"single": 1.0, "ddp": 1.0, "zero2": 1.02, "zero3": 1.07, "fsdp2": 1.07}
-"""Own assumption: the same for an engine that keeps parts of the state elsewhere, for its hooks in Python and its small
-messages, which the estimate does not count: where parameters are cut they cost a small model on a CPU more than all the
-rest (`bench/engines.md`). No published run checks ZeRO 2."""
+def time_layouts(
+    fitting: Sequence[SizedLayout], recipe: Recipe, shape: Shape, architecture: Architecture
+) -> tuple[TimedLayout, ...]:
+    """Return the layouts to choose from with their predicted seconds, the best first.
 
-
-class Timed(NamedTuple):
-    """A layout and the seconds that a step of it is predicted to take."""
-
-    layout: Layout
-    seconds: float
-
-
-def timed(
-    fitting: Sequence[Tried], recipe: Recipe, shape: Shape, architecture: Architecture
-) -> tuple[Timed, ...]:
-    """What could be chosen, the best first. It is a function of recipe, shape and model alone, whether or not the data
-    were read, so that laptop and node choose the same.
-
-    The micro batch that a recipe names is taken as near as memory lets come to it, not below.
+    The result depends only on recipe, shape and model, not on data that were read, so that laptop and node choose the
+    same. If the recipe sets `micro_batch_size`, only the largest micro batches that fit are candidates.
     """
     workload = usual_workload(recipe)
     found = [
-        Timed(layout, step_s(recipe, architecture, layout, shape, workload))
-        for layout in _within(fitting, recipe, recipe.global_batch_size // shape.gpus)
+        TimedLayout(layout, step_s(recipe, architecture, layout, shape, workload))
+        for layout in _expand_micro_batches(fitting, recipe, recipe.global_batch_size // shape.gpus)
     ]
     return tuple(sorted(found, key=rank))
 
 
-def rank(each: Timed) -> tuple[int, float, int]:
-    """Least first: no offload before any, then seconds, in which near ties go to less memory and the simpler engine.
+def rank(timed: TimedLayout) -> tuple[int, float, int]:
+    """Return the sort key of a layout: less offload first, then fewer seconds, then the smaller micro batch.
 
-    It orders any layouts of a recipe on a shape, whatever its memory: with more of it a fit never gets worse.
+    `WORTH` and `ENGINE_WORTH` increase the seconds, so that near ties go to less memory and to the simpler engine. The
+    key does not depend on the memory of the shape, so more memory never makes a fit worse.
     """
-    layout = each.layout
+    layout = timed.layout
     offloaded = layout.offload_optimizer + layout.offload_parameters
     worth = WORTH ** math.log2(layout.micro_batch) * ENGINE_WORTH[layout.engine]
-    return offloaded, each.seconds * worth, layout.micro_batch
+    return offloaded, timed.seconds * worth, layout.micro_batch
 
 
-def _within(fitting: Sequence[Tried], recipe: Recipe, share: int) -> Iterator[Layout]:
-    """All that the largest micro batches which fit make room for. With checkpointing only those that do not fit without:
-    the others would be computed twice for nothing.
+def _search_largest(
+    sizes: list[int], size_one: Callable[[int], SizedLayout], budget: MemoryBudget
+) -> Iterator[SizedLayout]:
+    """Yield the smallest micro batch, and if it fits, the steps of a binary search for the largest that fits."""
+    if not sizes:
+        return
+    smallest = size_one(sizes[0])
+    yield smallest
+    low, high = 0, len(sizes) - 1 if budget.holds(smallest) else 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        sized = size_one(sizes[middle])
+        yield sized
+        low, high = (middle, high) if budget.holds(sized) else (low, middle - 1)
+
+
+def _size_candidate(
+    recipe: Recipe,
+    shape: Shape,
+    architecture: Architecture,
+    strategy: Strategy,
+    checkpointing: bool,
+    micro: int,
+) -> SizedLayout:
+    layout = Layout(
+        processes=shape.gpus,
+        nodes=shape.nodes,
+        micro_batch=micro,
+        engine=strategy[0],
+        offload_optimizer=strategy[1],
+        offload_parameters=strategy[2],
+        attention=choose_attention(recipe, architecture, gpu_of(shape)),
+        activation_checkpointing=checkpointing,
+        reference=reference_of(recipe),
+    )
+    return size_layout(recipe, shape, architecture, layout)
+
+
+def _list_strategies(recipe: Recipe, shape: Shape) -> list[Strategy]:
+    """Return the strategies that the recipe's `engine` and `offload` allow, the simplest first."""
+    several = shape.gpus > 1
+    strategies = (
+        _possible_strategies(recipe, several=several)
+        if recipe.engine is None
+        else _strategies_of_engine(recipe, several=several)
+    )
+    if recipe.offload is None:
+        return strategies
+    wanted = {"none": (False, False), "optimizer": (True, False), "all": (True, True)}[recipe.offload]
+    matching = [strategy for strategy in strategies if strategy[1:] == wanted]
+    if not matching:
+        raise NoFit(
+            f"recipe {recipe.name} sets `offload: {recipe.offload}`, but its state cannot be offloaded",
+            hint="leave out `offload`; DeepSpeed can offload only models that are not quantised, with an optimizer "
+            "that steps on the host, such as AdamW or RMSprop",
+        )
+    return matching
+
+
+def _possible_strategies(recipe: Recipe, *, several: bool) -> list[Strategy]:
+    """Return the strategies for a recipe that names no engine.
+
+    Whole replicas come first, then ZeRO, then ZeRO with offload if the optimizer can step on the host. ZeRO cannot
+    shard what bitsandbytes quantised. ZeRO-2 is left out for LoRA, whose state is too small to save anything.
     """
-    largest: dict[tuple[Way, bool], Layout] = {}
-    for each in fitting:
-        key = each.way, each.layout.activation_checkpointing
-        if key not in largest or each.layout.micro_batch > largest[key].micro_batch:
-            largest[key] = each.layout
-    for (way, checkpointing), layout in largest.items():
-        plain = largest.get((way, False))
+    strategies: list[Strategy] = [("ddp" if several else "single", False, False)]
+    if recipe.is_quantised:
+        return strategies
+    second: list[Strategy] = [] if recipe.is_lora else [("zero2", False, False)]
+    if several:
+        strategies += [*second, (DEFAULT_SHARDED, False, False)]
+    if optimizer_of(str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER))).offloads:
+        strategies += [(engine, True, False) for engine, _, _ in second]
+        strategies += [("zero3", True, False), ("zero3", True, True)]
+    return strategies
+
+
+def _strategies_of_engine(recipe: Recipe, *, several: bool) -> list[Strategy]:
+    """Return the strategies with the recipe's own engine: first without offload, then with it where DeepSpeed has it."""
+    engine = engine_of(recipe, several=several)
+    steps_on_host = optimizer_of(str(recipe.trainer_args.get("optim", DEFAULT_OPTIMIZER))).offloads
+    if engine == "fsdp2" and not steps_on_host:
+        raise NoFit(
+            f"recipe {recipe.name}: `optim: {recipe.trainer_args['optim']}` cannot step the weights that FSDP2 shards",
+            hint=f"take `optim: {DEFAULT_OPTIMIZER}`, or leave out `engine: fsdp2`",
+        )
+    strategies: list[Strategy] = [(engine, False, False)]
+    if engine in ("zero2", "zero3") and steps_on_host:
+        strategies.append((engine, True, False))
+    if engine == "zero3" and steps_on_host:
+        strategies.append(("zero3", True, True))
+    return strategies
+
+
+def _list_checkpointing(recipe: Recipe) -> tuple[bool, ...]:
+    """Return the values of activation checkpointing to try."""
+    wanted = checkpointing_of(recipe)
+    return (False, True) if wanted is None else (wanted,)
+
+
+def _expand_micro_batches(fitting: Sequence[SizedLayout], recipe: Recipe, share: int) -> Iterator[Layout]:
+    """Yield the layouts with every micro batch up to the largest that fits.
+
+    With checkpointing, only micro batches that do not fit without it are useful: it would compute the others twice
+    for no gain.
+    """
+    largest: dict[tuple[Strategy, bool], Layout] = {}
+    for sized in fitting:
+        key = sized.strategy, sized.layout.activation_checkpointing
+        if key not in largest or sized.layout.micro_batch > largest[key].micro_batch:
+            largest[key] = sized.layout
+    for (strategy, checkpointing), layout in largest.items():
+        plain = largest.get((strategy, False))
         above = plain.micro_batch if checkpointing and plain else 0
-        for size in micro_batches(recipe, share):
+        for size in list_micro_batches(recipe, share):
             if size == layout.micro_batch or (
                 above < size < layout.micro_batch and not recipe.micro_batch_size
             ):

@@ -1,4 +1,4 @@
-"""A fit's reasons, and why there is none, in words."""
+"""The texts of a fit: the reason for each of its choices, and the errors if there is no fit."""
 
 from __future__ import annotations
 
@@ -11,156 +11,67 @@ from trainer.fit.candidates import (
     LARGEST_MICRO_BATCH,
     WORTH,
     MemoryBudget,
-    Timed,
-    Tried,
-    tries,
-    way_of,
+    SizedLayout,
+    TimedLayout,
+    size_layouts,
+    strategy_of,
 )
 from trainer.fit.recipe_choices import attention_of, checkpointing_of
-from trainer.fit.result import NAMES
 from trainer.hardware import Shape
 from trainer.hardware.table import GPUS
 from trainer.memory import Usage
+from trainer.memory.layout import ENGINE_TITLES
 from trainer.memory.precision import needs_bf16
 from trainer.recipe import Recipe
 
 MOST_GPUS = 8
-"""Of one node of the clouds that we rent from; more are not looked for."""
+"""GPUs of a node at the clouds that we rent from. Hints do not suggest more."""
 
 
 class Choice(NamedTuple):
-    """What was chosen, of what, and in how much room."""
+    """The chosen layout, the layouts that it was chosen from, and the memory of the shape."""
 
-    best: Tried
-    tried: tuple[Tried, ...]
-    room: MemoryBudget
-    paces: tuple[Timed, ...]
-    """Of all that could be chosen, the best first."""
+    best: SizedLayout
+    sized: tuple[SizedLayout, ...]
+    budget: MemoryBudget
+    timed: tuple[TimedLayout, ...]
+    """All layouts that could be chosen, the best first."""
 
 
-def reasons(choice: Choice, recipe: Recipe, shape: Shape, share: int) -> tuple[str, ...]:
-    """Why each choice is as it is."""
-    layout, room = choice.best.layout, choice.room
+def list_reasons(choice: Choice, recipe: Recipe, shape: Shape, share: int) -> tuple[str, ...]:
+    """Return the reason for each choice; `share` is the rows of the global batch per process."""
+    layout, budget = choice.best.layout, choice.budget
     accumulation = share // layout.micro_batch
     return (
-        f"{layout.processes} process{'es, one for each GPU' if layout.processes > 1 else ''}",
+        f"{layout.processes} process{'es, one per GPU' if layout.processes > 1 else ''}",
         _why_engine(choice, recipe),
         _why_checkpointing(choice, recipe),
-        _why_gpu_micro(choice, recipe, share),
+        _why_micro_batch(choice, recipe, share),
         f"accumulation {accumulation}: {layout.processes} x {layout.micro_batch} x {accumulation} = {recipe.global_batch_size}",
         _why_attention(recipe, layout.attention, shape),
-        f"GPU memory {choice.best.gpu.gib:.1f} of {room.gpu:.1f} GiB: {largest(choice.best.gpu)}",
-        f"host memory {choice.best.host.gib:.0f} of {room.host:.0f} GiB: {largest(choice.best.host)}",
+        f"GPU memory {choice.best.gpu.gib:.1f} of {budget.gpu:.1f} GiB: {list_largest(choice.best.gpu)}",
+        f"host memory {choice.best.host.gib:.0f} of {budget.host:.0f} GiB: {list_largest(choice.best.host)}",
     )
 
 
-def _why_engine(choice: Choice, recipe: Recipe) -> str:
-    layout = choice.best.layout
-    name = NAMES[layout.engine] + (", offloaded" if layout.offload_optimizer else "")
-    if recipe.offload and layout.offload_optimizer:
-        return f"{name}: `offload: {recipe.offload}`, as the recipe says"
-    passed = _passed_over(choice)
-    if recipe.engine:
-        return f"{name}: `engine: {recipe.engine}`, as the recipe says" + (f"; {passed}" if passed else "")
-    return f"{name}: {passed}" if passed else f"{name}: each GPU holds all that it needs"
+def why_cpu_micro_batch(recipe: Recipe, *, share: int, micro: int) -> str:
+    """Return the reason for the micro batch on the CPU."""
+    wanted = recipe.micro_batch_size
+    if wanted == micro:
+        return f"micro batch {micro}: set by the recipe"
+    if wanted:
+        return f"micro batch {micro}: the recipe's {wanted} does not divide the {share} rows of a process"
+    return f"micro batch {micro}: the largest up to {LARGEST_MICRO_BATCH} that divides the {share} rows of a process"
 
 
-def _passed_over(choice: Choice) -> str:
-    """What the simpler ways would have taken: the memory of their smallest layout, or the time of their fastest."""
-    ways = list(dict.fromkeys(each.way for each in choice.tried))
-    said = []
-    for other in ways[: ways.index(choice.best.way)]:
-        name = f"{NAMES[other[0]]}{' offloaded' if other[1] else ''}"
-        fastest = min((each.seconds for each in choice.paces if way_of(each.layout) == other), default=None)
-        if fastest is not None:
-            said.append(f"{name} takes {fastest:.3g} s a step")
-            continue
-        least = min((each for each in choice.tried if each.way == other), key=lambda each: each.gpu.gib)
-        what = f"{least.gpu.gib:.0f} GiB of a GPU"
-        if least.gpu.gib <= choice.room.gpu:
-            what = f"{least.host.gib:.0f} GiB of the host"
-        said.append(f"{name} needs {what}")
-    return "; ".join(said)
+def list_largest(usage: Usage, count: int = 3) -> str:
+    """Return the largest terms as text: `activations 31.2 GiB, optimizer 6.7 GiB`."""
+    terms = sorted(usage.terms, key=lambda term: term.gib, reverse=True)[:count]
+    return ", ".join(f"{term.name} {term.gib:.1f} GiB" for term in terms)
 
 
-def _why_checkpointing(choice: Choice, recipe: Recipe) -> str:
-    on = choice.best.layout.activation_checkpointing
-    state = "activation checkpointing" if on else "no activation checkpointing"
-    if checkpointing_of(recipe) is not None:
-        return f"{state}, as the recipe says"
-    if not on:
-        return f"{state}: all activations fit"
-    without = [each for each in _same_way(choice) if not each.layout.activation_checkpointing]
-    if not without:
-        return f"{state}: without it no micro batch fits"
-    fastest = min(without, key=lambda each: each.seconds)
-    return f"{state}: it makes room for a larger micro batch; without it {_at(fastest)}"
-
-
-def _same_way(choice: Choice) -> list[Timed]:
-    return [each for each in choice.paces if way_of(each.layout) == choice.best.way]
-
-
-def _at(each: Timed, *, checkpointing: bool = False) -> str:
-    recomputed = " and checkpointing" if each.layout.activation_checkpointing and not checkpointing else ""
-    return f"{each.seconds:.3g} s with {each.layout.micro_batch}{recomputed}"
-
-
-def _why_gpu_micro(choice: Choice, recipe: Recipe, share: int) -> str:
-    micro = choice.best.layout.micro_batch
-    wish = recipe.micro_batch_size
-    if wish == micro:
-        return f"micro batch {micro}, as the recipe says"
-    if wish and micro == share:
-        return f"micro batch {micro}: a process's whole share"
-    if wish:
-        return f"micro batch {micro}: the largest up to the recipe's {wish} that divides a process's {share} and fits"
-    return f"micro batch {micro}: {_against_others(choice)}"
-
-
-def _against_others(choice: Choice) -> str:
-    """Seconds of a step, and of the next smaller and larger micro batches that there are as well."""
-    best, micro = choice.paces[0], choice.best.layout.micro_batch
-    others = sorted(_same_way(choice), key=lambda each: each.layout.micro_batch)
-    around = [
-        *[each for each in others if each.layout.micro_batch < micro][-1:],
-        *[each for each in others if each.layout.micro_batch > micro][:1],
-    ]
-    on = best.layout.activation_checkpointing
-    said = ", ".join(
-        [f"{best.seconds:.3g} s a step predicted", *(_at(each, checkpointing=on) for each in around)]
-    )
-    if any(each.seconds < best.seconds for each in around):
-        return f"{said}; a doubling has to save {WORTH - 1:.0%}"
-    return said
-
-
-def why_micro(recipe: Recipe, *, share: int, micro: int) -> str:
-    """On the CPU."""
-    wish = recipe.micro_batch_size
-    if wish == micro:
-        return f"micro batch {micro}, as the recipe says"
-    if wish:
-        return f"micro batch {micro}: the recipe's {wish} does not divide a process's {share}"
-    return f"micro batch {micro}: the largest up to {LARGEST_MICRO_BATCH} that divides a process's {share}"
-
-
-def _why_attention(recipe: Recipe, attention: str, shape: Shape) -> str:
-    wanted = attention_of(recipe)
-    if wanted == attention:
-        return f"attention {attention}, as the recipe says"
-    if attention == "sdpa":
-        return f"attention sdpa: FlashAttention 2 needs half precision on Ampere or newer, {shape} or the recipe is not"
-    return f"attention {attention}, where the package is installed; else sdpa"
-
-
-def largest(usage: Usage, count: int = 3) -> str:
-    """The largest terms: `activations 31.2 GiB, optimizer 6.7 GiB`."""
-    terms = sorted(usage.terms, key=lambda each: each.gib, reverse=True)[:count]
-    return ", ".join(f"{each.name} {each.gib:.1f} GiB" for each in terms)
-
-
-def uneven(recipe: Recipe, shape: Shape) -> NoFit:
+def uneven_batch(recipe: Recipe, shape: Shape) -> NoFit:
+    """Return the error that the global batch cannot be shared evenly. Its hint names the nearest numbers that can."""
     batch, count = recipe.global_batch_size, shape.gpus or shape.nodes
     what = "GPUs" if shape.gpus else "machines"
     counts = [size for size in range(1, batch + 1) if batch % size == 0]
@@ -170,50 +81,164 @@ def uneven(recipe: Recipe, shape: Shape) -> NoFit:
     return NoFit(
         f"recipe {recipe.name} has global_batch_size {batch}, which {count} {what} ({shape}) cannot share evenly",
         hint=f"take {' or '.join(str(size) for size in (*below, *above))} {what}, "
-        f"or {' or '.join(f'`global_batch_size={size}`' for size in batches)}, which trains another model",
+        f"or change the training: {' or '.join(f'`global_batch_size={size}`' for size in batches)}",
     )
 
 
-def unknown(recipe: Recipe) -> NoFit:
+def unknown_architecture(recipe: Recipe) -> NoFit:
+    """Return the error that the memory cannot be predicted, because the architecture is unknown."""
     return NoFit(
-        f"recipe {recipe.name}: nothing is known of the model {recipe.model_name_or_path}, so nor is its memory",
-        hint="name a folder with its config.json, or let this machine reach the Hub",
+        f"recipe {recipe.name}: the architecture of the model {recipe.model_name_or_path} is unknown, so its memory "
+        "cannot be predicted",
+        hint="give a folder that has the model's config.json, or give this machine access to the Hub",
     )
 
 
 def no_bf16(recipe: Recipe, shape: Shape) -> NoFit:
-    have = ", ".join(board.name for board in GPUS if board.has_bf16)
-    other = "" if recipe.is_quantised else "; or `bf16=false fp16=true dtype=float16`, which trains otherwise"
+    """Return the error that the recipe needs bfloat16 and the GPU does not have it."""
+    names = ", ".join(board.name for board in GPUS if board.has_bf16)
+    other = (
+        ""
+        if recipe.is_quantised
+        else "; or change the training's precision: `bf16=false fp16=true dtype=float16`"
+    )
     return NoFit(
-        f"recipe {recipe.name} computes in bfloat16, which {shape} has not in hardware",
-        hint=f"these have it: {have}{other}",
+        f"recipe {recipe.name} computes in bfloat16, which {shape} does not support",
+        hint=f"take one of these GPUs: {names}{other}",
     )
 
 
 def too_large(
-    recipe: Recipe, shape: Shape, architecture: Architecture, tried: Sequence[Tried], room: MemoryBudget
+    recipe: Recipe,
+    shape: Shape,
+    architecture: Architecture,
+    sized: Sequence[SizedLayout],
+    budget: MemoryBudget,
 ) -> NoFit:
-    """What the smallest layout needs, what is there, and the nearest that would do."""
-    ways = [*_larger(recipe, shape, architecture, tried, room), *_more(recipe, shape, architecture, room)]
-    on_gpu = [each for each in tried if each.gpu.gib <= room.gpu]
-    if on_gpu:
-        least = min(on_gpu, key=lambda each: each.host.gib)
-        need = f"{least.host.gib:.0f} GiB of each host's memory; {shape} has {room.host:.0f} to give"
+    """Return the error that no layout fits: what the smallest one needs, what the shape has, and what would fit."""
+    hardware = [
+        *_find_larger_gpu(recipe, shape, architecture, sized, budget),
+        *_find_more_gpus(recipe, shape, architecture, budget),
+    ]
+    fits_gpu = [candidate for candidate in sized if candidate.gpu.gib <= budget.gpu]
+    if fits_gpu:
+        least = min(fits_gpu, key=lambda candidate: candidate.host.gib)
+        need = f"{least.host.gib:.0f} GiB of each host's memory; {shape} has {budget.host:.0f} available"
         return NoFit(
-            f"recipe {recipe.name} needs {need} ({largest(least.host)})",
-            hint=", or ".join(["take nodes with more memory", *ways, *_without(recipe)]),
+            f"recipe {recipe.name} needs {need} ({list_largest(least.host)})",
+            hint=", or ".join(["take nodes with more memory", *hardware, *_removable_keys(recipe)]),
         )
-    least = min(tried, key=lambda each: each.gpu.gib)
-    need = f"{least.gpu.gib:.1f} GiB of each GPU; {shape} has {room.gpu:.1f} to give"
-    changes = _without(recipe) or ([] if ways else _smaller(recipe))
+    least = min(sized, key=lambda candidate: candidate.gpu.gib)
+    need = f"{least.gpu.gib:.1f} GiB of each GPU's memory; {shape} has {budget.gpu:.1f} available"
+    changes = _removable_keys(recipe) or ([] if hardware else _smaller_training(recipe))
     return NoFit(
-        f"recipe {recipe.name} needs {need} ({largest(least.gpu)})",
-        hint=", or ".join([f"take {' or '.join(ways)}"] * bool(ways) + changes),
+        f"recipe {recipe.name} needs {need} ({list_largest(least.gpu)})",
+        hint=", or ".join([f"take {' or '.join(hardware)}"] * bool(hardware) + changes),
     )
 
 
-def _without(recipe: Recipe) -> list[str]:
-    """What the recipe asks for and could do without."""
+def _why_engine(choice: Choice, recipe: Recipe) -> str:
+    layout = choice.best.layout
+    title = ENGINE_TITLES[layout.engine] + (", offloaded" if layout.offload_optimizer else "")
+    if recipe.offload and layout.offload_optimizer:
+        return f"{title}: set by the recipe (`offload: {recipe.offload}`)"
+    others = _compare_simpler(choice)
+    if recipe.engine:
+        return f"{title}: set by the recipe (`engine: {recipe.engine}`)" + (f"; {others}" if others else "")
+    return f"{title}: {others}" if others else f"{title}: each GPU can hold the whole training state"
+
+
+def _compare_simpler(choice: Choice) -> str:
+    """Return what each simpler strategy would take: the time of its fastest layout, or the memory of its smallest."""
+    strategies = list(dict.fromkeys(candidate.strategy for candidate in choice.sized))
+    texts = []
+    for other in strategies[: strategies.index(choice.best.strategy)]:
+        title = f"{ENGINE_TITLES[other[0]]}{' offloaded' if other[1] else ''}"
+        fastest = min(
+            (timed.seconds for timed in choice.timed if strategy_of(timed.layout) == other), default=None
+        )
+        if fastest is not None:
+            texts.append(f"{title} takes {fastest:.3g} s per step")
+            continue
+        least = min(
+            (candidate for candidate in choice.sized if candidate.strategy == other),
+            key=lambda candidate: candidate.gpu.gib,
+        )
+        need = f"{least.gpu.gib:.0f} GiB of each GPU"
+        if least.gpu.gib <= choice.budget.gpu:
+            need = f"{least.host.gib:.0f} GiB of each host"
+        texts.append(f"{title} needs {need}")
+    return "; ".join(texts)
+
+
+def _why_checkpointing(choice: Choice, recipe: Recipe) -> str:
+    is_on = choice.best.layout.activation_checkpointing
+    state = "activation checkpointing" if is_on else "no activation checkpointing"
+    if checkpointing_of(recipe) is not None:
+        return f"{state}: set by the recipe"
+    if not is_on:
+        return f"{state}: all activations fit"
+    without = [timed for timed in _of_same_strategy(choice) if not timed.layout.activation_checkpointing]
+    if not without:
+        return f"{state}: without it no micro batch fits"
+    fastest = min(without, key=lambda timed: timed.seconds)
+    return f"{state}: it allows a larger micro batch; without it a step takes {_describe_step(fastest)}"
+
+
+def _of_same_strategy(choice: Choice) -> list[TimedLayout]:
+    return [timed for timed in choice.timed if strategy_of(timed.layout) == choice.best.strategy]
+
+
+def _describe_step(timed: TimedLayout, *, checkpointing: bool = False) -> str:
+    """Return seconds and micro batch as text. `checkpointing` is whether the chosen layout has it as well."""
+    recomputed = " and checkpointing" if timed.layout.activation_checkpointing and not checkpointing else ""
+    return f"{timed.seconds:.3g} s with {timed.layout.micro_batch}{recomputed}"
+
+
+def _why_micro_batch(choice: Choice, recipe: Recipe, share: int) -> str:
+    micro = choice.best.layout.micro_batch
+    wanted = recipe.micro_batch_size
+    if wanted == micro:
+        return f"micro batch {micro}: set by the recipe"
+    if wanted and micro == share:
+        return f"micro batch {micro}: the whole share of a process"
+    if wanted:
+        return (
+            f"micro batch {micro}: the largest up to the recipe's {wanted} that fits and divides the {share} rows of a "
+            "process"
+        )
+    return f"micro batch {micro}: {_compare_micro_batches(choice)}"
+
+
+def _compare_micro_batches(choice: Choice) -> str:
+    """Return the seconds of a step, and those of the next smaller and the next larger micro batch."""
+    best, micro = choice.timed[0], choice.best.layout.micro_batch
+    others = sorted(_of_same_strategy(choice), key=lambda timed: timed.layout.micro_batch)
+    neighbours = [
+        *[timed for timed in others if timed.layout.micro_batch < micro][-1:],
+        *[timed for timed in others if timed.layout.micro_batch > micro][:1],
+    ]
+    is_on = best.layout.activation_checkpointing
+    steps = [_describe_step(timed, checkpointing=is_on) for timed in neighbours]
+    text = ", ".join([f"{best.seconds:.3g} s per step predicted", *steps])
+    if any(timed.seconds < best.seconds for timed in neighbours):
+        return f"{text}; a micro batch twice as large has to be at least {WORTH - 1:.0%} faster"
+    return text
+
+
+def _why_attention(recipe: Recipe, attention: str, shape: Shape) -> str:
+    if attention_of(recipe) == attention:
+        return f"attention {attention}: set by the recipe"
+    if attention == "sdpa":
+        return (
+            "attention sdpa: FlashAttention 2 needs half precision and an Ampere or newer GPU, which the recipe or "
+            f"{shape} does not have"
+        )
+    return f"attention {attention} if its package is installed, else sdpa"
+
+
+def _removable_keys(recipe: Recipe) -> list[str]:
+    """Return hints to leave out keys of the recipe that take memory and do not change the training."""
     changes = []
     if recipe.engine:
         changes.append(f"leave out `engine: {recipe.engine}`")
@@ -224,31 +249,40 @@ def _without(recipe: Recipe) -> list[str]:
     return changes
 
 
-def _smaller(recipe: Recipe) -> list[str]:
-    """What would be another recipe."""
+def _smaller_training(recipe: Recipe) -> list[str]:
+    """Return a hint that changes the training, for when no other hardware and no other layout fits."""
     return ["take a shorter `max_length`"] if recipe.is_lora else ["train LoRA (`use_peft: true`)"]
 
 
-def _larger(
-    recipe: Recipe, shape: Shape, architecture: Architecture, tried: Sequence[Tried], room: MemoryBudget
+def _find_larger_gpu(
+    recipe: Recipe,
+    shape: Shape,
+    architecture: Architecture,
+    sized: Sequence[SizedLayout],
+    budget: MemoryBudget,
 ) -> list[str]:
-    needs = [each.gpu.gib for each in tried if each.host.gib <= room.host]
+    """Return the smallest GPU of the table, at the same count, that holds a layout; an empty list if none does."""
+    needs = [candidate.gpu.gib for candidate in sized if candidate.host.gib <= budget.host]
     if not needs:
         return []
     for board in sorted(GPUS, key=lambda board: (board.usable_gib, board.fp16_tflops)):
         if not board.has_bf16 and needs_bf16(recipe, architecture):
             continue
-        if board.usable_gib >= min(needs) and board.usable_gib > room.gpu:
+        if board.usable_gib >= min(needs) and board.usable_gib > budget.gpu:
             return [f"{board.name}:{shape.count}"]
     return []
 
 
-def _more(recipe: Recipe, shape: Shape, architecture: Architecture, room: MemoryBudget) -> list[str]:
+def _find_more_gpus(
+    recipe: Recipe, shape: Shape, architecture: Architecture, budget: MemoryBudget
+) -> list[str]:
+    """Return the smallest count of the same GPU that holds a layout; an empty list if none does."""
     for count in range(shape.count + 1, MOST_GPUS + 1):
         share, rest = divmod(recipe.global_batch_size, count * shape.nodes)
         if rest or not share:
             continue
         larger = shape.model_copy(update={"count": count})
-        if any(room.holds(each) for each in tries(recipe, larger, architecture, share, room)):
+        candidates = size_layouts(recipe, larger, architecture, share, budget)
+        if any(budget.holds(candidate) for candidate in candidates):
             return [str(larger)]
     return []

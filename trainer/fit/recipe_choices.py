@@ -1,4 +1,4 @@
-"""What a recipe asks of its fit, under the keys that it has for it."""
+"""The parts of the fit that a recipe's keys decide: reference, engine, checkpointing, attention."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from trainer.recipe import Recipe
 
 
 def reference_of(recipe: Recipe) -> Reference:
-    """Where the log-probabilities of DPO's reference come from: a pass before training, or if the recipe says
-    `precompute_ref_log_probs: false` a second model beside the policy; LoRA's are the policy's without its adapter,
-    unless the recipe asks for the pass.
+    """Return where the log-probabilities of DPO's reference come from.
+
+    By default a pass before training computes them. With `precompute_ref_log_probs: false` a second model does, beside
+    the policy. Under LoRA the policy without its adapter does, unless the recipe sets `precompute_ref_log_probs: true`.
     """
     if not recipe.training_method.needs_reference:
         return "none"
-    said = recipe.trainer_args.get("precompute_ref_log_probs")
+    precompute = recipe.trainer_args.get("precompute_ref_log_probs")
     if recipe.is_lora:
-        return "precomputed" if said else "adapters_off"
-    return "model" if said is False else "precomputed"
+        return "precomputed" if precompute else "adapters_off"
+    return "model" if precompute is False else "precomputed"
 
 
 def engine_of(recipe: Recipe, *, several: bool) -> Engine:
-    """The engine that the recipe names, or whole replicas; of one process DDP is that process."""
+    """Return the engine that the recipe names, by default DDP. DDP with one process is `single`."""
     if recipe.engine in (None, "ddp"):
         return "ddp" if several else "single"
     return recipe.engine
 
 
 def checkpointing_of(recipe: Recipe) -> bool | None:
-    """Activation checkpointing as the recipe says it, by its new name or its old; None if it is silent."""
+    """Return the recipe's activation checkpointing, by its new key or its old key; None if it sets neither."""
     for key in ("activation_checkpointing", "gradient_checkpointing"):
         if recipe.trainer_args.get(key) is not None:
             return bool(recipe.trainer_args[key])
@@ -35,7 +36,7 @@ def checkpointing_of(recipe: Recipe) -> bool | None:
 
 
 def attention_of(recipe: Recipe) -> Attention | None:
-    """The recipe's choice, as the kind that takes as much memory; None if it is silent."""
+    """Return the recipe's attention, as the kind that takes the same memory; None if the recipe does not set it."""
     wanted = recipe.model_args.get("attn_implementation")
     if not wanted:
         return None
