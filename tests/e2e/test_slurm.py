@@ -153,11 +153,9 @@ def test_a_notice_loses_no_step(disturbed: Begun) -> None:
     stopped, view = disturbed.ended().stopped, disturbed.job.view
     [message] = [event["message"] for event in view.events("preempted")]
     assert message == f"at step {stopped}, which is saved"
-    told = {
-        attempt: [e["step"] for e in view.events("step") if e["attempt"] == attempt] for attempt in (1, 2)
-    }
-    assert told[1] == list(range(1, stopped + 1))
-    assert told[2][0] == stopped + 1
+    steps = [(event["step"], event["attempt"]) for event in view.events("step")]
+    assert [step for step, attempt in steps if attempt == 1] == list(range(1, stopped + 1))
+    assert min(step for step, attempt in steps if attempt > 1) == stopped + 1
 
 
 def test_four_lost_machines_change_no_bit(whole: tuple[Job, str], disturbed: Begun, lab: Lab) -> None:
