@@ -169,7 +169,7 @@ def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
     if status is None or not status.at_work:
         click.echo(f"{run} is not running: {status.raw_status if status else 'SkyPilot has no job of it'}")
         return ExitCode.DONE
-    click.echo(f"cancelling {run} ({status.kind} {status.name}): it saves, uploads and commits first")
+    click.echo(f"cancelling {run} ({status.label}): it saves, uploads and commits first")
     # The log of a local run goes to stdout; SkyPilot's own messages go to stderr.
     to_stderr = record.kind != "local"
     reader = place_of(record).reader()

@@ -128,7 +128,7 @@ class LocalMachine:
             name=home.path.name,
             job_id=record.pid,
             phase=phase if running else ended_phase(code, cancelled=home.cancelled),
-            raw_status=f"pid {record.pid}",
+            raw_status=f"pid {record.pid}" + ("" if running else " has ended"),
             where=WHERE,
             since=record.created,
             exit_code=None if running else code,

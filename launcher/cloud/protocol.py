@@ -54,13 +54,20 @@ class JobStatus(BaseModel):
         """Whether the job is running or will run without further action."""
         return self.phase in AT_WORK
 
-    def describe(self) -> str:
-        """Return the job in a few words, such as `managed job 3 a-run on GCP (us-central1) (RUNNING)`."""
+    @property
+    def label(self) -> str:
+        """The job in a few words: `managed job 3 a-run`, `cluster a-run`, `pid 4711`."""
         if self.kind == "local":
-            return f"{self.raw_status}, log {self.log_path}"
+            return f"pid {self.job_id}"
         number = f" {self.job_id}" if self.kind == "managed job" and self.job_id is not None else ""
+        return f"{self.kind}{number} {self.name}"
+
+    def describe(self) -> str:
+        """Return the job with its place, such as `managed job 3 a-run on GCP (us-central1) (RUNNING)`."""
+        if self.kind == "local":
+            return f"{self.label}, log {self.log_path}"
         where = f" on {self.where}" if self.where else ""
-        return f"{self.kind}{number} {self.name}{where} ({self.raw_status})"
+        return f"{self.label}{where} ({self.raw_status})"
 
 
 @dataclass(frozen=True)

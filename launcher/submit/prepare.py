@@ -6,7 +6,7 @@ A dry run prints exactly what is launched.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,8 @@ from launcher.cloud.local import WHERE
 from launcher.cloud.protocol import Kind, LaunchRequest
 from launcher.image.builders import BuildOptions
 from launcher.local.process import Home, supervisor_command, supervisor_environment
-from launcher.plan.plan import LoadPrices, make_plan, no_fit_error
-from launcher.plan.rank import PlanRequest, PlanRow, parse_gpus
+from launcher.plan.plan import LoadPrices, find_workload, no_fit_error
+from launcher.plan.rank import PlanRequest, PlanRow, parse_gpus, plan
 from launcher.prices.load import load_prices
 from launcher.prices.offer import Prices
 from launcher.runs.limits import limits_for
@@ -28,10 +28,12 @@ from launcher.submit.job_files import JobFile
 from launcher.submit.node_inputs import Container
 from launcher.submit.task import Candidate, TaskSpec
 from trainer.accounting import Limits
+from trainer.architecture import Architecture
 from trainer.architecture.lookup import find_architecture, with_login
 from trainer.bucket.address import canonical
 from trainer.bucket.layout import checked_run_id
 from trainer.errors import UserError
+from trainer.estimate import Workload
 from trainer.fit import fit
 from trainer.hardware import Shape, gpu
 from trainer.recipe import Recipe, default_run_id, load
@@ -95,6 +97,13 @@ class SubmitFacts:
     data_files: Mapping[str, str]
     """The files that these overrides name: path on the node, path here."""
 
+    architecture: Architecture | None = None
+    """The model's architecture; None on this machine, where the trainer looks it up."""
+    offers: Prices | None = None
+    """Prices; None for machines that are not rented."""
+    workload: Workload | None = None
+    """Rows and tokens of the training data; None for machines that are not rented."""
+
     @property
     def where(self) -> str:
         return ", ".join(self.infra)
@@ -147,17 +156,15 @@ def prepare(
         NoFit: no machine that can be rented fits the recipe. The message has the reasons and the alternatives.
         UserError: the recipe, the task, the settings or an option is wrong, or the nodes cannot reach the bucket.
     """
-    facts = resolve(options, environ, cwd or Path.cwd())
+    facts = _with_look_ups(resolve(options, environ, cwd or Path.cwd()), now, prices)
     if facts.venue == "local":
         return _local_submission(facts)
-    if facts.venue == "own":
-        return _cloud_submission(facts, _place_on_own(facts))
-    offers = prices(now=now, infra=facts.infra, refresh=False)
-    return _cloud_submission(facts, _place_on_rented(facts, offers, now))
+    placement = _place_on_own(facts) if facts.venue == "own" else _place_on_rented(facts)
+    return _cloud_submission(facts, placement)
 
 
 def resolve(options: SubmitOptions, environ: Mapping[str, str], cwd: Path) -> SubmitFacts:
-    """Look up all facts of a submission; raises UserError for what is wrong before any price is asked for."""
+    """Resolve the facts that need no network; raises UserError for wrong options, recipes and settings."""
     site = settings.load(environ)
     infra = options.infra or site.infra
     venue = _venue(infra, local=LOCAL in options.infra)
@@ -170,9 +177,8 @@ def resolve(options: SubmitOptions, environ: Mapping[str, str], cwd: Path) -> Su
         node_inputs.reachable_bucket(checkpoints, environ, infra, own=venue == "own")
     data, files = _copied_data(loaded.recipe, infra, venue)
     gpus = options.gpus or (job.gpus if venue == "rented" else None)
-    image = (
-        Container() if venue == "local" else node_inputs.container(options.image, site, own=venue == "own")
-    )
+    if venue == "own":
+        _check_own(options, ", ".join(infra))
     return SubmitFacts(
         options=options,
         site=site,
@@ -187,9 +193,23 @@ def resolve(options: SubmitOptions, environ: Mapping[str, str], cwd: Path) -> Su
         limits=limits,
         nodes=options.nodes or int(job.base.get("num_nodes") or 1),
         gpus=parse_gpus(gpus) if gpus else (None, None),
-        image=image,
+        image=node_inputs.container(options.image, site, own=venue != "rented"),
         data_overrides=data,
         data_files=files,
+    )
+
+
+def _with_look_ups(facts: SubmitFacts, now: datetime, prices: LoadPrices) -> SubmitFacts:
+    """Add the facts that may need the network: the model's architecture, and for rented machines prices and data."""
+    if facts.venue == "local":
+        return facts
+    if facts.venue == "own":
+        return replace(facts, architecture=find_architecture(facts.recipe))
+    return replace(
+        facts,
+        offers=prices(now=now, infra=facts.infra, refresh=False),
+        workload=find_workload(facts.recipe, rows=facts.options.rows),
+        architecture=find_architecture(facts.recipe),
     )
 
 
@@ -204,6 +224,14 @@ def _copied_data(
         return (), {}
     node_inputs.refuse_local_model(recipe)
     return node_inputs.copied_data(recipe)
+
+
+def _check_own(options: SubmitOptions, where: str) -> None:
+    """Refuse spot, which the user's own machines do not have, and a submission that does not name the GPUs."""
+    if options.spot:
+        raise UserError(f"{where} has no spot", hint="`--managed` recovers a lost job there, too")
+    if not options.gpus or parse_gpus(options.gpus)[1] is None:
+        raise UserError(f"which GPUs of {where}?", hint="`--gpus A100:8`")
 
 
 def _venue(infra: Sequence[str], *, local: bool) -> Venue:
@@ -225,11 +253,9 @@ def _cloud_of(infra: str) -> str:
 
 def _place_on_own(facts: SubmitFacts) -> _Placement:
     """Place the job on the user's machines. Nothing is ranked, but a recipe that cannot fit the GPUs is refused."""
-    if facts.options.spot:
-        raise UserError(f"{facts.where} has no spot", hint="`--managed` recovers a lost job there, too")
     accelerator, count = facts.gpus
-    if accelerator is None or count is None:
-        raise UserError(f"which GPUs of {facts.where}?", hint="`--gpus A100:8`")
+    assert accelerator  # noqa: S101 (`_check_own` has refused a submission without GPUs)
+    assert count  # noqa: S101
     shape = Shape(
         accelerator=accelerator,
         count=count,
@@ -239,7 +265,7 @@ def _place_on_own(facts: SubmitFacts) -> _Placement:
         node=facts.infra[0],
         nodes=facts.nodes,
     )
-    chosen = fit(facts.recipe, shape, find_architecture(facts.recipe))
+    chosen = fit(facts.recipe, shape, facts.architecture)
     reason = f"{shape} on {facts.where}: {chosen.words()}, if the host has enough memory (unknown here)"
     candidates = tuple(
         Candidate(infra=name, accelerators=f"{accelerator}:{count}", use_spot=None) for name in facts.infra
@@ -248,8 +274,10 @@ def _place_on_own(facts: SubmitFacts) -> _Placement:
     return _Placement(candidates, facts.options.managed, None, (reason,), envs)
 
 
-def _place_on_rented(facts: SubmitFacts, offers: Prices, now: datetime) -> _Placement:
+def _place_on_rented(facts: SubmitFacts) -> _Placement:
     """Place the job on the machines that the plan ranks first."""
+    assert facts.offers  # noqa: S101 (`_with_look_ups` has them for rented machines)
+    assert facts.workload  # noqa: S101
     accelerator, count = facts.gpus
     request = PlanRequest(
         accelerator=accelerator,
@@ -259,14 +287,7 @@ def _place_on_rented(facts: SubmitFacts, offers: Prices, now: datetime) -> _Plac
         budget_usd=facts.limits.budget_usd,
         deadline_h=facts.limits.deadline_h,
     )
-    found = make_plan(
-        facts.recipe,
-        request,
-        infra=facts.infra,
-        now=now,
-        rows=facts.options.rows,
-        prices=lambda **_: offers,
-    )
+    found = plan(facts.recipe, facts.architecture, facts.offers, facts.workload, request)
     chosen = found.chosen
     if chosen is None:
         raise no_fit_error(found)
@@ -283,7 +304,7 @@ def _place_on_rented(facts: SubmitFacts, offers: Prices, now: datetime) -> _Plac
         reasons.append("as a managed job: SkyPilot replaces a spot machine that is lost")
     named = bool(accelerator or facts.limits.budget_usd)
     candidates = task.candidates(found, managed=managed, asked=facts.infra, named=named)
-    envs = node_inputs.price_variables(chosen, candidates, offers.offers, nodes=facts.nodes)
+    envs = node_inputs.price_variables(chosen, candidates, facts.offers.offers, nodes=facts.nodes)
     return _Placement(candidates, managed, chosen, tuple(reasons), envs)
 
 
