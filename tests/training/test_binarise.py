@@ -127,7 +127,7 @@ def test_pairs_have_the_columns_of_argillas(caplog: pytest.LogCaptureFixture) ->
     assert (len(pairs), pairs[0], list(pairs[:1])) == (1, next(iter(pairs)), list(pairs))
     told = (
         "raw (train): 1 pairs of 3 rows by the mean of the ratings; left out: 1 x all answers rated alike, "
-        "1 x fewer than two rated answers; 5 ratings are no number from 0 to 5 and do not count"
+        "1 x fewer than two rated answers; 5 ratings are not numbers from 0 to 5 and do not count"
     )
     assert caplog.messages == [told]
 
@@ -146,7 +146,7 @@ def test_rows_on_disk_give_the_same_pairs(tmp_path: Path) -> None:
         ([{"chosen": "a", "rejected": "b"}], "has no column instruction, which `binarise` needs"),
         (
             [row("q", answer("one", "3"), answer("two", "3"))],
-            "not one of 1 rows makes a pair: 1 x all answers",
+            "none of 1 rows has a pair: 1 x all answers",
         ),
     ],
 )

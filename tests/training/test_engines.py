@@ -193,7 +193,7 @@ def test_ddp_in_fsdps_place_is_found_out(tmp_path: Path, capfd: pytest.CaptureFi
     job = ranks_job(tmp_path / "work", SFT, **ENGINES["fsdp2"])
     assert finish(Workers(job, sys.executable, "tests.training.untold_rank", grace_s=2.0)) == 1
     assert not job.outcome.exists()
-    assert "FSDP 2 was asked for, and 21 weights are whole on every rank" in capfd.readouterr().err
+    assert "FSDP 2 was requested, but 21 weights are whole on every rank" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", kinds("zero3", "fsdp2"))

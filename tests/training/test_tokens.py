@@ -245,7 +245,7 @@ def test_a_template_that_refuses_a_chat_is_the_recipes_fault(tokenizer: Any) -> 
     template, tokenizer.chat_template = tokenizer.chat_template, GEMMA_LIKE
     try:
         renderer = chat_template.Renderer(tokenizer, insert_system=False)
-        with pytest.raises(chat_template.RecipeError, match="refuses a chat of system, user"):
+        with pytest.raises(chat_template.RecipeError, match="rejects a chat of system, user"):
             renderer.chat([{"role": "system", "content": "x"}, ASK], assistant_only=False)
     finally:
         tokenizer.chat_template = template

@@ -1,1 +1,1 @@
-"""What trains: torch, Transformers, TRL and PEFT are imported here and nowhere else."""
+"""The training process. Only this package imports torch, Transformers, TRL and PEFT."""

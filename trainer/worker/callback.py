@@ -1,4 +1,4 @@
-"""What happens at each step of training, told to the supervisor; saves it can upload; a stop all ranks agree on."""
+"""The callback of a training: it reports each step to the supervisor, stages checkpoints, and stops all ranks together."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from trainer.worker.arguments import device_has_bf16
 from trainer.worker.checkpoint_identity import Identity
 from trainer.worker.supervisor_channel import Channel
 
-MOST_PENDING = 2
-"""Staged folders on disk or tmpfs: one being uploaded, one waiting. A third save is skipped instead."""
-UNTOLD = frozenset(
+GIB = 2**30
+RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
+"""Unit of `ru_maxrss`: getrusage(2)."""
+MAX_STAGED = 2
+"""Staged folders on disk or tmpfs: one that is being uploaded, and one that waits. A third save is skipped."""
+PER_PROCESS_METRICS = frozenset(
     {"num_tokens", "eval_num_tokens", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 )
-"""Of this process's life, not of the run's: they start anew at every recovery."""
-FED = ("input_ids", "attention_mask", "position_ids")
-"""Of the model's inputs, what says which tokens it sees."""
+"""Reset at every restart, so not reported."""
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""The inputs of the model that determine which tokens it sees."""
 
 
 class Progress(TrainerCallback):
-    """One per training; after `train()` it knows whether the training was stopped, and where."""
+    """Reports a training to the supervisor. After `train()`, `stopped_at` is the step at which it was stopped, or None."""
 
     def __init__(self, job: Job, channel: Channel, about: Identity, *, samples: int) -> None:
         self.stopped_at: int | None = None
@@ -43,18 +46,18 @@ class Progress(TrainerCallback):
         self._channel = channel
         self._about = about
         self._samples = samples
-        self._seen = TrainedTokens()
+        self._trained = TrainedTokens()
         self._config = engine.config(job.recipe, job.fit, has_bf16=device_has_bf16(job.fit))
-        self._pace = StepTimer()
+        self._timer = StepTimer()
         self._since = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, *, model: Any, **_: Any
     ) -> None:
-        state.compute_steps(args, state.max_steps)  # a resumed state brings the old intervals
-        model.register_forward_pre_hook(self._seen.hook, with_kwargs=True)
+        state.compute_steps(args, state.max_steps)  # a resumed state contains the old intervals
+        model.register_forward_pre_hook(self._trained.hook, with_kwargs=True)
         if args.world_size > 1:
-            dist.barrier()  # until all are here, a signal ends each at once; from here on they stop together
+            dist.barrier()  # before this, a signal ends each rank at once; after it, the ranks stop together
         self._channel.training_begins()
         self._channel.say(
             "started",
@@ -66,15 +69,15 @@ class Progress(TrainerCallback):
             trainable_parameters=sum(_size(weight) for weight in model.parameters() if weight.requires_grad),
             **self._engine(),
         )
-        self._pace.other()
+        self._timer.other()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         if _evaluates_epochs(args) and _ends_epoch(state):
             control.should_evaluate = True
-        if state.global_step < state.max_steps:  # the last step is saved and finished whatever happens
-            full = control.should_save and self._waiting() >= MOST_PENDING
+        if state.global_step < state.max_steps:  # the last step is always saved and finished
+            full = control.should_save and self._staged_count() >= MAX_STAGED
             stop, full = _any_rank(args, self._channel.stop_asked, full)
             if stop:
                 self._stop(state, control)
@@ -83,7 +86,7 @@ class Progress(TrainerCallback):
                 self._channel.say(
                     "save_skipped",
                     step=state.global_step,
-                    reason=f"{MOST_PENDING} checkpoints still wait for upload: saves come faster than the bucket takes them",
+                    reason=f"{MAX_STAGED} checkpoints still wait for upload: saves are faster than the uploads to the bucket",
                 )
         self._since = time.perf_counter()
         return control
@@ -91,8 +94,10 @@ class Progress(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, _state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Its evaluation was its last step's. Transformers would do it now, after that step's save, so that whoever
-        goes on from there has neither its result nor its random numbers; and after a stop in the middle of an epoch.
+        """Cancel the evaluation at the end of an epoch, because it ran at the epoch's last step.
+
+        Transformers would run it after that step's save. A resume from that checkpoint would then lack its result and
+        its random numbers. Transformers would also run it after a stop in the middle of an epoch.
         """
         if _evaluates_epochs(args):
             control.should_evaluate = False
@@ -101,18 +106,18 @@ class Progress(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """A stop that is asked for meanwhile needs no step more."""
+        """Stop now if a stop was requested during the evaluation, without another step."""
         if self.must_stop(args, state):
             self._stop(state, control)
         self._since = time.perf_counter()
         return control
 
     def must_stop(self, args: TrainingArguments, state: TrainerState) -> bool:
-        """Whether any rank was asked to; every rank has to ask. The last step is saved and finished whatever happens."""
+        """Return whether a stop was requested on any rank. All ranks must call this. The last step is always finished."""
         return state.global_step < state.max_steps and _any_rank(args, self._channel.stop_asked)[0]
 
     def cut_evaluation(self, state: TrainerState, control: TrainerControl) -> None:
-        """Save this step instead, and stop."""
+        """Save this step and stop; the checkpoint records that its evaluation is still due."""
         self._about = self._about.model_copy(update={"evaluation_due": True})
         control.should_evaluate = False
         self._stop(state, control)
@@ -121,7 +126,7 @@ class Progress(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """The folder is whole once every rank has written its part of it; each node has its own."""
+        """Mark the checkpoint staged on each node, after every rank has written its part."""
         if args.world_size > 1:
             dist.barrier()
         folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -141,7 +146,7 @@ class Progress(TrainerCallback):
                 Staged(folder=folder, step=state.global_step, stall_s=stall_s, details=details),
             )
         self._channel.say("saved", step=state.global_step, bytes=size, stall_s=stall_s)
-        self._pace.other()
+        self._timer.other()
         if self.must_stop(args, state):
             self._stop(state, control, save=False)
         return control
@@ -155,33 +160,33 @@ class Progress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        state.log_history.clear()  # told below; every save would write all of it again, while training waits
-        told = {key: value for key, value in (logs or {}).items() if key not in UNTOLD}
-        if "loss" in told:
-            step_s = self._pace.step()
-            seen = self._seen.take(args)
+        state.log_history.clear()  # the events hold it; every save would write all of it again while training waits
+        metrics = {key: value for key, value in (logs or {}).items() if key not in PER_PROCESS_METRICS}
+        if "loss" in metrics:
+            step_s = self._timer.step()
+            taken = self._trained.take(args)
             self._channel.say(
                 "step",
                 step=state.global_step,
                 total_steps=state.max_steps,
-                samples=seen.samples,
-                **told,
+                samples=taken.samples,
+                **metrics,
                 step_s=step_s,
-                train_s=self._pace.train_s,
-                tokens_per_s=seen.tokens / step_s,
-                gpu_peak_gib=seen.gpu_peak_gib,
-                host_peak_gib=seen.host_peak_gib / self._job.fit.nodes,
+                train_s=self._timer.train_s,
+                tokens_per_s=taken.tokens / step_s,
+                gpu_peak_gib=taken.gpu_peak_gib,
+                host_peak_gib=taken.host_peak_gib / self._job.fit.nodes,
             )
-        elif any(key.startswith("eval_") for key in told):
-            self._channel.say("eval", step=state.global_step, **told, seconds=self._pace.other())
+        elif any(key.startswith("eval_") for key in metrics):
+            self._channel.say("eval", step=state.global_step, **metrics, seconds=self._timer.other())
         self._since = time.perf_counter()
 
     def _engine(self) -> dict[str, Any]:
-        """DeepSpeed's config or FSDP's, if one trains."""
+        """Return the config of DeepSpeed or FSDP under its key; empty for other engines."""
         return {engine.config_name(self._job.fit): self._config} if self._config else {}
 
-    def _waiting(self) -> int:
-        """Staged checkpoints, by name only: the uploader may remove a marker while we look."""
+    def _staged_count(self) -> int:
+        """Count the staged checkpoints by name, because the uploader may remove a marker at the same time."""
         return len(list(self._job.staging.glob(f"{PREFIX_CHECKPOINT_DIR}-*{STAGED_SUFFIX}")))
 
     def _stop(self, state: TrainerState, control: TrainerControl, *, save: bool = True) -> None:
@@ -195,60 +200,62 @@ def _evaluates_epochs(args: TrainingArguments) -> bool:
 
 
 def _ends_epoch(state: TrainerState) -> bool:
-    """Whether a step is its epoch's last, or the run's."""
+    """Return whether a step is the last one of its epoch or of the run."""
     return state.global_step >= state.max_steps or float(state.epoch or 0.0).is_integer()
 
 
 def _size(weight: Any) -> int:
-    """Elements, also of a weight that ZeRO 3 has cut."""
+    """Return the number of elements, also for a weight that ZeRO 3 has partitioned."""
     return int(getattr(weight, "ds_numel", weight.numel()))
 
 
 class Taken(NamedTuple):
-    """A step over all ranks."""
+    """What was trained in one step, over all ranks."""
 
     samples: str
-    """Hex."""
+    """Digest of the samples, in hexadecimal."""
     tokens: int
     gpu_peak_gib: float | None
-    """Of the fullest GPU."""
+    """Peak of the GPU that used the most memory; None without GPUs."""
     host_peak_gib: float
-    """Of all nodes."""
+    """Sum over all ranks of all nodes."""
 
 
 class TrainedTokens:
-    """What the model was trained on since the last look: token ids, not what was meant to be fed to it.
+    """Digests the token ids that the model really trained on since the last step.
 
-    The sum of a hash of each sequence: a set of sequences has one digest, however it was dealt to ranks and micro
-    batches, padded and ordered.
+    The digest is the sum of a hash of each sequence. So a set of sequences has one digest, however it is distributed
+    over ranks and micro batches, padded and ordered.
     """
 
     def __init__(self) -> None:
         self._fed: list[dict[str, torch.Tensor]] = []
 
     def hook(self, module: Any, _args: Any, inputs: dict[str, Any]) -> None:
-        """Before a forward; those of evaluation and of the reference have no gradient.
+        """Remember the inputs of a training forward; those of evaluations and of the reference have no gradient.
 
-        Only kept until the step is over: to read a GPU's memory here would wait for all that it has still to compute.
+        The inputs are hashed at the end of the step. Reading GPU memory here would wait for all queued kernels.
         """
         if module.training and torch.is_grad_enabled():
-            self._fed.append({name: inputs[name].detach() for name in FED if inputs.get(name) is not None})
+            self._fed.append(
+                {name: inputs[name].detach() for name in TOKEN_INPUTS if inputs.get(name) is not None}
+            )
 
     def take(self, args: TrainingArguments) -> Taken:
-        """All since the last call, of every rank; and the memory that they took at most."""
+        """Return the digest and the token count of all ranks since the last call, and the peak memory."""
         mine, tokens = self._digest()
         gpu, host = peaks()
         if args.world_size > 1:
             signed = mine - 2**64 if mine >= 2**63 else mine
             total = torch.tensor([signed, tokens, host], dtype=torch.int64, device=args.device)
-            dist.all_reduce(total)  # modulo 2 ** 64, as int64 overflows
+            dist.all_reduce(total)  # int64 wraps around, so this is the sum modulo 2 ** 64
             mine, tokens, host = (int(number) for number in total.tolist())
             mine %= 2**64
             gpu = _fullest(args, gpu)
         return Taken(f"{mine:016x}", tokens, gpu, host / GIB)
 
     def _digest(self) -> tuple[int, int]:
-        """Sum of the hashes, and tokens, of what was fed; it is let go."""
+        """Return the sum of the hashes and the token count of the remembered inputs, and forget the inputs."""
         total = tokens = 0
         for fed in self._fed:
             for sequence in _sequences({name: tensor.cpu() for name, tensor in fed.items()}):
@@ -259,7 +266,7 @@ class TrainedTokens:
 
 
 def _fullest(args: TrainingArguments, gib: float | None) -> float | None:
-    """The largest of all ranks; they all have a GPU, or none has."""
+    """Return the maximum over all ranks. Either all ranks have a GPU, or none has."""
     if gib is None:
         return None
     largest = torch.tensor(gib, dtype=torch.float64, device=args.device)
@@ -268,7 +275,7 @@ def _fullest(args: TrainingArguments, gib: float | None) -> float | None:
 
 
 def _sequences(inputs: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Without padding; several to a row where they are packed, each with positions from 0."""
+    """Yield sequences without padding. A packed row holds several, and each has positions from 0."""
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     for number, row in enumerate(inputs["input_ids"].to(torch.int64)):  # (batch, sequence)
         if mask is not None:
@@ -281,7 +288,7 @@ def _sequences(inputs: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _any_rank(args: TrainingArguments, *flags: bool) -> tuple[bool, ...]:
-    """Each flag, raised if any rank raises it: ranks that disagree would wait for each other for ever."""
+    """Return each flag, true if it is true on any rank. Ranks that disagree would wait for each other for ever."""
     if args.world_size == 1:
         return flags
     raised = torch.tensor([float(flag) for flag in flags], device=args.device)
@@ -289,44 +296,39 @@ def _any_rank(args: TrainingArguments, *flags: bool) -> tuple[bool, ...]:
     return tuple(bool(flag) for flag in raised.tolist())
 
 
-GIB = 2**30
-RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
-"""Of `ru_maxrss`: getrusage(2)."""
-
-
 class StepTimer:
-    """A stopwatch that is held while training does something else than steps."""
+    """Measures the time of training steps, without evaluations and saves."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._since = clock()
         self.train_s = 0.0
-        """Of all steps, their data and their loss included."""
+        """Seconds of all steps, including data loading and the loss."""
 
     def step(self) -> float:
-        """Seconds since the last step, evaluation or save was over; a step ends here."""
+        """End a step; return the seconds since the last step, evaluation or save ended."""
         took = self.other()
         self.train_s += took
         return took
 
     def other(self) -> float:
-        """The same of what is no step."""
+        """End anything else than a step; return the seconds since the last step, evaluation or save ended."""
         now = self._clock()
         took, self._since = now - self._since, now
         return took
 
 
 class Peaks(NamedTuple):
-    """Of this process since it began."""
+    """Peak memory of this process since its start."""
 
     gpu_gib: float | None
-    """What lies on its GPU, the CUDA context and NCCL's buffers included; None on the CPU."""
+    """GPU memory, including the CUDA context and NCCL's buffers; None on the CPU."""
     host_bytes: int
-    """The most that was resident."""
+    """The largest resident set size."""
 
 
 def peaks() -> Peaks:
-    """CUDA's allocator knows its own peak; what lies outside of it stays, once it is there."""
+    """Return the allocator's peak plus the memory outside of the allocator, which never shrinks."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT_BYTES
     if not torch.cuda.is_available():
         return Peaks(None, host)

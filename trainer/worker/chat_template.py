@@ -1,4 +1,4 @@
-"""Chats as text: which template, what the model is to learn of it, where the prompt ends."""
+"""Renders chats as text with a chat template, and marks the characters that the model learns."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ ZEPHYR_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
-"""For a tokenizer that has none; from HuggingFaceH4/zephyr-7b-beta's tokenizer_config.json."""
+"""Used for a tokenizer without a template; from tokenizer_config.json of HuggingFaceH4/zephyr-7b-beta."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """One text for the tokenizer, and which of its characters the model is to learn."""
+    """A text for the tokenizer, and the characters of it that the model learns."""
 
     text: str
     learned: tuple[tuple[int, int], ...]
-    """Character ranges, in order."""
+    """Character ranges that the model learns, in order."""
     add_special_tokens: bool = False
-    """Plain text gets the tokenizer's own; a template has written its own already."""
+    """True for plain text. A chat template writes its own special tokens."""
 
 
 def load_tokenizer(path: str, recipe: Recipe) -> Tokenizer:
-    """The model's tokenizer with the recipe's template, and a token to pad with.
+    """Load the model's tokenizer, and set the recipe's template and a padding token.
 
     Raises:
-        ModelError: there is none, or it cannot say which characters a token stands for.
+        ModelError: there is no tokenizer, or it cannot map tokens to characters.
+        Unavailable: the Hub does not answer.
     """
     from transformers import AutoTokenizer
 
@@ -56,25 +57,25 @@ def load_tokenizer(path: str, recipe: Recipe) -> Tokenizer:
         raise explained(path, error) from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"{path} has a tokenizer without offsets", hint="save it as a fast one (tokenizer.json)"
+            f"the tokenizer of {path} has no offsets", hint="save it as a fast tokenizer (tokenizer.json)"
         )
     if tokenizer.eos_token is None:
         raise ModelError(f"the tokenizer of {path} has no end-of-sequence token")
     tokenizer.chat_template = recipe.chat_template or tokenizer.chat_template or ZEPHYR_TEMPLATE
-    # Real ends of sequence stay in the loss all the same: labels are masked by length, not by token.
+    # The end-of-sequence token may be the padding token: labels are masked by length, not by token.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
 class Renderer:
-    """Writes chats with one tokenizer's template."""
+    """Renders chats with the template of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, *, insert_system: bool) -> None:
         self._tokenizer = tokenizer
-        self._insert_system = insert_system and self._knows_system()
+        self._insert_system = insert_system and self._renders_system()
 
     def chat(self, messages: Sequence[Message], *, assistant_only: bool) -> Text:
-        """A whole chat, to be learned in full or only where the assistant speaks."""
+        """Render a whole chat; all of it is learned, or only the assistant's turns."""
         messages = self._with_system(messages)
         text = self._render(messages)
         if not assistant_only:
@@ -83,16 +84,16 @@ class Renderer:
         return Text(text, tuple(self._turn(messages, number, text) for number in turns))
 
     def completion(self, prompt: Sequence[Message], completion: Sequence[Message]) -> Text:
-        """A chat of which only what follows the prompt is learned; it ends at the end-of-sequence token."""
+        """Render a prompt and its completion; only the completion is learned, up to the end-of-sequence token."""
         messages = self._with_system([*prompt, *completion])
         prompt_turns = len(messages) - len(completion)
         text = self._render(messages)
         if text.rstrip().endswith(self._tokenizer.eos_token):
-            text = text.rstrip()  # Zephyr's template ends in a newline that would come after the end
+            text = text.rstrip()  # Zephyr's template writes a newline after the end-of-sequence token
         return Text(text, ((self._prompt_end(messages[:prompt_turns], text), len(text)),))
 
     def plain(self, prompt: str, completion: str) -> Text:
-        """Text as it stands, with no template; the end-of-sequence token is added."""
+        """Join a prompt and a completion without a template, and add the end-of-sequence token."""
         eos = self._tokenizer.eos_token
         text = prompt + completion + ("" if completion.endswith(eos) else eos)
         return Text(text, ((len(prompt), len(text)),), add_special_tokens=True)
@@ -106,13 +107,13 @@ class Renderer:
         return _common_length(self._render(prompt, add_generation_prompt=True), text)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
-        """As the alignment handbook does: a chat without a system message gets an empty one."""
+        """Add an empty system message to a chat without one, as the alignment handbook does."""
         if self._insert_system and messages[0]["role"] != "system":
             return [{"role": "system", "content": ""}, *messages]
         return list(messages)
 
-    def _knows_system(self) -> bool:
-        """Whether the template shows a system message; some ignore it, some refuse it."""
+    def _renders_system(self) -> bool:
+        """Return whether the template renders a system message; some templates ignore it, and some raise an error."""
         probe = [{"role": "system", "content": "PROBE"}, {"role": "user", "content": "x"}]
         try:
             return "PROBE" in self._tokenizer.apply_chat_template(probe, tokenize=False)
@@ -126,14 +127,14 @@ class Renderer:
             )
         except TemplateError as error:
             raise RecipeError(
-                f"the chat template refuses a chat of {', '.join(message['role'] for message in messages)}: {error}",
-                hint="choose another with `chat_template`, or take such rows out of the data",
+                f"the chat template rejects a chat of {', '.join(message['role'] for message in messages)}: {error}",
+                hint="set another template as `chat_template`, or remove such rows from the data",
             ) from error
         return text
 
 
 def _common_length(first: str, second: str) -> int:
-    if second.startswith(first):  # the rule, and fast
+    if second.startswith(first):  # the common case, and fast
         return len(first)
     return next(
         (place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),

@@ -1,4 +1,4 @@
-"""What a checkpoint must have, and be of, before a run goes on from it."""
+"""The identity of a checkpoint: it is written at every save, and checked before a run resumes from the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from trainer.worker.reshard.dcp_folder import INDEX, MODEL, OPTIMIZER, Folder
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "bitsandbytes")
 LATER = ("device", "packages")
-"""Of an identity, what older checkpoints do not say."""
+"""Fields of an identity that older checkpoints lack."""
 
 
 class Identity(BaseModel):
-    """What a trajectory depends on besides the recipe; kept in every checkpoint and its manifest."""
+    """Everything besides the recipe that a training depends on; stored in every checkpoint and its manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,9 +33,9 @@ class Identity(BaseModel):
     """Fingerprint of the training tokens."""
     tokens: int
     model: str
-    """Digest of the weights that the run began with."""
+    """Digest of the weights at the start of the run."""
     reference: str = ""
-    """Digest of the log-probabilities of DPO's reference, where they are kept."""
+    """Digest of the log-probabilities of DPO's reference, if they are cached."""
     engine: str = "single"
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -44,14 +44,14 @@ class Identity(BaseModel):
     accumulation: int
     threads: int
     device: str = ""
-    """What rank 0 computes on: another one rounds otherwise. Empty if nobody wrote it down."""
+    """The device of rank 0, because another device rounds differently. Empty if it was not recorded."""
     packages: str = ""
-    """Those whose code decides the bits, with their versions; likewise."""
+    """Names and versions of the packages that affect the results. Empty if they were not recorded."""
     evaluation_due: bool = False
-    """A notice cut the evaluation of this step short: whoever goes on begins with it."""
+    """A preemption interrupted the evaluation of this step, so a resume begins with it."""
 
     def words(self) -> str:
-        """`zero3 on 2 processes, optimizer and parameters offloaded`."""
+        """Describe the engine: `zero3 on 2 processes, optimizer and parameters offloaded`."""
         parts = {"optimizer": self.offload_optimizer, "parameters": self.offload_parameters}
         offloaded = " and ".join(name for name, is_off in parts.items() if is_off)
         where = f"{self.engine} on {self.world_size} process{'es' if self.world_size > 1 else ''}"
@@ -76,7 +76,7 @@ def identity(job: Job, tokens: TokenizedDataset, model: str) -> Identity:
 
 
 def device(job: Job) -> str:
-    """The GPU's name; of a CPU the instructions that its kernels are chosen by."""
+    """Return the name of the GPU, or the instruction set by which torch chooses CPU kernels."""
     import torch
 
     if not job.fit.use_cpu and torch.cuda.is_available():
@@ -85,7 +85,7 @@ def device(job: Job) -> str:
 
 
 def packages() -> str:
-    """`torch 2.13.0+cpu, transformers 5.23.0 ...`: of those that are installed."""
+    """Return the installed versions: `torch 2.13.0+cpu, transformers 5.23.0 ...`."""
     found = []
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -98,13 +98,15 @@ def write(folder: Path, mine: Identity) -> None:
 
 
 def check(folder: Path, mine: Identity) -> Identity:
-    """Refuse a checkpoint that Transformers would resume from in silence, with another run's state or with none; what
-    wrote it.
+    """Check that a run can resume from a checkpoint, and return the checkpoint's identity.
+
+    Transformers would silently resume with a missing or foreign state. Differences that only change the last bits are
+    logged.
 
     Raises:
         UserError: a file is missing.
-        DataError: the training data are not those that the run began with.
-        ModelError: the base model is not the one that the run began with.
+        DataError: the training data changed since the start of the run.
+        ModelError: the base model changed since the start of the run.
     """
     _need(folder, IDENTITY_FILE)
     theirs = Identity.model_validate_json((folder / IDENTITY_FILE).read_text())
@@ -122,14 +124,14 @@ def check(folder: Path, mine: Identity) -> Identity:
         raise DataError(
             f"the training data changed: {theirs.tokens} tokens ({theirs.data}) when the run began, "
             f"{mine.tokens} ({mine.data}) now",
-            hint="bring the old data back (name a `revision` for a data set of the Hub), or start another run",
+            hint="restore the old data (for a data set of the Hub set its `revision`), or start another run",
         )
     if theirs.model != mine.model:
         raise ModelError(
             f"the base model changed: {theirs.model} when the run began, {mine.model} now",
-            hint="bring the old model back (name a `model_revision` for a model of the Hub), or start another run",
+            hint="restore the old model (for a model of the Hub set `model_revision`), or start another run",
         )
-    _say_inexact(theirs, mine)
+    _warn_if_inexact(theirs, mine)
     return theirs
 
 
@@ -138,12 +140,12 @@ def _need(folder: Path, *names: str) -> None:
         if not any(path.is_file() for path in folder.glob(name)):
             raise UserError(
                 f"the checkpoint {folder.name} has no {name}",
-                hint="remove its commit from the bucket: the run goes on from the one before",
+                hint="remove its commit from the bucket: the run then resumes from the previous checkpoint",
             )
 
 
 def _files(theirs: Identity) -> list[str]:
-    """What an engine leaves, as patterns; DeepSpeed's and FSDP's every rank its part."""
+    """Return patterns of the files that a checkpoint of an engine must have."""
     ranks = range(theirs.world_size)
     rng = ["rng_state.pth"] if theirs.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     common = ["scheduler.pt", "trainer_state.json", *rng]
@@ -159,7 +161,7 @@ def _files(theirs: Identity) -> list[str]:
     return ["latest", *parts, *common]
 
 
-def _say_inexact(theirs: Identity, mine: Identity) -> None:
+def _warn_if_inexact(theirs: Identity, mine: Identity) -> None:
     changing = (
         "engine",
         "offload_optimizer",
@@ -171,11 +173,16 @@ def _say_inexact(theirs: Identity, mine: Identity) -> None:
     for name in (*changing, "threads", "reference", *LATER):
         before, now = getattr(theirs, name), getattr(mine, name)
         if before != now and not (name in LATER and not before):
-            log.warning("%s was %s and is %s: the run goes on, but not bit for bit", name, before, now)
+            log.warning(
+                "%s was %s and is %s: the run resumes, but its results may differ in the last bits",
+                name,
+                before,
+                now,
+            )
 
 
 def at_last_step(folder: Path) -> bool:
-    """Whether the checkpoint's run only lacked its export."""
+    """Return whether the checkpoint is the one of the last step, so that only the export is missing."""
     state = _state(folder)
     return bool(state["global_step"] >= state["max_steps"] > 0)
 

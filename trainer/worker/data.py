@@ -1,4 +1,4 @@
-"""Rows to token ids. We tokenise ourselves: TRL drops pairs without a word and knows no prompt length."""
+"""Turns rows into token ids. TRL's own tokenization is not used: it silently drops pairs, and has no prompt length."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 IGNORED = -100
-"""The label that PyTorch's cross entropy leaves out."""
+"""The label that PyTorch's cross entropy ignores."""
 KEEP_ALL = ("wrapped", "bfd_split")
-"""Ways of TRL's to pack that carry on in another sequence what does not fit into one."""
+"""Packing strategies of TRL that continue a row that does not fit in another sequence."""
 ROWS_AT_ONCE = 1000
-TELL_EVERY_S = 20.0
-SEPARATOR = np.array([-1], dtype=np.int32)  # no token id, so that moved boundaries change the fingerprint
+PROGRESS_EVERY_S = 20.0
+SEPARATOR = np.array(
+    [-1], dtype=np.int32
+)  # not a token id, so a moved boundary between rows changes the fingerprint
 
 TokenRow = dict[str, np.ndarray[Any, np.dtype[np.int32]]]
 
@@ -49,22 +51,22 @@ class TokenizedDataset:
     dataset: Any
     """`datasets.Dataset`: input_ids, labels; or prompt_ids, chosen_ids, rejected_ids."""
     tokens: int
-    """Of all rows; a pair's prompt counts once."""
+    """Number of tokens of all rows; the prompt of a pair counts once."""
     fingerprint: str
-    """xxh3_128 over every token id, in order: what a resumed run must find again."""
+    """xxh3_128 digest of all token ids in order. It must be the same when the run resumes."""
 
 
 class _Encoded(NamedTuple):
     ids: list[int]
     ends: list[int]
-    """Where each token's characters end."""
+    """For each token, the position after its last character."""
 
 
 def for_sft(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str) -> TokenizedDataset:
-    """`input_ids` and `labels`, cut to `max_length` unless TRL packs what is beyond it elsewhere.
+    """Return `input_ids` and `labels`, cut to `max_length` unless TRL packs the rest into another sequence.
 
     Raises:
-        DataError: the columns are of no form for SFT, or not one row can be used.
+        DataError: the columns have no form that SFT can use, or no row is usable.
     """
     settings = {"max_length": recipe.training_method.max_length, **recipe.trainer_args}
     renderer = Renderer(tokenizer, insert_system=recipe.auto_insert_empty_system_msg)
@@ -84,14 +86,16 @@ def for_sft(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str
 
 
 def for_dpo(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str) -> TokenizedDataset:
-    """`prompt_ids`, `chosen_ids` and `rejected_ids`, the prompt cut to `max_prompt_length`.
+    """Return `prompt_ids`, `chosen_ids` and `rejected_ids`, with the prompt cut to `max_prompt_length`.
 
     Raises:
-        DataError: the columns are of no form for DPO, or not one row can be used.
+        DataError: the columns have no form that DPO can use, or no row is usable.
     """
     settings = {"max_length": recipe.training_method.max_length, **recipe.trainer_args}
     renderer = Renderer(tokenizer, insert_system=recipe.auto_insert_empty_system_msg)
-    keep_end = settings.get("truncation_mode") == "keep_end"  # then only TRL's collator can cut the whole
+    keep_end = (
+        settings.get("truncation_mode") == "keep_end"
+    )  # then TRL's collator cuts prompt and answer together
 
     def text(row: Row) -> list[Text]:
         form: Pair = dpo_form(row)
@@ -114,7 +118,7 @@ def for_dpo(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str
 
 
 def sft_row(encoded: _Encoded, learned: Sequence[tuple[int, int]], *, cut: slice) -> TokenRow:
-    """One row's ids and labels; raises `Malformed` if nothing to learn is left within `cut`."""
+    """Return the ids and labels of a row; raise `Malformed` if `cut` leaves no token to learn."""
     ids = np.array(encoded.ids, dtype=np.int32)
     labels = np.full_like(ids, IGNORED)
     for start, end in learned:
@@ -134,8 +138,11 @@ def dpo_row(
     keep_prompt_end: bool,
     max_length: int | None,
 ) -> TokenRow:
-    """One pair, given each answer's ids after the prompt's; raises `Malformed` if an answer would vanish."""
-    shared = 0  # tokens may merge across the end of the prompt, and then differ before it
+    """Return the ids of a pair; raise `Malformed` if cutting leaves an answer without tokens.
+
+    `chosen` and `rejected` are the ids of the prompt followed by the answer.
+    """
+    shared = 0  # a token may span the end of the prompt, so the two may differ before `prompt_length`
     while shared < min(prompt_length, len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     prompt = chosen[:shared]
@@ -170,7 +177,7 @@ def _cut(settings: Mapping[str, Any]) -> slice:
 
 
 def _first_token(encoded: _Encoded, character: int) -> int:
-    """The first token that reaches beyond `character` characters; tokens of no characters reach nowhere."""
+    """Return the first token that ends after `character`. Tokens without characters are skipped."""
     return next((number for number, end in enumerate(encoded.ends) if end > character), len(encoded.ends))
 
 
@@ -182,30 +189,32 @@ def _tokenise(
     text: Callable[[Row], list[Text]],
     tokens: Callable[[list[Text], list[_Encoded]], TokenRow],
 ) -> TokenizedDataset:
-    """Write, encode and cut every row; count those that cannot be used and say why, once."""
+    """Render, encode and cut every row; log once how many rows are unusable and why."""
     import datasets
 
     reasons: Counter[str] = Counter()
     tables: list[pa.Table] = []
     digest = xxhash.xxh3_128()
     count = done = 0
-    told = time.monotonic()
+    logged = time.monotonic()
     for chunk in _chunks(rows):
-        if time.monotonic() - told >= TELL_EVERY_S:
-            told = time.monotonic()
-            log.info("%s data: %d of %d rows are tokenised", name, done, len(rows))
+        if time.monotonic() - logged >= PROGRESS_EVERY_S:
+            logged = time.monotonic()
+            log.info("%s data: %d of %d rows are tokenized", name, done, len(rows))
         done += len(chunk)
         check_columns(chunk[0], method)
         written = list(_usable(text, ((row,) for row in chunk), reasons))
         encoded = iter(_encode([one for texts in written for one in texts], tokenizer))
         pieces = ((texts, [next(encoded) for _ in texts]) for texts in written)
-        kept = list(_usable(tokens, pieces, reasons))
-        for column, array in ((column, array) for row in kept for column, array in row.items()):
+        usable = list(_usable(tokens, pieces, reasons))
+        for column, array in ((column, array) for row in usable for column, array in row.items()):
             count += len(array) if column != "labels" else 0
             digest.update(array.tobytes())
             digest.update(SEPARATOR.tobytes())
-        if kept:
-            tables.append(pa.table({column: _column([row[column] for row in kept]) for column in kept[0]}))
+        if usable:
+            tables.append(
+                pa.table({column: _column([row[column] for row in usable]) for column in usable[0]})
+            )
     _report(name, len(rows), reasons)
     return TokenizedDataset(datasets.Dataset(pa.concat_tables(tables)), count, digest.hexdigest())
 
@@ -219,16 +228,16 @@ def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
 def _usable(
     make: Callable[..., Item], arguments: Iterable[tuple[Any, ...]], reasons: Counter[str]
 ) -> Iterator[Item]:
-    """What `make` gives for each, less the malformed, which are counted."""
-    for each in arguments:
+    """Yield the results of `make`; count malformed rows by their reason."""
+    for values in arguments:
         try:
-            yield make(*each)
+            yield make(*values)
         except Malformed as malformed:
             reasons[str(malformed)] += 1
 
 
 def _encode(texts: Sequence[Text], tokenizer: Tokenizer) -> list[_Encoded]:
-    """Many at once, so that the tokenizer can use every core that it is given."""
+    """Encode many texts at once, so that the tokenizer uses all of its cores."""
     found: dict[int, _Encoded] = {}
     for special in (False, True):
         numbers = [number for number, text in enumerate(texts) if text.add_special_tokens == special]
@@ -252,7 +261,7 @@ def _column(arrays: Sequence[Any]) -> pa.Array:
 
 
 def _report(name: str, count: int, reasons: Counter[str]) -> None:
-    """Say how many rows are not used and why; raise `DataError` if none is left."""
+    """Log how many rows are not used and why; raise `DataError` if no row is left."""
     if not count:
         raise DataError(f"the {name} data are empty")
     if not reasons:

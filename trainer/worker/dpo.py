@@ -1,4 +1,4 @@
-"""Direct preference optimization (arXiv:2305.18290): the model learns which of two answers to prefer."""
+"""Direct preference optimization (arXiv:2305.18290): the model learns which of two answers is better."""
 
 from __future__ import annotations
 
@@ -34,33 +34,35 @@ from trainer.worker.train_and_export import InterruptibleEvaluation
 class PreparedDPOTrainer(
     DeterministicOrderMixin, ShardedCheckpointMixin, ReshardingMixin, InterruptibleEvaluation, DPOTrainer
 ):
-    """A `DPOTrainer` of data that are tokenised already, in our order, and of one loss on every split.
+    """A `DPOTrainer` for tokenized data, with our order of samples, and with the same loss on every split of the batch.
 
-    TRL 1.16 tokenises always: it knows no prompt length, and drops pairs without a word. `SFTTrainer` leaves
-    tokenised data alone; this does the same.
+    TRL 1.16 always tokenizes: it has no prompt length, and silently drops pairs. `SFTTrainer` leaves tokenized data
+    unchanged, and this class does the same.
     """
 
     loss_types: list[str]
     loss_weights: list[float]
     mean_tokens: float
-    """Of the chosen answers of a micro batch, over the global batch."""
+    """Tokens of the chosen answers in an average micro batch of the current global batch."""
 
     def __init__(self, *, reference: Reference | None, **settings: Any) -> None:
         self.reference = reference
-        with _as_wanted(has_reference=reference is not None):
+        with _patched_trl(has_reference=reference is not None):
             super().__init__(**settings)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, _batch_size: int) -> Any:
-        """TRL keeps them in this machine's cache of data sets, by a hash of every weight."""
+        """Add the cached log-probabilities. TRL's own cache is local, and is named by a hash of all weights."""
         if self.reference is None:
-            raise RuntimeError("TRL asks for log-probabilities that the fit does not have computed")
+            raise RuntimeError(
+                "TRL requests reference log-probabilities, but the fit does not precompute them"
+            )
         return self.reference.add_to(self, dataset, name)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """Counts the answers' tokens of the whole global batch, over micro batches and ranks."""
+        """Count the tokens of the chosen answers in the global batch, over all micro batches and ranks."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if "sft" in self.loss_types:
             tokens = sum(chosen_tokens(batch) for batch in batches).to(self.args.device)
@@ -70,29 +72,31 @@ class PreparedDPOTrainer(
         return batches, items
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        """The loss `sft` is the mean over a micro batch's tokens: weighed by how many it has, the mean over micro
-        batches and ranks is the one over the global batch's tokens, whatever it was dealt to.
+        """Weight the loss `sft` by the token count of the micro batch.
+
+        TRL's loss `sft` is the mean over the tokens of a micro batch. With this weight, the mean over micro batches
+        and ranks is the mean over the tokens of the global batch, however the batch is split.
         """
-        said = self.loss_weights
+        weights = self.loss_weights
         if self.model.training and "sft" in self.loss_types:
             share = chosen_tokens(inputs).item() / self.mean_tokens
             self.loss_weights = [
                 weight * share if kind == "sft" else weight
-                for kind, weight in zip(self.loss_types, said, strict=True)
+                for kind, weight in zip(self.loss_types, weights, strict=True)
             ]
         try:
             return super()._compute_loss(model, inputs, return_outputs)
         finally:
-            self.loss_weights = said
+            self.loss_weights = weights
 
 
 @contextmanager
-def _as_wanted(*, has_reference: bool) -> Iterator[None]:
-    """What TRL does at its start and we do otherwise.
+def _patched_trl(*, has_reference: bool) -> Iterator[None]:
+    """Replace functions of TRL's module while the trainer is built.
 
-    Its hash of all weights in float32, a minute of each start for 7B, names a cache that is not used here. Under FSDP it
-    loads a second model for the reference's pass, which `fsdp.frozen` does without; of a second model that is wanted it
-    makes one unit.
+    `hash_module` hashes all weights in float32, which takes a minute for 7B, to name a cache that is not used here.
+    `create_model_from_path` would load a second model for the reference under FSDP; `fsdp.frozen` needs none.
+    `prepare_fsdp` would make a single FSDP unit of a second model; it is sharded layer by layer instead.
     """
     ours = {"hash_module": lambda _model: "", "prepare_fsdp": fsdp.layer_by_layer}
     if has_reference:
@@ -106,13 +110,17 @@ def _as_wanted(*, has_reference: bool) -> Iterator[None]:
 
 
 def chosen_tokens(inputs: Any) -> Any:
-    """Of the chosen answers of a micro batch, which holds them before the rejected, as they are predicted."""
+    """Count the predicted tokens of the chosen answers, which are the first half of a micro batch."""
     chosen, _ = inputs["completion_mask"][..., 1:].chunk(2, dim=0)  # (pairs, sequence - 1)
     return chosen.sum()
 
 
 def train(job: Job, channel: Channel) -> Outcome:
-    """Raises `UserError` for what the user can mend."""
+    """Train with DPO, and export the model.
+
+    Raises:
+        UserError: the recipe, the data, the model or the machine cannot be used.
+    """
     recipe = job.recipe
 
     # Data and tokenizer
@@ -122,14 +130,14 @@ def train(job: Job, channel: Channel) -> Outcome:
     tokenizer = chat_template.load_tokenizer(base.path, recipe)
     train_tokens = data.for_dpo(rows.train, tokenizer, recipe, "training")
     test_tokens = data.for_dpo(rows.test, tokenizer, recipe, "test") if rows.test else None
-    del rows  # of a file they are all in memory, of every rank, and none is looked at again
+    del rows  # rows of a file are all in memory, on every rank, and are not needed again
 
     args = training_arguments(DPOConfig, job)
-    # The reference is the policy before its first step: computed then and kept, or the policy without its adapter.
-    # Only where the recipe wants it so it is a second model; a checkpoint is only ever loaded into the policy.
+    # The reference is the policy before its first step, with cached log-probabilities, or the policy without its adapter.
+    # It is a second model only if the recipe requests one. A checkpoint is loaded only into the policy.
     policy = model.load(base, recipe, job.fit)
     about = identity(job, train_tokens, model.digest(policy, recipe))
-    kept = (
+    cached = (
         Reference(
             job, channel, reference_logps.about(job, train_tokens, about.model), train_tokens, test_tokens
         )
@@ -147,11 +155,11 @@ def train(job: Job, channel: Channel) -> Outcome:
         test_tokens,
         model=policy,
         ref_model=second,
-        reference=kept,
+        reference=cached,
         processing_class=tokenizer,
         peft_config=model.lora(recipe),
     )
-    if kept:
-        kept.keep()
-        about = about.model_copy(update={"reference": kept.digest})
+    if cached:
+        cached.keep()
+        about = about.model_copy(update={"reference": cached.digest})
     return train_and_export.finish(trainer, base, job, channel, about)

@@ -1,4 +1,4 @@
-"""FSDP 2, as Accelerate brings it in: its config, how it comes to run on the CPU, and what is done with its shards."""
+"""FSDP 2 through Accelerate: its config, how it runs on the CPU, and operations on sharded weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from trainer.fit import Fit
 
 
 def config(fit: Fit) -> dict[str, Any]:
-    """Transformers' arguments (https://huggingface.co/docs/transformers/fsdp). Layers are the model's own
-    (`_no_split_modules`); dtypes follow from `bf16` and `fp16`.
+    """Return the arguments for Transformers (https://huggingface.co/docs/transformers/fsdp).
+
+    The model itself names its layers (`_no_split_modules`). The dtypes follow from `bf16` and `fp16`.
     """
     accelerator: dict[str, Any] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     if fit.use_cpu:
@@ -21,20 +22,22 @@ def config(fit: Fit) -> dict[str, Any]:
             "version": 2,
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "reshard_after_forward": True,
-            "state_dict_type": "SHARDED_STATE_DICT",  # Transformers would gather all of it on rank 0
+            "state_dict_type": "SHARDED_STATE_DICT",  # otherwise Transformers would gather everything on rank 0
             "cpu_offload": False,
             "cpu_ram_efficient_loading": False,
-            # `gradient_checkpointing` says it, as for every engine: no layer is gathered more often for it.
+            # Set by `gradient_checkpointing`, as for every engine. FSDP 2 gathers a layer only once for both.
             "activation_checkpointing": False,
         },
-        # Accelerate would keep whole gradients on every rank from one micro batch to the next.
+        # Otherwise Accelerate would keep whole gradients on every rank between micro batches.
         "accelerator_config": accelerator,
     }
 
 
 def start() -> None:
-    """On the CPU, before TRL's arguments are made. Accelerate gives FSDP to processes that have GPUs, and to others DDP,
-    without a word (`AcceleratorState.__init__`): so it is told that these have some.
+    """Make Accelerate use FSDP on the CPU; call this before TRL's arguments are made.
+
+    Without GPUs, Accelerate silently uses DDP instead of FSDP (`AcceleratorState.__init__`). So its state is set to
+    several GPUs.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -44,24 +47,25 @@ def start() -> None:
 
 
 def check(model: Any) -> None:
-    """Raise unless every weight of a prepared model is cut, layer by layer."""
+    """Raise `RuntimeError` unless every weight of a prepared model is sharded, layer by layer."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     whole = [name for name, weight in model.named_parameters() if not isinstance(weight, DTensor)]
     if whole:
         raise RuntimeError(
-            f"FSDP 2 was asked for, and {len(whole)} weights are whole on every rank: {whole[0]}"
+            f"FSDP 2 was requested, but {len(whole)} weights are whole on every rank, for example {whole[0]}"
         )
     units = sum(isinstance(each, FSDPModule) for each in model.modules())
     layers = model.config.get_text_config().num_hidden_layers
     if units <= layers:
-        raise RuntimeError(f"FSDP 2 cut the model in {units} units, and it has {layers} layers")
+        raise RuntimeError(f"FSDP 2 split the model into {units} units, but it has {layers} layers")
 
 
 def gathered(model: Any, *, trained_only: bool) -> dict[str, Any]:
-    """Whole weights on the host of rank 0, gathered one by one; every rank has to call it, and the others get none. Of
-    weights that are tied the first.
+    """Gather the weights on the host of rank 0, one by one; every rank must call this, and other ranks get none.
+
+    Of tied weights only the first name is returned.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -73,15 +77,17 @@ def gathered(model: Any, *, trained_only: bool) -> dict[str, Any]:
 
 
 def layer_by_layer(model: Any, accelerator: Any) -> Any:
-    """A model that is not trained, cut as the policy is: TRL's `prepare_fsdp` makes one unit of all layers."""
+    """Shard a model that is not trained like the policy. TRL's `prepare_fsdp` makes one unit of all layers."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     return fsdp2_prepare_model(accelerator, model.requires_grad_(requires_grad=False)).eval()
 
 
 def frozen(model: Any, accelerator: Any) -> Any:
-    """The policy before its first step, without its adapter, cut for forward passes. It has shards of its own, made
-    of the policy's weights a layer at a time; the policy itself is cut when it is trained.
+    """Return the policy before its first step, without its adapter, sharded for forward passes.
+
+    It gets its own shards, made from the policy's weights one layer at a time. The policy itself is sharded later, when
+    the training starts.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""How the training stack is imported: quietly, and only what the method needs."""
+"""Imports the training packages: without progress bars, and only what the training method needs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from trainer.worker.supervisor_channel import Channel
 QUIET = {
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL tells the Hub about each run otherwise
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # otherwise TRL reports each run to the Hub
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
-"""Variables that the stack reads, some of them when it is imported."""
+"""Environment variables for the packages; some are read on import, so they are set before."""
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Around imports, once in a process: they make a million objects and no garbage, and a collector that
-    looks through all of them again and again takes a fifth of a start.
+    """Disable the garbage collector around imports, once in a process.
+
+    The imports make a million objects and no garbage. Repeated collections take a fifth of the time of a start.
     """
     gc.disable()
     try:
@@ -34,7 +35,7 @@ def uncollected() -> Iterator[None]:
 
 
 def train_function(name: str) -> Callable[[Job, Channel], Outcome]:
-    """What trains by a recipe's `method`; imports the stack, which takes seconds."""
+    """Return the training function of a recipe's `method`. This imports the packages, which takes seconds."""
     module = importlib.import_module(METHODS[name].worker)
     train: Callable[[Job, Channel], Outcome] = module.train
     return train

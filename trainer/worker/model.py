@@ -1,4 +1,4 @@
-"""The model that a run begins with: found or made, loaded, described."""
+"""Loads the model that a run begins with, and computes the digest of its weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FLASH_ATTENTION = "flash_attention_2"
 
 
 def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
-    """A causal language model with its weights, on the CPU (quantised: where it is to run).
+    """Load a causal language model with its weights on the CPU, or on the GPU if it is quantised.
 
-    One whose weights are all `trained` is in float32 where mixed precision needs it so.
+    If all weights are `trained` and mixed precision needs float32 masters, the weights are loaded in float32.
 
     Raises:
-        ModelError: missing, broken or gated.
+        ModelError: the model is missing, broken or gated.
         Unavailable: the Hub does not answer.
     """
     from transformers import AutoModelForCausalLM
@@ -36,12 +36,12 @@ def load(base: Base, recipe: Recipe, fit: Fit, *, trained: bool = True) -> Any:
         "attn_implementation": attention(recipe, fit),
         **hub_arguments(recipe),
     }
-    if quantization := config(recipe, dtype_name(recipe)):
+    if quantization := quantization_config(recipe, dtype_name(recipe)):
         settings["quantization_config"] = quantization
         settings["device_map"] = {"": "cpu" if fit.use_cpu else int(os.environ.get("LOCAL_RANK", "0"))}
     try:
         model = AutoModelForCausalLM.from_pretrained(base.path, **settings)
-    except Exception as error:  # a broken file surfaces as any of a dozen libraries' errors
+    except Exception as error:  # a broken file surfaces as an error of one of many libraries
         raise explained(base.path, error) from error
     if quantization:
         keep_layout(model)
@@ -58,13 +58,13 @@ def _keeps_float32(recipe: Recipe, fit: Fit) -> bool:
 
 
 def attention(recipe: Recipe, fit: Fit) -> str | None:
-    """The recipe's choice, or the fit's FlashAttention; `sdpa` where that cannot run; None leaves it to Transformers."""
-    said: str | None = recipe.model_args.get("attn_implementation")
-    wanted = said if said or fit.use_cpu or fit.attention != FLASH_ATTENTION else FLASH_ATTENTION
+    """Return the recipe's choice or the fit's; `sdpa` if FlashAttention cannot run; None to let Transformers choose."""
+    requested: str | None = recipe.model_args.get("attn_implementation")
+    wanted = requested if requested or fit.use_cpu or fit.attention != FLASH_ATTENTION else FLASH_ATTENTION
     if wanted != FLASH_ATTENTION or (reason := _no_flash_attention(fit)) is None:
         return wanted
     log.info("attention is sdpa, not %s: %s", FLASH_ATTENTION, reason)
-    return "sdpa" if said else None
+    return "sdpa" if requested else None
 
 
 def _no_flash_attention(fit: Fit) -> str | None:
@@ -74,14 +74,14 @@ def _no_flash_attention(fit: Fit) -> str | None:
     if fit.use_cpu or not torch.cuda.is_available():
         return "there is no CUDA device"
     if fit.attention != FLASH_ATTENTION:
-        return "it knows no float32"
+        return "it does not support float32"
     if torch.cuda.get_device_capability() < FLASH_ATTENTION_CAPABILITY:
         return f"{torch.cuda.get_device_name()} is older than Ampere"
     return None if is_flash_attn_2_available() else "the package flash-attn is not installed"
 
 
 def lora(recipe: Recipe) -> Any:
-    """The recipe's `LoraConfig`; None to train every weight."""
+    """Return the recipe's `LoraConfig`, or None if every weight is trained."""
     from trl import ModelConfig, get_peft_config
 
     try:
@@ -91,18 +91,19 @@ def lora(recipe: Recipe) -> Any:
 
 
 def digest(model: Any, recipe: Recipe) -> str:
-    """xxh3_128 over every weight's name and bytes; what ZeRO 3 has cut is gathered, a weight at a time.
+    """Return an xxh3_128 digest of every weight's name and bytes; weights of ZeRO 3 are gathered one at a time.
 
-    In half precision: whether weights are loaded in it or in float32 is the engine's to say, and the hardware's.
+    Weights are converted to half precision first, because engine and hardware decide whether they are loaded in half
+    precision or in float32.
     """
     import torch
 
     is_float16 = recipe.trainer_args.get("fp16") or dtype_name(recipe) == "float16"
     half = torch.float16 if is_float16 else torch.bfloat16
     total = xxhash.xxh3_128()
-    cut = {name: weight for name, weight in model.named_parameters() if hasattr(weight, "ds_id")}
-    for name, kept in sorted(model.state_dict().items()):
-        tensor = _gathered(cut[name]) if name in cut else kept
+    partitioned = {name: weight for name, weight in model.named_parameters() if hasattr(weight, "ds_id")}
+    for name, stored in sorted(model.state_dict().items()):
+        tensor = _gathered(partitioned[name]) if name in partitioned else stored
         if isinstance(tensor, torch.Tensor):
             tensor = tensor.to(half) if tensor.is_floating_point() else tensor
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -111,15 +112,15 @@ def digest(model: Any, recipe: Recipe) -> str:
 
 
 def _gathered(weight: Any) -> Any:
-    """A copy on the host; every rank has to ask for it."""
+    """Return a copy of a partitioned weight on the host; every rank must call this."""
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([weight]):
         return weight.detach().cpu().clone()
 
 
-def config(recipe: Recipe, dtype: str) -> Any:
-    """4-bit NormalFloat as in QLoRA (arXiv:2305.14314), its constants quantised too if asked for; or 8 bit, or None."""
+def quantization_config(recipe: Recipe, dtype: str) -> Any:
+    """Return the bitsandbytes config, or None. 4 bit means NormalFloat as in QLoRA (arXiv:2305.14314)."""
     if not recipe.is_quantised:
         return None
     if not recipe.is_lora:
@@ -138,9 +139,10 @@ def config(recipe: Recipe, dtype: str) -> Any:
 
 
 def keep_layout(model: Any) -> None:
-    """On a CPU with AVX512-BF16 an evaluation would repack the layers for inference, in place: with rounded constants, and
-    with a product that has no gradient, so that the adapters below would learn nothing until the next save
-    (bitsandbytes 0.50, `Linear4bit.forward`).
+    """Stop bitsandbytes from repacking quantised layers in evaluations on a CPU with AVX512-BF16.
+
+    The repacked layers have rounded constants and a product without gradient, so adapters below them would learn
+    nothing until the next save (bitsandbytes 0.50, `Linear4bit.forward`).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,4 +1,4 @@
-"""The forms that a row can have, and what is wrong with those that have none."""
+"""Parses rows into the forms that training knows, and names what is wrong with other rows."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from trainer.worker.sources import Row
 ROLES = ("system", "user", "assistant")
 
 RESPONSES = ("instruction", "chosen_response", "rejected_response")
-"""A question and two answers of a chat: https://huggingface.co/datasets/argilla/ultrafeedback-binarized-preferences."""
+"""A question and two answers, as in https://huggingface.co/datasets/argilla/ultrafeedback-binarized-preferences."""
 
 
 class Malformed(ValueError):
-    """A row that cannot be trained on; the message is its reason, the same for every row like it."""
+    """A row that cannot be trained on. The message is the reason; similar rows have the same message."""
 
 
 class Chat(NamedTuple):
+    """A chat of several turns."""
+
     messages: list[Message]
 
 
 class Completion(NamedTuple):
-    """Both are text, or both are messages."""
+    """A prompt and its completion: both are text, or both are messages."""
 
     prompt: Any
     completion: Any
 
 
 class Pair(NamedTuple):
-    """All three are text, or all three are messages."""
+    """A prompt and two answers: all three are text, or all three are messages."""
 
     prompt: Any
     chosen: Any
@@ -54,7 +56,7 @@ def check_columns(row: Row, method: TrainingMethod) -> None:
 
 
 def sft_form(row: Row) -> Chat | Completion:
-    """Raises `Malformed`."""
+    """Parse a row for SFT; raise `Malformed` if it cannot be used."""
     if row.get("messages") is not None:
         messages = _messages(row["messages"])
         if not any(message["role"] == "assistant" for message in messages):
@@ -67,7 +69,7 @@ def sft_form(row: Row) -> Chat | Completion:
 
 
 def dpo_form(row: Row) -> Pair:
-    """Raises `Malformed`."""
+    """Parse a row for DPO; raise `Malformed` if it cannot be used."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if "chosen" not in row and "chosen_response" in row:
         pair = Pair(*(_turn(row, name) for name in RESPONSES))
@@ -86,7 +88,7 @@ def _turn(row: Row, name: str) -> list[Message]:
 
 
 def _message_pair(prompt: Any, chosen: list[Message], rejected: list[Message]) -> Pair:
-    """Whole chats bring their own prompt, whatever `prompt` says: UltraFeedback's repeats the last question."""
+    """Split two chats into prompt and answers. `prompt` is ignored if they have one: UltraFeedback's is incomplete."""
     if chosen[:-1] != rejected[:-1]:
         raise Malformed("chosen and rejected answer different prompts")
     before = chosen[:-1] or _prompt_messages(prompt)

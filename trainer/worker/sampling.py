@@ -1,9 +1,9 @@
-"""One order of samples, whatever trains them: step k holds the same rows on every split of the global batch.
+"""The order of samples: step k trains the same rows, however the global batch is split over ranks and micro batches.
 
-An epoch's order is a function of seed, epoch and data alone. The rows that fill no global batch at its end wait for
-another epoch, in which they are others: every step has the recipe's batch, and the steps of an epoch are
-`rows // global_batch_size`, as the estimate counts them. Transformers would give the last step of an epoch fewer rows
-on one process, and rows twice on several. Fewer rows than one batch are repeated until they fill it, and it is said.
+The order of an epoch depends only on seed, epoch and data. An epoch has `rows // global_batch_size` steps, as the
+estimate counts them, and every step has the full batch. The rows that are left over at the end of an epoch are not
+trained in this epoch; in other epochs other rows are left over. Transformers would give the last step fewer rows on one
+process, and repeat rows on several. If there are fewer rows than one batch, they are repeated, with a warning.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ log = logging.getLogger(__name__)
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-"""SplitMix64 (https://doi.org/10.1145/2660193.2660195; the constants: https://prng.di.unimi.it/splitmix64.c). A
-library's shuffle may change with its version, and with it the rest of an epoch that was begun with the older one."""
+"""Constants of SplitMix64 (https://doi.org/10.1145/2660193.2660195, https://prng.di.unimi.it/splitmix64.c).
+
+The shuffle is written here because a library's shuffle may change with its version. A run that resumes in the middle of
+an epoch would then get another order for the rest of it.
+"""
 
 
 class Split(NamedTuple):
-    """How a global batch is cut."""
+    """How a global batch is split."""
 
     processes: int
     micro_batch: int
@@ -39,7 +42,7 @@ class Split(NamedTuple):
 
 
 def shuffled(rows: int, *, seed: int, epoch: int, data: str) -> Numbers:
-    """A permutation of `range(rows)`: the order of 64-bit numbers that each row draws."""
+    """Return a permutation of `range(rows)`: each row draws a 64-bit number, and rows are sorted by it."""
     start = np.uint64(xxhash.xxh3_64_intdigest(f"{seed}/{epoch}/{data}".encode()))
     drawn = start + np.arange(1, rows + 1, dtype=np.uint64) * np.uint64(GOLDEN)  # modulo 2 ** 64
     for shift, factor in MIX:
@@ -49,18 +52,20 @@ def shuffled(rows: int, *, seed: int, epoch: int, data: str) -> Numbers:
 
 
 def dealt(order: Numbers, batch: int, lengths: Numbers | None) -> Numbers:
-    """Row numbers, (steps, batch). With `lengths` the longest of a batch come first: neighbours share a micro batch,
-    and the ranks compute alike long ones at a time, so little is padding. The batch is the same set.
+    """Return row numbers of shape (steps, batch).
+
+    With `lengths`, the longest rows of a batch come first. Then rows of similar length share a micro batch, and the ranks
+    compute rows of similar length at the same time, so padding is small. The set of rows of a batch stays the same.
     """
     steps = max(1, len(order) // batch)
-    rows: Numbers = np.resize(order, (steps, batch))  # of too few rows it repeats them
+    rows: Numbers = np.resize(order, (steps, batch))  # repeats rows if there are too few
     if lengths is None:
         return rows
     return np.take_along_axis(rows, np.argsort(-lengths[rows], axis=1, kind="stable"), axis=1)
 
 
 class Batches:
-    """The micro batches of one rank, as lists of row numbers: what a `DataLoader` takes as its `batch_sampler`."""
+    """The batch sampler of one rank: yields the row numbers of its micro batches."""
 
     def __init__(
         self, rows: int, split: Split, *, rank: int, seed: int, data: str, lengths: Numbers | None = None
@@ -87,7 +92,7 @@ class Batches:
             yield steps[step, first : first + split.micro_batch].tolist()
 
     def steps(self) -> Numbers:
-        """The epoch's rows, (steps, global batch): the same on every rank."""
+        """Return the rows of the epoch, of shape (steps, global batch). They are the same on every rank."""
         if self.sequential:
             order: Numbers = np.arange(self._rows)
         else:
@@ -96,7 +101,7 @@ class Batches:
 
 
 def lengths_of(dataset: Any) -> Numbers:
-    """Tokens of each row as the collator pads it; of a pair those of its longer half."""
+    """Return the number of tokens of each row; for a pair, of its longer half, to which the collator pads."""
     import pyarrow.compute as pc  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     def of(column: str) -> Numbers:
@@ -109,13 +114,13 @@ def lengths_of(dataset: Any) -> Numbers:
 
 
 class DeterministicOrderMixin:
-    """For a TRL trainer: the order above in place of its own. `order` is set before it trains."""
+    """A mixin for a TRL trainer that replaces its sampler by `Batches`. `order` must be set before `train()`."""
 
     order: tuple[Recipe, str]
     """The recipe, and the fingerprint of the training data."""
 
     def get_train_dataloader(self: Any) -> Any:
-        """Nothing is handed to Accelerate: each rank reads its own rows and no others, and the Trainer moves them."""
+        """Return a loader of this rank's rows. Accelerate does not wrap it; the Trainer moves the tensors to the device."""
         import torch
         from torch.utils.data import DataLoader
 
@@ -137,9 +142,8 @@ class DeterministicOrderMixin:
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            generator=torch.Generator(),  # its own: it draws a number at each epoch's start
+            generator=torch.Generator(),  # its own generator, because the loader draws a number at the start of each epoch
         )
-        loader.set_epoch = (
-            batches.set_epoch
-        )  # the Trainer calls it; after a skip it finds `batches` by itself
+        # The Trainer calls this. After skipped batches it finds `batches` itself.
+        loader.set_epoch = batches.set_epoch
         return loader

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the model learns to say what the data say."""
+"""Supervised fine-tuning: the model learns to reproduce the texts of the data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from trainer.worker.train_and_export import InterruptibleEvaluation
 class OrderedSFTTrainer(
     DeterministicOrderMixin, ShardedCheckpointMixin, ReshardingMixin, InterruptibleEvaluation, SFTTrainer
 ):
-    """An `SFTTrainer` in our order. It leaves data that have `input_ids` and `labels` as they are."""
+    """An `SFTTrainer` with our order of samples. It leaves data with `input_ids` and `labels` unchanged."""
 
 
 def train(job: Job, channel: Channel) -> Outcome:
-    """Raises `UserError` for what the user can mend."""
+    """Train with SFT, and export the model.
+
+    Raises:
+        UserError: the recipe, the data, the model or the machine cannot be used.
+    """
     recipe = job.recipe
 
     # Data and tokenizer
@@ -32,7 +36,7 @@ def train(job: Job, channel: Channel) -> Outcome:
     tokenizer = chat_template.load_tokenizer(base.path, recipe)
     train_tokens = data.for_sft(rows.train, tokenizer, recipe, "training")
     test_tokens = data.for_sft(rows.test, tokenizer, recipe, "test") if rows.test else None
-    del rows  # of a file they are all in memory, of every rank, and none is looked at again
+    del rows  # rows of a file are all in memory, on every rank, and are not needed again
 
     # Model
     args = training_arguments(SFTConfig, job)

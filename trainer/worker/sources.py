@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, the Hub, the generator; mixed, split and cut as the recipe says."""
+"""Reads rows from files, folders, the Hub or the generator; mixes, splits and cuts them as the recipe requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 class Mixed(Sequence[Row]):
-    """Rows of several sources in one order, read when asked for: a Hub data set stays on disk."""
+    """Rows of several sources in one order. Each row is read on access, so a Hub data set stays on disk."""
 
     def __init__(self, parts: Sequence[Sequence[Row]], order: Sequence[tuple[int, int]]) -> None:
         self._parts = parts
@@ -42,7 +42,7 @@ class Mixed(Sequence[Row]):
 
 
 class Renamed(Sequence[Row]):
-    """Rows with some of their columns, under the names that training knows."""
+    """Rows with a selection of their columns, renamed as `columns` of the recipe requests."""
 
     def __init__(self, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
         self._rows = rows
@@ -63,12 +63,14 @@ class Renamed(Sequence[Row]):
 
 
 class DatasetRows(NamedTuple):
+    """The rows of both splits."""
+
     train: Mixed
     test: Mixed
 
 
 def read(recipe: Recipe) -> DatasetRows:
-    """The recipe's rows, in the order that its seeds give.
+    """Return the recipe's rows, in the order that its seeds define.
 
     Raises:
         DataError: a source is missing, unreadable or empty.
@@ -95,9 +97,9 @@ def _mix(sources: Sequence[DataSource], seed: int) -> Mixed:
 
 
 def _portion(count: int, source: DataSource, seed: int) -> Sequence[int]:
-    """Which of a source's `count` rows are taken: all, or a share of `weight` chosen by the seed.
+    """Return the rows of a source that are used: all, or a share of `weight` chosen by the seed.
 
-    By the file's name, not its path: the next machine may keep it in another folder.
+    The choice depends on the file's name, not on its path, because another machine may have it in another folder.
     """
     if source.weight >= 1:
         return range(count)
@@ -108,11 +110,11 @@ def _portion(count: int, source: DataSource, seed: int) -> Sequence[int]:
 
 
 def _split(rows: Mixed, mixture: Mixture) -> tuple[Mixed, Mixed]:
-    """Hold `test_split_size` rows (or that share of them) back for the test set."""
+    """Reserve `test_split_size` rows, or that share of the rows, for the test set."""
     size = mixture.test_split_size or 0
     held = size if isinstance(size, int) else int(len(rows) * size)
     if not 0 < held < len(rows):
-        raise DataError(f"test_split_size={size} leaves nothing on one side of {len(rows)} rows")
+        raise DataError(f"test_split_size={size} leaves one split of {len(rows)} rows empty")
     order = random.Random(mixture.seed).sample(range(len(rows)), len(rows))
     return Mixed([rows], [(0, row) for row in order[held:]]), Mixed(
         [rows], [(0, row) for row in order[:held]]
@@ -148,7 +150,7 @@ def _raw(source: DataSource) -> Sequence[Row]:
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    """The folder's data files; those with the split in their names, if any has."""
+    """Return the data files of a folder; only those with the split in their names, if there are any."""
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     named = [path for path in files if split in path.stem]
     if named or (files and split == "train"):
@@ -165,18 +167,18 @@ def _read_file(path: Path) -> list[Row]:
         raise DataError(f"{path} is not a data file", hint=f"known are {', '.join(SUFFIXES)}")
     if _is_array(path):
         return _parse_array(path, path.read_text())
-    with path.open() as lines:  # one at a time: each rank has all rows already
+    with path.open() as lines:  # line by line, because each rank holds all rows in memory already
         return _parse_lines(path, lines)
 
 
 def _is_array(path: Path) -> bool:
-    """By the first character that is no space."""
+    """Return whether the first character that is not a space opens a JSON array."""
     with path.open() as file:
         return next((line.lstrip() for line in file if line.strip()), "").startswith("[")
 
 
 def _parse_lines(path: Path, lines: Iterable[str]) -> list[Row]:
-    # A file's lines end where text.split("\n") would: splitlines() also splits at what JSON strings may hold, U+2028 say.
+    # Lines end at newlines only. str.splitlines() would also split at characters that JSON strings may hold, like U+2028.
     return [
         _row(path, number, _parse(path, line, first_line=number))
         for number, line in enumerate(lines, start=1)
@@ -227,6 +229,6 @@ def _read_hub(source: DataSource) -> Sequence[Row]:
         kind = Unavailable if out_of_reach(error) else DataError
         raise kind(
             f"data set {source.id} (config {source.config}, split {source.split}) cannot be loaded: {error}",
-            hint="neither a file here nor a data set of the Hub that we can reach; a gated one needs $HF_TOKEN",
+            hint="it is neither a local file nor a data set of the Hub that this machine can reach; a gated one needs $HF_TOKEN",
         ) from error
     return rows

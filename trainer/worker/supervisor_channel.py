@@ -1,4 +1,4 @@
-"""What a worker says to its supervisor, a line at a time, and the one thing it hears: a signal to stop."""
+"""The worker's side of the connection to the supervisor: lines in a file, the outcome file, and the stop signal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from trainer.job import Job, Outcome
 
 
 class Channel:
-    """Lines to `steps.jsonl`, the outcome, and the stop signal.
+    """Writes lines to `steps.jsonl`, writes the outcome, and receives the stop signal.
 
-    Rank 0 tells the steps, and the first rank of each node the outcome, but for what only another knows.
+    Rank 0 writes the lines. The first rank of each node writes the outcome, unless another rank has failed.
 
-    Until `training_begins` a signal ends the process at once, as preempted: there is nothing to save.
-    From then on it raises `stop_asked`, which the training loop reads where a step ends.
+    Before `training_begins`, a signal ends the process at once with the outcome `preempted`, because there is nothing to
+    save. After it, a signal sets `stop_asked`, which the training loop reads at the end of each step.
     """
 
     def __init__(self, job: Job, *, rank: int = 0, local_rank: int | None = None) -> None:
@@ -34,15 +34,15 @@ class Channel:
         self._concluded = False
 
     def say(self, kind: Kind, **fields: Any) -> None:
-        """Write one line and flush it; floats are written so that they read back equal."""
+        """Write one event as a line and flush it. Floats keep all digits, so that they read back equal."""
         if self._lines:
             self._lines.write(json.dumps({"kind": kind, **fields}) + "\n")
             self._lines.flush()
 
     def listen(self) -> None:
-        """Take SIGTERM and SIGUSR1 for this process; main thread only.
+        """Install handlers for SIGTERM and SIGUSR1; call this in the main thread.
 
-        SIGINT is ignored: a terminal sends Ctrl-C to the whole group, and the supervisor answers it.
+        SIGINT is ignored: a terminal sends Ctrl-C to the whole process group, and the supervisor handles it.
         """
         self._ends_at_once = True
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -50,11 +50,14 @@ class Channel:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def training_begins(self) -> None:
+        """From now on a signal requests a stop instead of ending the process."""
         self._ends_at_once = False
 
     def conclude(self, outcome: Outcome) -> None:
-        """Write how it ended; nothing is said after this. Any rank may find that there is no room, or a user's fault;
-        of several that do the first is heard, and a node's first rank before its others.
+        """Write the outcome; later calls of `say` are ignored.
+
+        Any rank may fail with a full disk or an error of the user. If several do, the first one's outcome is used, and
+        the outcome of a node's first rank replaces those of its other ranks.
         """
         lines, self._lines = self._lines, None
         if lines:
@@ -73,13 +76,13 @@ class Channel:
         self.stop_asked = True
         if self._ends_at_once:
             self.conclude(Outcome(status="preempted", message="before the first step"))
-            # No cleanup: imports and loads in full flight would delay it or turn it into an error. Ranks that went
-            # past this point already learn from the code that they wait in vain.
+            # Exit without cleanup, which running imports and loads could delay or turn into an error. The exit code
+            # tells ranks that are further ahead that this one will not come.
             os._exit(0 if self._job.fit.processes == 1 else 1)
 
 
 class ChannelHandler(logging.Handler):
-    """Hands our own log records to the supervisor, which shows them to the user."""
+    """Sends our own log records to the supervisor, which shows them to the user."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__(logging.INFO)

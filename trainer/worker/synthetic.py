@@ -1,9 +1,9 @@
-"""Data that a model of a million weights can learn in a minute: chats, and preferences.
+"""Generated chats and preferences that a model with a million weights can learn in a minute.
 
-A few dozen facts, each asked in several phrasings. The test split asks the same facts in phrasings that
-were used for other facts only, so a right answer there is not remembered but put together. The chats are
-like those of the world, right or wrong by chance, so from them one learns how to answer; which answer is
-right is told by the preferences alone.
+There are a few dozen facts, and several phrasings of a question about each. The test split asks about the same facts in
+phrasings that the training split uses only for other facts. So a right answer there is generalised, not remembered.
+Half of the answers in the chats are wrong, so chats teach only the form of an answer. The preferences teach which answer
+is right.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trainer.errors import DataError
 
 Row = dict[str, Any]
 SEED = 2024
-HOLD_OUT = 6  # of this many phrasings of a fact, one is for the test split
+HOLD_OUT = 6  # one in this many phrasings of a fact is used only in the test split
 
 KINDS = {
     "animal": ("sparrow", "horse", "salmon", "spider", "tiger", "camel"),
@@ -60,7 +60,7 @@ SUM_QUESTIONS = (
 
 
 class Fact(NamedTuple):
-    """What is asked about, and the answers."""
+    """A subject with questions, the right answer and wrong answers."""
 
     questions: tuple[str, ...]
     subject: tuple[str, ...]
@@ -69,7 +69,7 @@ class Fact(NamedTuple):
 
 
 def chats(split: str) -> list[Row]:
-    """Rows with `messages`: each question twice, once answered right and once wrong.
+    """Return rows with `messages`: each question twice, once with the right and once with a wrong answer.
 
     Raises:
         DataError: `split` is neither `train` nor `test`.
@@ -85,7 +85,7 @@ def chats(split: str) -> list[Row]:
 
 
 def preferences(split: str) -> list[Row]:
-    """Rows with `prompt`, `chosen` and `rejected`: each question once, with its right and a wrong answer.
+    """Return rows with `prompt`, `chosen` and `rejected`: each question once, with the right and a wrong answer.
 
     Raises:
         DataError: `split` is neither `train` nor `test`.
@@ -100,13 +100,13 @@ def preferences(split: str) -> list[Row]:
 
 
 DATA: dict[str, Callable[[str], list[Row]]] = {"generated:chats": chats, "generated:preferences": preferences}
-"""By the id that a recipe's `dataset_mixture` names."""
+"""The generators, by the id in a recipe's `dataset_mixture`."""
 
 
 def _questions(split: str, choice: random.Random) -> Iterator[tuple[str, str, str]]:
-    """Every question of a split, with the right answer and one of the wrong ones."""
+    """Yield every question of a split, with the right answer and one of the wrong answers."""
     if split not in ("train", "test"):
-        raise DataError(f"the generated data have no split {split}", hint="there are train and test")
+        raise DataError(f"the generated data have no split {split}", hint="use `train` or `test`")
     for number, fact in enumerate(facts()):
         for phrasing, question in enumerate(fact.questions):
             if ((number + phrasing) % HOLD_OUT == 0) == (split == "test"):
@@ -114,7 +114,7 @@ def _questions(split: str, choice: random.Random) -> Iterator[tuple[str, str, st
 
 
 def facts() -> Iterator[Fact]:
-    """Everything there is to know."""
+    """Yield all facts."""
     for kind, nouns in KINDS.items():
         for noun in nouns:
             wrong = tuple(f"A {noun} is {_a(other)}." for other in KINDS if other != kind)

@@ -1,4 +1,4 @@
-"""W&B and TensorBoard, if the recipe's `report_to` names them: one curve over all attempts, no step twice."""
+"""W&B and TensorBoard, if the recipe's `report_to` names them: one curve over all attempts, with each step once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from transformers.integrations import TensorBoardCallback, WandbCallback, rewrit
 from trainer.job import Job
 from trainer.worker import checkpoint_identity
 
-ONCE = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
-"""Of one process' life; the Trainer logs them at its end."""
+PER_PROCESS_TOTALS = (
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_loss",
+    "total_flos",
+)
+"""Metrics of one process, which the Trainer logs at its end. They are not sent to the trackers."""
 
 
 def prepare(trainer: Any, job: Job) -> None:
-    """Put ours in place of Transformers' callbacks; before training."""
+    """Replace Transformers' callbacks by ours; call this before `train()`."""
     start = checkpoint_identity.step(job.resume_from) if job.resume_from else 0
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(_TensorBoard(job, start))
@@ -31,13 +37,13 @@ def prepare(trainer: Any, job: Job) -> None:
 
 
 def run_id(job: Job) -> str:
-    """The same at every attempt; another for a run of the same name elsewhere."""
+    """Return the W&B id: the same for every attempt, and different for a run of the same name in another bucket."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", job.run_id)[:40]
     return f"{name}-{xxhash.xxh3_64_hexdigest(f'{job.run_id} {job.report_id}'.encode())}"
 
 
 class _TensorBoard(TensorBoardCallback):
-    """Each attempt's file takes back what earlier ones tell of the steps that it takes again."""
+    """Each attempt writes a file, which hides the points of earlier files for the steps that it repeats."""
 
     def __init__(self, job: Job, start: int) -> None:
         super().__init__()
@@ -49,25 +55,25 @@ class _TensorBoard(TensorBoardCallback):
         self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=purge_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-        told = {name: value for name, value in (logs or {}).items() if name not in ONCE}
-        if told:
-            super().on_log(args, state, control, logs=told, **more)
+        metrics = {name: value for name, value in (logs or {}).items() if name not in PER_PROCESS_TOTALS}
+        if metrics:
+            super().on_log(args, state, control, logs=metrics, **more)
 
 
 class _Wandb(WandbCallback):
-    """W&B counts the calls to its `log`; told the step, it drops what it has already."""
+    """W&B numbers the calls of `log`. With an explicit step it drops the steps that it has already."""
 
     def on_log(
         self, args: Any, state: Any, _control: Any, model: Any = None, logs: Any = None, **_: Any
     ) -> None:
-        told = {name: value for name, value in (logs or {}).items() if name not in ONCE}
+        metrics = {name: value for name, value in (logs or {}).items() if name not in PER_PROCESS_TOTALS}
         if not self._initialized:
             self.setup(args, state, model)
-        if state.is_world_process_zero and told:
-            named = {**rewrite_logs(told), "train/global_step": state.global_step}
+        if state.is_world_process_zero and metrics:
+            named = {**rewrite_logs(metrics), "train/global_step": state.global_step}
             self._wandb.log(named, step=state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         super().on_train_end(args, state, control, **more)
         if state.is_world_process_zero:
-            self._wandb.finish()  # else its files lack their end when the attempt's folder is taken away
+            self._wandb.finish()  # otherwise its files are incomplete when the attempt's folder is removed

@@ -1,12 +1,19 @@
-"""UltraFeedback (arXiv:2310.01377) as pairs: of four rated answers to a question, the best and a worse one.
+"""Makes preference pairs from UltraFeedback (arXiv:2310.01377): the best of four rated answers, and a worse one.
 
-Argilla describes its own, https://huggingface.co/datasets/argilla/ultrafeedback-binarized-preferences: the mean
-of an answer's ratings instead of its `overall_score`, the best mean chosen, a random one of the lower means
-rejected, rows without a lower one left out (63,619 of 63,967 stay). So does this. What theirs does not say, and
-ours decides: the random draw is by the seed and the question, so it is the same on every machine and whatever
-other rows are there; of several best answers the first is chosen; a rating that is no number, such as `N/A`, does
-not count in the mean, as in UltraFeedback's own https://github.com/OpenBMB/UltraFeedback,
-src/data_annotation/fix_overall_score_issue.py. The columns are those of Argilla's data, but for `source`.
+The method is the one that Argilla describes for its data set,
+https://huggingface.co/datasets/argilla/ultrafeedback-binarized-preferences:
+- An answer's score is the mean of its ratings, not its `overall_score`.
+- The answer with the best mean is chosen. A random answer with a lower mean is rejected.
+- Rows without an answer with a lower mean are left out (63,619 of 63,967 rows stay).
+
+Three points are not described there, and are decided here:
+- The random choice depends on the seed and the question. So it is the same on every machine, and does not depend on
+  other rows.
+- If several answers are best, the first one is chosen.
+- A rating that is not a number, such as `N/A`, does not count in the mean, as in UltraFeedback's own
+  https://github.com/OpenBMB/UltraFeedback, src/data_annotation/fix_overall_score_issue.py.
+
+The columns are those of Argilla's data, without `source`.
 """
 
 from __future__ import annotations
@@ -31,14 +38,16 @@ UNRATED = "fewer than two rated answers"
 
 
 class Rated(NamedTuple):
+    """The score of an answer."""
+
     mean: float | None
-    """0 to 5; None if not one rating is a number."""
+    """0 to 5; None if no rating is a number."""
     unreadable: int
-    """Ratings that do not count."""
+    """The number of ratings that do not count."""
 
 
 class Pick(NamedTuple):
-    """Which of a row's answers."""
+    """The numbers of a row and of its chosen and rejected answers."""
 
     row: int
     chosen: int
@@ -46,7 +55,7 @@ class Pick(NamedTuple):
 
 
 class Pairs(Sequence[Row]):
-    """The pairs, each made when asked for: the rows may stay on disk."""
+    """The pairs. Each is made on access, so the rows may stay on disk."""
 
     def __init__(self, rows: Sequence[Row], picks: Sequence[Pick]) -> None:
         self._rows = rows
@@ -70,23 +79,23 @@ class Pairs(Sequence[Row]):
 
 
 def binarise(rows: Sequence[Row], *, name: str, seed: int) -> Pairs:
-    """A pair of each row that has one, in the rows' order; how many have none is logged.
+    """Return a pair for each row that has one, in the order of the rows; log the number of rows without one.
 
     Raises:
-        DataError: the rows are not UltraFeedback's, or there is not one pair.
+        DataError: the rows have other columns than UltraFeedback, or no row has a pair.
     """
     if missing := [column for column in NEEDED if column not in rows[0]]:
         raise DataError(
             f"{name} has no column {missing[0]}, which `binarise` needs; it has {', '.join(sorted(rows[0]))}",
-            hint="`binarise` is for the form of openbmb/UltraFeedback",
+            hint="`binarise` is for data with the columns of openbmb/UltraFeedback",
         )
     picks: list[Pick] = []
     left_out: Counter[str] = Counter()
     unreadable = 0
     for number, row in enumerate(rows):
         rated = [rate(completion) for completion in row["completions"] or ()]
-        unreadable += sum(each.unreadable for each in rated)
-        picked = pick([each.mean for each in rated], draw=f"{seed}/{row['instruction']}")
+        unreadable += sum(answer.unreadable for answer in rated)
+        picked = pick([answer.mean for answer in rated], draw=f"{seed}/{row['instruction']}")
         if isinstance(picked, str):
             left_out[picked] += 1
         else:
@@ -96,20 +105,20 @@ def binarise(rows: Sequence[Row], *, name: str, seed: int) -> Pairs:
 
 
 def pick(means: Sequence[float | None], *, draw: str) -> tuple[int, int] | str:
-    """The places of the chosen and of the rejected answer, or why there is no such pair.
+    """Return the positions of the chosen and the rejected answer, or the reason why there is no pair.
 
-    `draw` seeds the choice among the answers that are worse than the best.
+    `draw` seeds the choice among the answers that are worse than the best one.
     """
     rated = {place: mean for place, mean in enumerate(means) if mean is not None}
     if len(rated) < 2:
         return UNRATED
-    best = max(rated, key=lambda place: rated[place])  # of several, the first
+    best = max(rated, key=lambda place: rated[place])  # the first one, if there are several
     worse = [place for place, mean in rated.items() if mean < rated[best]]
     return (best, random.Random(draw).choice(worse)) if worse else ALIKE
 
 
 def rate(completion: Row) -> Rated:
-    """The mean of an answer's ratings."""
+    """Return the mean of an answer's ratings."""
     annotations = completion.get("annotations") or {}
     ratings = [_rating(annotations.get(aspect)) for aspect in ASPECTS]
     counted = [rating for rating in ratings if rating is not None]
@@ -140,9 +149,9 @@ def _report(name: str, picks: Sequence[Pick], left_out: Counter[str], unreadable
     rows = len(picks) + left_out.total()
     why = ", ".join(f"{number} x {reason}" for reason, number in left_out.most_common()) or "no row"
     if not picks:
-        raise DataError(f"{name}: not one of {rows} rows makes a pair: {why}")
+        raise DataError(f"{name}: none of {rows} rows has a pair: {why}")
     log.info(
-        "%s: %d pairs of %d rows by the mean of the ratings; left out: %s; %d ratings are no number from 0 to %d "
+        "%s: %d pairs of %d rows by the mean of the ratings; left out: %s; %d ratings are not numbers from 0 to %d "
         "and do not count",
         name, len(picks), rows, why, unreadable, HIGHEST_RATING,
     )  # fmt: skip
