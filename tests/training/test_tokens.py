@@ -256,9 +256,9 @@ def test_a_long_start_says_how_far_it_is(
 ) -> None:
     """Hundreds of thousands of rows take minutes, which would look like a machine that hangs."""
     monkeypatch.setattr(data, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(data, "TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(data, "PROGRESS_EVERY_S", 0.0)
     rows = [{"messages": [ASK, TELL]}] * 5
     with caplog.at_level(logging.INFO, logger="trainer"):
         data.for_sft(rows, tokenizer, recipe(), "training")
     told = [message for message in caplog.messages if "tokenised" in message]
-    assert told == [f"training data: {done} of 5 rows are tokenised" for done in (0, 2, 4)]
+    assert told == [f"training data: {done} of 5 rows are tokenized" for done in (0, 2, 4)]
