@@ -260,5 +260,5 @@ def test_a_long_start_says_how_far_it_is(
     rows = [{"messages": [ASK, TELL]}] * 5
     with caplog.at_level(logging.INFO, logger="trainer"):
         data.for_sft(rows, tokenizer, recipe(), "training")
-    told = [message for message in caplog.messages if "tokenised" in message]
+    told = [message for message in caplog.messages if "tokenized" in message]
     assert told == [f"training data: {done} of 5 rows are tokenized" for done in (0, 2, 4)]
