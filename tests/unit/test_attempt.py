@@ -1,4 +1,4 @@
-"""A run has one owner: the attempt that claimed it last."""
+"""The attempt that claimed a run last owns it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.errors import Superseded
 
 
 def test_attempts_are_numbered_from_one_and_say_who_they_are(uri: str) -> None:
-    """People can see in the bucket who had the run, and where."""
+    """Users can see in the bucket which node ran each attempt."""
     bucket = open_run(uri, "run")
     assert [claim(bucket, {"node": name}).number for name in ("a", "b")] == [1, 2]
     card = json.loads(bucket.get("attempts/0002.json"))
@@ -24,7 +24,7 @@ def test_attempts_are_numbered_from_one_and_say_who_they_are(uri: str) -> None:
 
 
 def test_an_attempt_learns_that_it_was_superseded(uri: str) -> None:
-    """The older one stops, and is told by whom; the newer one goes on."""
+    """The older attempt stops with an error that names the newer one; the newer one continues."""
     bucket = open_run(uri, "run")
     older = claim(bucket, {})
     older.check()
@@ -35,7 +35,7 @@ def test_an_attempt_learns_that_it_was_superseded(uri: str) -> None:
 
 
 def test_claims_at_the_same_time_get_different_numbers(uri: str) -> None:
-    """Whoever starts when, one of them is the newest."""
+    """Concurrent claims get distinct numbers, so one attempt is the newest."""
     bucket = open_run(uri, "run")
     with ThreadPoolExecutor(6) as pool:
         attempts = list(pool.map(lambda _: claim(bucket, {}), range(6)))
@@ -43,7 +43,7 @@ def test_claims_at_the_same_time_get_different_numbers(uri: str) -> None:
 
 
 class RacedBucket(MemoryBucket):
-    """A bucket in which another machine claims the run between our look and our claim."""
+    """A bucket in which another machine claims the run between our listing and our claim."""
 
     def create(self, key: str, data: bytes) -> bool:
         super().create("attempts/0001.json", b"{}")
@@ -51,12 +51,12 @@ class RacedBucket(MemoryBucket):
 
 
 def test_a_lost_race_is_followed_by_another_try() -> None:
-    """The number that somebody else took is not shared with them."""
+    """Two attempts never share a number."""
     assert claim(RacedBucket(), {}).number == 2
 
 
 def test_a_claim_whose_answer_was_lost_owns_the_run(s3: str, faulty_s3: FaultyS3) -> None:
-    """The attempt knows its own card again, and the number is not lost."""
+    """The attempt recognises its own claim, so it keeps the number."""
     bucket = open_run(s3, "run")
     rule = faulty_s3.cut("PUT", "attempts/", times=1)
     attempt = claim(bucket, {})
@@ -66,12 +66,12 @@ def test_a_claim_whose_answer_was_lost_owns_the_run(s3: str, faulty_s3: FaultyS3
 
 
 def test_a_store_that_keeps_its_word_is_believed(uri: str) -> None:
-    """Folders, S3 and GCS give a number to one attempt only, and that is found out by trying."""
+    """Folders, S3 and GCS give each number to one attempt only, and a trial write shows that."""
     assert claim(open_run(uri, "run"), {}).exclusive
 
 
 def test_a_store_that_ignores_conditions_still_lets_the_later_one_supersede(rclone: str) -> None:
-    """The weaker promise: one after the other is told apart as everywhere."""
+    """Without conditional writes, a later attempt still supersedes an earlier one."""
     bucket = open_run(rclone, "run")
     older, newer = claim(bucket, {}), claim(bucket, {})
     assert (older.number, newer.number) == (1, 2)
@@ -82,7 +82,7 @@ def test_a_store_that_ignores_conditions_still_lets_the_later_one_supersede(rclo
 
 
 class RacedUnconditional(Unconditional):
-    """A store without conditions in which others claim number 1 just before we look at our card."""
+    """A store without conditional writes in which others claim number 1 just before we read our claim."""
 
     def __init__(self, races: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class RacedUnconditional(Unconditional):
 
 
 def test_without_conditions_the_loser_of_a_race_sees_it_on_its_card() -> None:
-    """Another's card where ours should be: the number is theirs, the next one ours."""
+    """If the claim of a number is another's, the attempt takes the next number."""
     bucket = RacedUnconditional(races=1)
     attempt = claim(bucket, {})
     assert (attempt.number, attempt.exclusive) == (2, False)
@@ -104,7 +104,7 @@ def test_without_conditions_the_loser_of_a_race_sees_it_on_its_card() -> None:
 
 
 def test_without_conditions_a_race_lost_after_the_claim_shows_before_the_commit() -> None:
-    """The later write owns the number: whoever finds another's card there stops."""
+    """The later write owns the number, so the attempt that finds another's claim stops."""
     bucket = Unconditional()
     attempt = claim(bucket, {})
     bucket.put("attempts/0001.json", b'{"token": "of another"}')
@@ -113,7 +113,7 @@ def test_without_conditions_a_race_lost_after_the_claim_shows_before_the_commit(
 
 
 def test_other_objects_are_no_attempts() -> None:
-    """What people leave in the folder does not take the run from anybody."""
+    """Unrelated files in the folder do not supersede an attempt."""
     bucket = MemoryBucket()
     attempt = Attempt(bucket, 3)
     for key in ("attempts/readme.txt", "attempts/0009.json.bak", "attempts/9/9.json"):

@@ -1,4 +1,4 @@
-"""Bytes go to folders and S3 and come back whole, and faults say what to do about them."""
+"""Files survive the way to folders and S3 and back, and errors have hints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def blob(size: int) -> bytes:
 
 @pytest.mark.parametrize("size", [0, 1, PART_BYTES, PART_BYTES + 1, WINDOW_BYTES + PART_BYTES + 5])
 def test_files_come_back_as_they_went(uri: str, tmp_path: Path, size: int) -> None:
-    """Any size survives the way there and back, and both ways report its checksum."""
+    """Files of any size survive upload and download, and both return the checksum."""
     bucket = open_run(uri, "run")
     (tmp_path / "there").write_bytes(blob(size))
     expected = Checked(size, xxhash.xxh3_128_hexdigest(blob(size)))
@@ -36,7 +36,7 @@ def test_files_come_back_as_they_went(uri: str, tmp_path: Path, size: int) -> No
 
 
 def test_only_the_first_creates(uri: str) -> None:
-    """Of two that create the same key, one is told that it lost, and its bytes are not there."""
+    """Of two creators of a key only the first succeeds, and its bytes stay."""
     bucket = open_run(uri, "run")
     assert bucket.create("attempts/0001.json", b"first")
     assert not bucket.create("attempts/0001.json", b"second")
@@ -44,7 +44,7 @@ def test_only_the_first_creates(uri: str) -> None:
 
 
 def test_objects_are_listed_by_prefix_and_deleted_once(uri: str) -> None:
-    """Listings know keys and sizes; deleting what is gone is no error."""
+    """Listings have keys and sizes. Deleting a missing key is no error."""
     bucket = open_run(uri, "run")
     for key in ("a/2", "a/1", "ab/3"):
         bucket.put(key, key.encode() * 2)
@@ -56,7 +56,7 @@ def test_objects_are_listed_by_prefix_and_deleted_once(uri: str) -> None:
 
 
 def test_a_missing_key_is_not_found(uri: str, tmp_path: Path) -> None:
-    """Whether a key is there is an answer, not a fault."""
+    """A missing key raises FileNotFoundError, or gives None."""
     bucket = open_run(uri, "run")
     assert bucket.get_or_none("nothing") is None
     with pytest.raises(FileNotFoundError, match=r"/run/nothing$"):
@@ -66,7 +66,7 @@ def test_a_missing_key_is_not_found(uri: str, tmp_path: Path) -> None:
 
 
 def test_runs_are_listed_and_keep_to_themselves(uri: str) -> None:
-    """A run sees nothing of its neighbours, and its name is the last part of its address."""
+    """A run does not see the objects of other runs, and its id is the last part of its address."""
     assert list_runs(uri) == []
     for name in ("b", "a.1_x-2"):
         open_run(uri, name).put("run.json", b"{}")
@@ -77,7 +77,7 @@ def test_runs_are_listed_and_keep_to_themselves(uri: str) -> None:
 
 @pytest.mark.parametrize("run_id", ["", ".", "..", "a/b", "a b", "ü", "x" * 201])
 def test_a_run_id_that_is_no_name_is_refused(tmp_path: Path, run_id: str) -> None:
-    """What cannot be part of a key is said before anything is written."""
+    """An id that cannot be part of a key is refused before anything is written."""
     with pytest.raises(BucketError, match="cannot name a run"):
         open_run(str(tmp_path), run_id)
     assert list(tmp_path.iterdir()) == []
@@ -92,7 +92,7 @@ def test_an_address_that_is_none_names_the_valid_ones(uri: str) -> None:
 
 
 def test_addresses_are_taken_apart() -> None:
-    """Slashes too many do not make another place."""
+    """Extra slashes do not change an address."""
     assert parse("s3://b//x/y/") == BucketAddress("s3", "b", "x/y")
     assert parse("gs://b") == BucketAddress("gs", "b", "")
     assert parse("file:///tmp/x") == parse("/tmp/x/") == BucketAddress("file", "", "/tmp/x")
@@ -101,14 +101,14 @@ def test_addresses_are_taken_apart() -> None:
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
-    """A file in the way is the user's to remove."""
+    """A file at the folder's path is an error for the user."""
     (tmp_path / "file").touch()
     with pytest.raises(BucketError, match="Not a directory"):
         open_run(f"{tmp_path}/file", "run")
 
 
 def test_a_bucket_that_is_not_there_is_said_at_once(s3: str) -> None:
-    """A wrong name is no reason to wait."""
+    """A bucket that does not exist is reported without retries."""
     with pytest.raises(BucketError, match="NoSuchBucket") as caught:
         open_run(s3.replace("test-", "none-"), "run")
     assert "create it" in str(caught.value)
@@ -127,7 +127,7 @@ def test_a_bucket_that_is_not_there_is_said_at_once(s3: str) -> None:
 def test_what_the_user_has_to_mend_is_said_at_once(
     s3: str, faulty_s3: FaultyS3, status: int, code: str, way_out: str
 ) -> None:
-    """Credentials that do not work are named, with the way out, and not tried again."""
+    """Invalid credentials are reported with a hint and without retries."""
     faulty_s3.answer(status, code)
     with pytest.raises(BucketError) as caught:
         open_run(s3, "run")
@@ -137,7 +137,7 @@ def test_what_the_user_has_to_mend_is_said_at_once(
 
 
 def test_secrets_in_answers_are_not_passed_on(s3: str, faulty_s3: FaultyS3) -> None:
-    """S3 quotes an expired token in its answer; our message must not."""
+    """S3 quotes an expired token in its response, and our message must not."""
     faulty_s3.answer(400, "ExpiredToken</Code><Token-0>s3cr3t</Token-0><Code>")
     with pytest.raises(BucketError) as caught:
         open_run(s3, "run")
@@ -146,7 +146,7 @@ def test_secrets_in_answers_are_not_passed_on(s3: str, faulty_s3: FaultyS3) -> N
 
 
 def test_credentials_that_expire_on_the_way_are_no_outage(s3: str, faulty_s3: FaultyS3) -> None:
-    """A transfer that is refused is not tried again for minutes."""
+    """A transfer that the store refuses is not retried for minutes."""
     bucket = open_run(s3, "run")
     faulty_s3.answer(400, "ExpiredToken")
     with pytest.raises(BucketError, match="ExpiredToken"):
@@ -154,7 +154,7 @@ def test_credentials_that_expire_on_the_way_are_no_outage(s3: str, faulty_s3: Fa
 
 
 def test_an_endpoint_where_nobody_answers_is_unavailable(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a bounded number of tries the fault is one that a recovery may mend."""
+    """After a bounded number of retries the error is Unavailable, so the run can be recovered."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(Unavailable, match=r"cannot open s3://.*sending request"):
         open_run(s3, "run", patience=SHORT)
@@ -164,7 +164,7 @@ def test_an_endpoint_where_nobody_answers_is_unavailable(s3: str, monkeypatch: p
 def test_missing_credentials_name_their_variables(
     s3: str, monkeypatch: pytest.MonkeyPatch, variables: list[str]
 ) -> None:
-    """Half a pair of keys is as good as none."""
+    """One key of a pair counts as missing credentials."""
     for name in variables:
         monkeypatch.delenv(name)
     with pytest.raises(BucketError, match="Missing") as caught:
@@ -173,7 +173,7 @@ def test_missing_credentials_name_their_variables(
 
 
 def test_gcs_without_credentials_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path that leads nowhere is found before anything is sent."""
+    """A missing credentials file is reported before any request."""
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent.json")
     with pytest.raises(BucketError, match="service account file") as caught:
         open_run("gs://bucket/runs", "run")
@@ -182,7 +182,7 @@ def test_gcs_without_credentials_says_how_to_get_them(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("fault", ["cut", "truncate", "busy"])
 def test_a_fault_that_passes_is_not_noticed(s3: str, faulty_s3: FaultyS3, tmp_path: Path, fault: str) -> None:
-    """A connection lost while reading or writing costs a retry, never a byte."""
+    """A lost connection costs a retry and no data."""
     bucket = open_run(s3, "run")
     (tmp_path / "there").write_bytes(blob(PART_BYTES + 1))
     match fault:
@@ -199,7 +199,7 @@ def test_a_fault_that_passes_is_not_noticed(s3: str, faulty_s3: FaultyS3, tmp_pa
 
 
 def test_a_fault_that_stays_is_unavailable(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
-    """Patience has an end, and says what it was that did not work."""
+    """Retries end, and the error names the operation that failed."""
     bucket = open_run(s3, "run", patience=SHORT)
     (tmp_path / "there").write_bytes(b"x")
     faulty_s3.answer(500, "InternalError")
@@ -211,7 +211,7 @@ def test_a_fault_that_stays_is_unavailable(s3: str, faulty_s3: FaultyS3, tmp_pat
 
 
 def test_a_flipped_bit_shows_in_the_checksum(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
-    """The checksum of a download is that of the bytes on disk, not of those that were sent."""
+    """The checksum of a download is that of the received bytes."""
     bucket = open_run(s3, "run")
     (tmp_path / "there").write_bytes(blob(1000))
     sent = bucket.upload("file", tmp_path / "there")
@@ -222,7 +222,7 @@ def test_a_flipped_bit_shows_in_the_checksum(s3: str, faulty_s3: FaultyS3, tmp_p
 
 
 def test_large_files_go_up_in_parts(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
-    """A file larger than a part is never held in memory as a whole."""
+    """A file larger than a part is never in memory as a whole."""
     bucket = open_run(s3, "run")
     (tmp_path / "there").write_bytes(blob(2 * PART_BYTES + 1))
     bucket.upload("file", tmp_path / "there")
@@ -232,7 +232,7 @@ def test_large_files_go_up_in_parts(s3: str, faulty_s3: FaultyS3, tmp_path: Path
 
 
 def test_a_folder_sees_no_upload_that_was_cut_short(tmp_path: Path) -> None:
-    """A file that cannot be read to its end leaves no object behind."""
+    """If a file cannot be read to its end, no object is created."""
     bucket = open_run(str(tmp_path / "bucket"), "run")
     with pytest.raises(IsADirectoryError):
         bucket.upload("file", tmp_path)
@@ -240,14 +240,14 @@ def test_a_folder_sees_no_upload_that_was_cut_short(tmp_path: Path) -> None:
 
 
 def test_parallel_work_keeps_the_order_and_raises_the_first_failure() -> None:
-    """Results are in the order of the items; a failure is not lost among them."""
+    """Results have the order of the items, and the first failure is raised."""
     assert in_parallel(lambda number: number * 2, range(20), threads=3) == list(range(0, 40, 2))
     with pytest.raises(ZeroDivisionError):
         in_parallel(lambda number: 1 // number, [1, 0, 2], threads=2)
 
 
 def test_buckets_over_one_store_share_it() -> None:
-    """The fake in memory stands for one store that several machines see."""
+    """Two fake buckets over one store see the same objects, like two machines."""
     store = MemoryStore()
     MemoryBucket(store).put("key", b"data")
     assert MemoryBucket(store).get("key") == b"data"

@@ -1,4 +1,4 @@
-"""Data files that lie in a bucket: brought to a node, counted by the plan, looked at by the doctor."""
+"""Data files in a bucket are downloaded to a node, counted by the plan, and checked by the doctor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
 @pytest.fixture(params=["s3", "gcs"])
 def data(request: pytest.FixtureRequest) -> str:
-    """URI of a file of five rows."""
+    """The URI of a file with five rows."""
     uri = f"{request.getfixturevalue(request.param)}/data/pairs.jsonl"
     bucket, key = open_file(uri)
     bucket.put(key, (ROW * 5).encode())
@@ -31,7 +31,7 @@ def recipe(*data: str) -> Recipe:
 
 
 def test_a_node_gets_the_file_under_its_own_name(data: str, tmp_path: Path) -> None:
-    """Once, however often it is named; the recipe that is recorded keeps the address."""
+    """A file is downloaded once, however often the recipe names it. The recorded recipe keeps the address."""
     wanted = recipe(data, f"test_dataset={data}")
     found = fetch_data(wanted, tmp_path).dataset_mixture
     assert {each.id for each in (*found.datasets, *found.test_datasets)} == {str(tmp_path / "0/pairs.jsonl")}
@@ -40,14 +40,14 @@ def test_a_node_gets_the_file_under_its_own_name(data: str, tmp_path: Path) -> N
 
 
 def test_other_data_is_left_where_it_is(tmp_path: Path) -> None:
-    """Files of the node, the Hub's, and what is generated."""
+    """Local files, data sets of the Hub and generated data are not changed."""
     wanted = recipe("some/data")
     assert fetch_data(wanted, tmp_path) == wanted
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_not_there_is_named(data: str, tmp_path: Path) -> None:
-    """By the node, by the plan and by the doctor, with its whole address."""
+    """The node, the plan and the doctor report a missing file with its full address."""
     wanted = recipe(data.replace("pairs", "pears"))
     with pytest.raises(DataError, match=r"there is no .*/data/pears\.jsonl"):
         fetch_data(wanted, tmp_path)
@@ -58,30 +58,30 @@ def test_a_file_that_is_not_there_is_named(data: str, tmp_path: Path) -> None:
 
 
 def test_a_bucket_that_is_not_there_is_the_user_s_to_mend(s3: str) -> None:
-    """Before anything is rented."""
+    """A missing bucket is reported before a machine is rented."""
     with pytest.raises(BucketError, match="no-such-bucket-at-all"):
         find_workload(recipe("s3://no-such-bucket-at-all/pairs.jsonl"))
 
 
 def test_the_plan_counts_its_rows(data: str) -> None:
-    """As it counts those of a file here."""
+    """The plan counts the rows like those of a local file."""
     assert find_workload(recipe(data)).rows == 5
 
 
 def test_of_a_large_file_the_plan_reads_the_beginning(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rows there, and the file's size, tell of all."""
+    """The plan estimates the rows of a large file from its beginning and its size."""
     monkeypatch.setattr(plan, "COUNTED_BYTES", len(ROW))
     monkeypatch.setattr(Bucket, "read", lambda *_: iter([memoryview(ROW.encode()), None]))
     assert find_workload(recipe(data)).rows == 5
 
 
 def test_the_doctor_sees_it(data: str) -> None:
-    """Without reading it."""
+    """The doctor checks that the file exists without reading it."""
     assert check_data(recipe(data).dataset_mixture.datasets[0], {}).status == "ok"
 
 
 @pytest.mark.parametrize("name", ["s3://bucket/folder", "https://x.org/pairs.jsonl", "hf://datasets/a/b"])
 def test_other_addresses_are_refused_before_anything_is_rented(name: str) -> None:
-    """What only the node's worker would find out."""
+    """Invalid addresses are refused before the worker would fail on them."""
     with pytest.raises(DataError, match="is not a data file in a bucket"):
         recipe(name)

@@ -1,4 +1,4 @@
-"""Credentials are found where the clouds' own tools look, and what is missing is said."""
+"""Credentials are found where the clouds' own tools look, and missing ones are reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.errors import BucketError
 
 
 def test_the_environment_goes_before_the_file(tmp_path: Path) -> None:
-    """A file is looked into only where no keys are given."""
+    """The credentials file is read only if the environment has no keys."""
     assert credentials_file({"AWS_ACCESS_KEY_ID": "a", "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path)}) is None
 
 
@@ -26,7 +26,7 @@ def test_the_environment_goes_before_the_file(tmp_path: Path) -> None:
 def test_a_named_profile_that_is_not_whole_is_said(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
 ) -> None:
-    """With the way out, and with nothing that stands in the file."""
+    """The error has a hint and quotes nothing from the file."""
     (tmp_path / "credentials").write_text(text)
     reach(
         monkeypatch,
@@ -41,7 +41,7 @@ def test_a_named_profile_that_is_not_whole_is_said(
 def test_a_google_machine_gets_its_token_from_the_metadata_server(
     gcs: str, gcs_host: tuple[GCS, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Application-default credentials: no variable, no file, the machine itself is known."""
+    """Application-default credentials need no variable and no file on a Google machine."""
     server, host = gcs_host
     monkeypatch.delenv("GOOGLE_BEARER_TOKEN")
     monkeypatch.setenv("GCE_METADATA_HOST", host)

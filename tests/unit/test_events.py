@@ -1,4 +1,4 @@
-"""The event log reaches the bucket whole, in order, and not at every step."""
+"""The event log is written to the bucket completely, in order, and not at every step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.events import MOST, WHOLE_TAIL, Event, EventLines, EventLog, of_kin
 
 
 class Clock:
-    """Time that moves when a test says so."""
+    """A clock that only tests advance."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -23,7 +23,7 @@ class Clock:
 
 
 def test_events_are_written_together_once_their_time_has_come() -> None:
-    """A hundred steps in a second are one write."""
+    """A hundred steps within a second take one write."""
     writes: list[bytes] = []
     clock = Clock()
     log = EventLog(3, writes.append, every_s=2.0, clock=clock)
@@ -38,7 +38,7 @@ def test_events_are_written_together_once_their_time_has_come() -> None:
 
 
 def test_a_flush_without_news_writes_nothing() -> None:
-    """An idle run does not pay for requests."""
+    """A flush without new events sends no request."""
     writes: list[bytes] = []
     log = EventLog(1, writes.append)
     log.add("notice", source="SIGTERM")
@@ -48,7 +48,7 @@ def test_a_flush_without_news_writes_nothing() -> None:
 
 
 def test_a_store_that_is_away_loses_no_event() -> None:
-    """What could not be written is written with the next flush."""
+    """The next flush writes the events that could not be written."""
     writes: list[bytes] = []
 
     def write(data: bytes) -> None:
@@ -77,7 +77,7 @@ def test_floats_come_back_with_the_same_bits() -> None:
 
 
 def long_run(steps: int) -> list[Event]:
-    """What is written of so many steps with a spike of the loss, an evaluation and a save every ten."""
+    """Return the log of a run with a spike of the loss, and an evaluation and a save every ten steps."""
     writes: list[bytes] = []
     log = EventLog(1, writes.append)
     log.add("claimed", recipe="long")
@@ -94,7 +94,7 @@ def long_run(steps: int) -> list[Event]:
 
 
 def test_a_long_run_s_log_stays_small_and_keeps_its_shape() -> None:
-    """Of 100,000 steps at most 1,024 are left, with the spike, the first one and the newest ones."""
+    """Of 100,000 steps at most 1,024 are kept, including the spike, the first and the newest steps."""
     events = long_run(100_000)
     steps = [event["step"] for event in of_kind(events, "step")]
     assert steps == sorted(steps)
@@ -106,27 +106,27 @@ def test_a_long_run_s_log_stays_small_and_keeps_its_shape() -> None:
 
 
 def test_a_log_is_equally_fine_everywhere() -> None:
-    """No quarter of a long run has more than twice the steps of another, but for the newest lines."""
+    """No quarter of a long log has more than twice the steps of another, except for the newest lines."""
     steps = [event["step"] for event in of_kind(long_run(100_000), "step")][: -MOST["step"] // WHOLE_TAIL]
     quarters = [sum(low < step <= low + 24_000 for step in steps) for low in range(0, 96_000, 24_000)]
     assert max(quarters) <= 2 * min(quarters)
 
 
 def test_sums_outlive_the_lines_that_they_are_of() -> None:
-    """What was stalled and evaluated in all is told by the last event of its kind."""
+    """The last event of a kind has the sums over all events of that kind."""
     events = long_run(100_000)
     assert of_kind(events, "saved")[-1]["so_far"] == {"count": 10_000, "stall_s": 5000.0, "bytes": 70_000}
     assert of_kind(events, "eval")[-1]["so_far"] == {"count": 10_000, "seconds": 2500.0}
 
 
 def test_a_short_run_is_kept_whole() -> None:
-    """Nothing is dropped of a thousand steps."""
+    """A log of a thousand steps is complete."""
     assert [event["step"] for event in of_kind(long_run(1000), "step")] == list(range(1, 1001))
 
 
 @pytest.mark.parametrize("values", [[math.nan] * 50, [None] * 50, [1.0, math.nan, None, math.inf] * 20])
 def test_losses_that_are_no_numbers_are_thinned_too(values: list[float | None]) -> None:
-    """A run that diverged is as bounded as any other."""
+    """The log of a diverged run is bounded too."""
     lines = EventLines(16)
     for order, value in enumerate(values):
         lines.add(order, value, b"")

@@ -1,4 +1,4 @@
-"""The files between the supervisor and its workers are whole when they are read."""
+"""The supervisor and its workers never read incomplete files of each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainer.staged import Staged, mark_staged, pending
 
 
 def test_a_folder_is_pending_only_once_it_is_marked(tmp_path: Path) -> None:
-    """A checkpoint that is still being written is nobody's business."""
+    """A checkpoint without a marker is still being written and is not pending."""
     (tmp_path / "checkpoint-20").mkdir()
     (tmp_path / "checkpoint-10").mkdir()
     assert pending(tmp_path) == []
@@ -19,14 +19,14 @@ def test_a_folder_is_pending_only_once_it_is_marked(tmp_path: Path) -> None:
 
 
 def test_the_final_model_comes_after_the_last_checkpoint(tmp_path: Path) -> None:
-    """Both are of the last step; the checkpoint is what a recovery needs."""
+    """Both have the same step, and a recovery needs the checkpoint first."""
     mark_staged(tmp_path, Staged(folder="final", step=20, kind="final"))
     mark_staged(tmp_path, Staged(folder="checkpoint-20", step=20))
     assert [staged.kind for staged in pending(tmp_path)] == ["checkpoint", "final"]
 
 
 def test_a_line_in_the_making_waits_for_its_end(tmp_path: Path) -> None:
-    """A reader that polls never sees half a line, nor one line twice."""
+    """A polling reader gets each line once and complete."""
     path = tmp_path / "steps.jsonl"
     tail = Tail(path)
     assert tail.new_lines() == []

@@ -1,4 +1,4 @@
-"""A leashed process does not outlive the process that holds the leash."""
+"""A worker does not outlive its supervisor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ time.sleep(600)
 
 
 def test_a_leashed_process_dies_with_its_parent() -> None:
-    """SIGKILL of the supervisor must not leave workers behind on the GPU."""
+    """SIGKILL of the supervisor also ends its workers, so that they free the GPU."""
     command = [sys.executable, "-c", HOLDER]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -33,7 +33,7 @@ def test_a_leashed_process_dies_with_its_parent() -> None:
 
 
 def test_a_process_whose_parent_is_gone_already_dies_at_once() -> None:
-    """The parent may end before the leash is on."""
+    """The parent may end before the child has asked to be killed with it."""
     nobody = "1" if psutil.Process().ppid() != 1 else "999999"
     done = subprocess.run(
         [sys.executable, "-m", "trainer.parent_death", nobody, sys.executable, "-c", "print('lived')"],

@@ -1,4 +1,4 @@
-"""A manifest says what a checkpoint is, and only one that is whole is believed."""
+"""A manifest describes a checkpoint, and is valid only if all its files exist."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write(bucket: MemoryBucket, *manifests: Manifest) -> None:
 
 
 def test_keys_sort_as_steps_do() -> None:
-    """A listing in the order of keys is one in the order of steps."""
+    """Sorting the keys sorts the steps."""
     assert step_prefix(100) == "checkpoints/step-00000100/"
     assert commit_key(100) == "commits/step-00000100.json"
     assert manifest(100).prefix == "checkpoints/step-00000100/0002/"
@@ -60,7 +60,7 @@ def test_keys_sort_as_steps_do() -> None:
 
 
 def test_a_manifest_survives_the_way_through_a_bucket() -> None:
-    """What is written is what is read, the newest first."""
+    """Manifests are read as they were written, newest first."""
     bucket = MemoryBucket()
     write(bucket, manifest(50), manifest(150), manifest(100))
     assert committed(bucket) == [manifest(150), manifest(100), manifest(50)]
@@ -80,7 +80,7 @@ def test_a_manifest_survives_the_way_through_a_bucket() -> None:
     ],
 )
 def test_what_is_no_manifest_is_told_apart(data: bytes, reason: str) -> None:
-    """A commit cut short or of something else is reported with its reason and hides no other."""
+    """A truncated or foreign manifest is reported with its reason, and hides no other manifest."""
     bucket = MemoryBucket()
     write(bucket, manifest(50))
     bucket.put(commit_key(100), data)
@@ -95,7 +95,7 @@ def test_what_is_no_manifest_is_told_apart(data: bytes, reason: str) -> None:
 
 @given(st.binary(max_size=60))
 def test_no_bytes_at_all_make_reading_crash(data: bytes) -> None:
-    """Whatever lies where a manifest should be, a recovery goes on."""
+    """Any bytes at a manifest's key give a result and no exception."""
     bucket = MemoryBucket()
     bucket.put(commit_key(1), data)
     assert committed(bucket) == []
@@ -103,13 +103,13 @@ def test_no_bytes_at_all_make_reading_crash(data: bytes) -> None:
 
 @pytest.mark.parametrize("path", ["", ".", "../x", "a/../../x", "/etc/passwd", "a\\..\\x"])
 def test_no_manifest_names_a_file_outside_its_folder(path: str) -> None:
-    """A bucket that somebody tampered with cannot write where it likes."""
+    """A manipulated manifest cannot write outside the folder of a checkpoint."""
     with pytest.raises(ValidationError):
         File(path=path, size=0, xxh3="")
 
 
 def test_a_fault_names_the_file_and_both_sizes() -> None:
-    """A reader can say what is wrong with a checkpoint."""
+    """The reason names the file, the expected size and the actual size."""
     there = {manifest().prefix + file.path: file.size for file in manifest().files}
     key = "checkpoints/step-00000100/0002/optim/rank_0.bin"
     assert manifest().fault(there) is None
@@ -120,7 +120,7 @@ def test_a_fault_names_the_file_and_both_sizes() -> None:
 
 
 def test_the_weights_digest_is_of_the_weights_alone() -> None:
-    """Two runs have the same model if and only if the digests are equal."""
+    """Two runs have equal weights if and only if the digests are equal."""
     model, optimizer, state = manifest().files
     digest = manifest().weights_digest
     other_state = File(path="training_args.bin", size=9, xxh3="dd")
@@ -131,7 +131,7 @@ def test_the_weights_digest_is_of_the_weights_alone() -> None:
 
 
 def test_a_final_model_is_believed_only_with_all_its_files() -> None:
-    """A run is not done because a manifest says so."""
+    """A final model counts only if its manifest and all its files exist."""
     bucket = MemoryBucket()
     assert final(bucket) is None
     write(bucket, manifest(kind="final"))
@@ -143,6 +143,6 @@ def test_a_final_model_is_believed_only_with_all_its_files() -> None:
 
 
 def test_a_newer_version_may_say_more() -> None:
-    """Fields that are not known yet do not make a checkpoint unreadable."""
+    """Unknown fields of newer releases do not make a checkpoint unreadable."""
     text = manifest().model_dump_json().replace("{", '{"new": 1, ', 1)
     assert Manifest.model_validate_json(text) == manifest()

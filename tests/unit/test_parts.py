@@ -1,4 +1,4 @@
-"""Checkpoints of several nodes: every node's part is in the bucket before the commit is."""
+"""A checkpoint of several nodes is committed only after every node has uploaded its part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NODES = 3
 
 
 def stage(root: Path, node: int, step: int, **files: str) -> Staged:
-    """What one node's ranks write: a file that is its own, and those given."""
+    """Stage a node's folder: a file of its own, and the given files."""
     folder = root / f"node-{node}" / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     for name, text in {f"rng_state_{node}": f"node {node}, step {step}", **files}.items():
@@ -35,7 +35,7 @@ def upload(bucket: Bucket, attempt: Attempt, root: Path, node: int, step: int, *
 
 
 def lead(bucket: Bucket, attempt: Attempt, root: Path, step: int, waiting: Waiting, **files: str) -> Manifest:
-    """Node 0's commit."""
+    """Commit as node 0."""
     staged = stage(root, 0, step, **files)
     return commit(
         bucket,
@@ -52,7 +52,7 @@ def never(_seconds: float) -> None:
 
 
 def test_a_commit_holds_every_nodes_files(uri: str, tmp_path: Path) -> None:
-    """What comes back is what all nodes wrote, each file once."""
+    """A restored checkpoint has the files of all nodes, each file once."""
     bucket = open_run(uri, "run")
     attempt = claim(bucket, {})
     for node in (1, 2):
@@ -67,7 +67,7 @@ def test_a_commit_holds_every_nodes_files(uri: str, tmp_path: Path) -> None:
 
 
 def test_nothing_is_a_checkpoint_before_the_last_part(tmp_path: Path) -> None:
-    """While a node is still uploading there is no commit; once its part is there, there is one."""
+    """There is no commit while a node is still uploading, and there is one once its part is complete."""
     bucket = MemoryBucket()
     attempt = claim(bucket, {})
     upload(bucket, attempt, tmp_path, 1, 10)
@@ -83,7 +83,7 @@ def test_nothing_is_a_checkpoint_before_the_last_part(tmp_path: Path) -> None:
 
 
 def test_a_node_that_never_comes_is_named_and_nothing_is_committed(tmp_path: Path) -> None:
-    """The wait is bounded; the message has the node, the step and the time."""
+    """The wait has a timeout, and the error has the node, the step and the time."""
     bucket = MemoryBucket()
     attempt = claim(bucket, {})
     upload(bucket, attempt, tmp_path, 1, 10)
@@ -97,7 +97,7 @@ def test_a_node_that_never_comes_is_named_and_nothing_is_committed(tmp_path: Pat
 
 
 def test_a_node_that_left_the_step_out_is_not_waited_for(tmp_path: Path) -> None:
-    """A slow node drops a checkpoint for a newer one; then that one is the next to be whole."""
+    """A slow node may drop a checkpoint for a newer one; then node 0 skips it too."""
     bucket = MemoryBucket()
     attempt = claim(bucket, {})
     upload(bucket, attempt, tmp_path, 1, 10)
@@ -110,7 +110,7 @@ def test_a_node_that_left_the_step_out_is_not_waited_for(tmp_path: Path) -> None
 
 
 def test_two_nodes_that_write_one_name_differently_commit_nothing(tmp_path: Path) -> None:
-    """The bucket holds one of them only: the bug is told, with both sums, and not restored from."""
+    """The bucket has only one of the two files, so nothing is committed, and the error has both checksums."""
     bucket = MemoryBucket()
     attempt = claim(bucket, {})
     for node in (1, 2):
@@ -121,7 +121,7 @@ def test_two_nodes_that_write_one_name_differently_commit_nothing(tmp_path: Path
 
 
 def test_a_superseded_attempt_neither_uploads_a_part_nor_waits_for_one(tmp_path: Path) -> None:
-    """Fencing holds on every node, and while node 0 waits."""
+    """Every node checks that its attempt owns the run, and node 0 also while it waits."""
     bucket = MemoryBucket()
     attempt = claim(bucket, {})
 
@@ -136,7 +136,7 @@ def test_a_superseded_attempt_neither_uploads_a_part_nor_waits_for_one(tmp_path:
 
 
 def test_parts_go_with_their_checkpoint(tmp_path: Path) -> None:
-    """Retention leaves no part of a checkpoint that it deletes, nor of one that was never whole."""
+    """Retention deletes all parts of a checkpoint, also of one that was never committed."""
     bucket = MemoryBucket()
     attempt = claim(bucket, {})
     upload(bucket, attempt, tmp_path, 1, 5)
@@ -150,7 +150,7 @@ def test_parts_go_with_their_checkpoint(tmp_path: Path) -> None:
 
 
 class _Told:
-    """What the uploader says, in order."""
+    """Records the uploader's callbacks in order."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -169,7 +169,7 @@ class _Told:
 
 
 def test_uploaders_of_two_nodes_make_one_checkpoint(uri: str, tmp_path: Path) -> None:
-    """Node 1 uploads its part and says nothing of a commit; node 0 commits both."""
+    """Node 1 uploads its part and reports no commit; node 0 commits both parts."""
     buckets = [open_run(uri, "run"), open_run(uri, "run")]
     attempt = claim(buckets[0], {})
     told = [_Told(), _Told()]

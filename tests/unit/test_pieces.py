@@ -1,4 +1,4 @@
-"""Large objects come in order and in bounded memory, also from servers that know no ranges."""
+"""Large objects are read in order and in bounded memory, also from servers without range requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = 3 * WINDOW_BYTES + 7
 
 
 class Watched:
-    """A store that counts the ranges asked for and not yet taken; from `fails_at` on, ranges fail."""
+    """A store that counts the ranges in flight. Ranges from `fails_at` on fail."""
 
     def __init__(self, data: bytes, *, fails_at: int | None = None) -> None:
         self._store = MemoryStore()
@@ -38,7 +38,7 @@ class Watched:
 
 
 class KnowsNoRanges(Watched):
-    """As `rclone serve s3`: a part is answered with status 200."""
+    """A store like `rclone serve s3`, which answers a range request with status 200."""
 
     def get_range(self, key: str, **where: int) -> Any:
         self.ranges.append(where["start"])
@@ -55,13 +55,13 @@ def data(size: int = SIZE) -> bytes:
 
 @pytest.mark.parametrize("kind", [Watched, KnowsNoRanges])
 def test_pieces_are_the_object_in_order(kind: type[Watched]) -> None:
-    """Whether the server knows ranges or not, the pieces joined are the object."""
+    """The joined pieces are the object, with and without range requests."""
     pieces = pieces_of(kind(data()))
     assert b"".join(pieces.read("key")) == data()
 
 
 def test_a_server_without_ranges_is_asked_once() -> None:
-    """Each further object is read whole, without another look."""
+    """Support for ranges is tested once per store."""
     store = KnowsNoRanges(data())
     pieces = pieces_of(store)
     for _ in range(3):
@@ -70,14 +70,14 @@ def test_a_server_without_ranges_is_asked_once() -> None:
 
 
 def test_small_objects_take_no_range() -> None:
-    """One request is all that an object of a window or less costs."""
+    """An object of at most one window takes one request."""
     store = Watched(data(WINDOW_BYTES))
     assert [len(piece) for piece in pieces_of(store).read("key")] == [WINDOW_BYTES]
     assert store.ranges == []
 
 
 def test_more_readers_than_room_all_finish() -> None:
-    """Readers share a bounded number of windows, and none waits for another for ever."""
+    """Readers share a bounded number of windows without a deadlock."""
     pieces = pieces_of(Watched(data()))
     sizes = in_parallel(
         lambda _: sum(map(len, pieces.read("key"))), range(WINDOWS_AT_ONCE + 4), threads=WINDOWS_AT_ONCE + 4
@@ -86,7 +86,7 @@ def test_more_readers_than_room_all_finish() -> None:
 
 
 def test_a_reader_that_is_not_read_on_stops_at_the_room_there_is() -> None:
-    """Memory is bounded by the room, however large the object."""
+    """A paused reader fetches no more windows than its limit, however large the object."""
     store = Watched(bytes((WINDOWS_AT_ONCE + 4) * WINDOW_BYTES))
     reader = pieces_of(store).read("key")
     next(reader)
@@ -96,7 +96,7 @@ def test_a_reader_that_is_not_read_on_stops_at_the_room_there_is() -> None:
 
 @pytest.mark.parametrize("times", [WINDOWS_AT_ONCE + 1])
 def test_a_failed_read_gives_its_room_back(times: int) -> None:
-    """After any number of failures there is room for the next reader."""
+    """A failed read frees its windows for the next reader."""
     store = Watched(data(), fails_at=WINDOW_BYTES)
     pieces = pieces_of(store)
     for _ in range(times):
@@ -107,6 +107,6 @@ def test_a_failed_read_gives_its_room_back(times: int) -> None:
 
 
 def test_a_missing_object_is_not_found(tmp_path: Path) -> None:
-    """What the store says of a missing key is passed on."""
+    """The store's error for a missing key is passed on."""
     with pytest.raises(FileNotFoundError):
         list(RangedReader(MemoryStore()).read(tmp_path.name))

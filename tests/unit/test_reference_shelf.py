@@ -1,4 +1,4 @@
-"""Log-probabilities of a reference lie beside the runs of a bucket: verified, shared, and nobody's but their own."""
+"""The runs of a folder share a cache of reference log-probabilities, in which each run has its own files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def uri(tmp_path: Path) -> str:
 
 
 def test_what_is_put_is_fetched(uri: str, tmp_path: Path) -> None:
-    """By another attempt, with its checksums."""
+    """Another attempt can fetch an entry, and its checksums are verified."""
     shelf(uri, "run").put(*staged(tmp_path, 5))
     (folder,) = shelf(uri, "run", 2).fetch(tmp_path / "kept")
     assert (folder / "logps.safetensors").read_bytes() == b"values"
@@ -55,7 +55,7 @@ def test_what_is_put_is_fetched(uri: str, tmp_path: Path) -> None:
 
 
 def test_a_later_part_replaces_an_earlier(uri: str, tmp_path: Path) -> None:
-    """The manifest names the newer files, and the older are gone."""
+    """The manifest names the newer files, and the older files are deleted."""
     shelf(uri, "run").put(*staged(tmp_path, 5, b"some"))
     shelf(uri, "run", 2).put(*staged(tmp_path, 9, b"all of them"))
     bucket = open_run(f"{uri}/reference", "recipe")
@@ -69,7 +69,7 @@ def test_a_later_part_replaces_an_earlier(uri: str, tmp_path: Path) -> None:
 
 
 def test_runs_share_and_their_own_comes_first(uri: str, tmp_path: Path) -> None:
-    """A run that has its own keeps its bits; another takes the fullest there is."""
+    """A run gets its own entry first, and then the largest ones of other runs."""
     shelf(uri, "small").put(*staged(tmp_path, 5, b"5"))
     shelf(uri, "large").put(*staged(tmp_path, 9, b"9"))
     assert [each.name for each in shelf(uri, "small").fetch(tmp_path / "a")] == ["0000-small", "0001-large"]
@@ -78,7 +78,7 @@ def test_runs_share_and_their_own_comes_first(uri: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [b"other!", b"cut", None])
 def test_damage_is_not_handed_on(uri: str, tmp_path: Path, data: bytes | None) -> None:
-    """Another checksum, another size, or no file: what is left is used."""
+    """Entries with a wrong checksum, a wrong size or a missing file are skipped."""
     shelf(uri, "bad").put(*staged(tmp_path, 9))
     shelf(uri, "good").put(*staged(tmp_path, 5))
     bucket, key = open_run(f"{uri}/reference", "recipe"), "f/bad/0001-000000009/logps.safetensors"
@@ -90,19 +90,19 @@ def test_damage_is_not_handed_on(uri: str, tmp_path: Path, data: bytes | None) -
 
 @pytest.mark.parametrize("manifest", [b"", b"{}", b'{"run_id": "other"}'])
 def test_what_is_no_manifest_is_passed_over(uri: str, tmp_path: Path, manifest: bytes) -> None:
-    """Nonsense in the bucket stops no run."""
+    """An invalid manifest is ignored."""
     open_run(f"{uri}/reference", "recipe").put("f/run.json", manifest)
     assert shelf(uri, "run").fetch(tmp_path / "kept") == []
 
 
 def test_files_without_a_manifest_are_nothing(uri: str, tmp_path: Path) -> None:
-    """An upload that was cut short."""
+    """Files of an interrupted upload, which has no manifest, are ignored."""
     open_run(f"{uri}/reference", "recipe").put("f/run/0001-000000009/logps.safetensors", b"values")
     assert shelf(uri, "run").fetch(tmp_path / "kept") == []
 
 
 def test_the_shelf_is_no_run(uri: str, tmp_path: Path) -> None:
-    """It is not listed as one, and no run can take its name."""
+    """The cache is not listed as a run, and no run can have its name."""
     shelf(uri, "run").put(*staged(tmp_path, 5))
     open_run(uri, "run").put("run.json", b"{}")
     assert list_runs(uri) == ["run"]
@@ -119,7 +119,7 @@ def dpo(*overrides: str) -> Recipe:
     ["beta=0.5", "learning_rate=1e-6", "loss_type=ipo", "global_batch_size=64", "max_steps=7", "bf16=true"],
 )
 def test_runs_that_differ_in_training_share(change: str) -> None:
-    """None of it changes the reference, or the worker sees that it does."""
+    """Recipes share a cache entry if they differ only in keys that do not change the reference."""
     assert reference_key(dpo(change)) == reference_key(dpo())
 
 
@@ -135,12 +135,12 @@ def test_runs_that_differ_in_training_share(change: str) -> None:
     ],
 )
 def test_runs_that_differ_in_model_or_data_do_not(change: str) -> None:
-    """They would only fetch what is of no use to them."""
+    """Recipes with other models or data do not share a cache entry."""
     assert reference_key(dpo(change)) != reference_key(dpo())
 
 
 def test_only_runs_that_compute_beforehand_have_a_shelf(uri: str) -> None:
-    """Not SFT, LoRA, or a second model in memory."""
+    """SFT, LoRA and a reference model in memory have no cache."""
 
     def has_one(recipe: Recipe) -> bool:
         return (
@@ -155,7 +155,7 @@ def test_only_runs_that_compute_beforehand_have_a_shelf(uri: str) -> None:
 
 
 class Refuses(MemoryBucket):
-    """A bucket that takes nothing."""
+    """A bucket that refuses all writes."""
 
     def upload(self, key: str, path: Path) -> Checked:
         raise BucketError("no permission")
@@ -165,7 +165,7 @@ class Refuses(MemoryBucket):
 def test_the_uploader_shelves_the_newest_and_checkpoints_do_not_wait_for_ever(
     tmp_path: Path, kind: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What cannot be kept is given up with a word: a later attempt can compute it."""
+    """If the cache cannot be written, the uploader logs a warning and continues: a later attempt can recompute it."""
     bucket: Bucket = MemoryBucket()
     keeps: Bucket = kind(MemoryStore())
     staging, told = tmp_path / "staging", Told()

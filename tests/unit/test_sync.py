@@ -1,4 +1,4 @@
-"""Checkpoints go to the bucket and come back verified; how old ones go, tells `test_sync_retention`."""
+"""Checkpoints are committed to the bucket, and restored and verified. `test_sync_retention` covers deletion."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES = {"model.safetensors": b"weights", "empty": b"", "global_step/rank_0.pt":
 def stage(
     staging: Path, step: int, *, kind: Literal["checkpoint", "final"] = "checkpoint", mark: str = ""
 ) -> Staged:
-    """A folder as a worker leaves it; its bytes tell the step, and `mark` who wrote it."""
+    """Stage a folder like a worker. Its bytes depend on the step and on `mark`."""
     name = "final" if kind == "final" else f"checkpoint-{step}"
     for path, data in FILES.items():
         file = staging / name / path
@@ -56,7 +56,7 @@ def bucket(uri: str) -> Bucket:
 
 
 def test_a_commit_comes_back_whole(bucket: Bucket, tmp_path: Path) -> None:
-    """What was staged, nested and empty files too, is what a recovery gets."""
+    """A recovery gets all staged files, including nested and empty ones."""
     save(bucket, claim(bucket, {}), tmp_path / "staging", 50, 100)
     restored = restore(bucket, tmp_path / "work" / "restored", no_rejects)
     assert restored is not None
@@ -68,7 +68,7 @@ def test_a_commit_comes_back_whole(bucket: Bucket, tmp_path: Path) -> None:
 
 
 def test_a_store_without_conditions_or_ranges_keeps_checkpoints_too(rclone: str, tmp_path: Path) -> None:
-    """What a weaker S3 server lacks costs promises, and none of the bytes."""
+    """A weaker S3 server gives weaker guarantees but loses no data."""
     bucket = open_run(rclone, "run")
     save(bucket, claim(bucket, {}), tmp_path, 10)
     restored = restore(bucket, tmp_path / "restored", no_rejects)
@@ -77,7 +77,7 @@ def test_a_store_without_conditions_or_ranges_keeps_checkpoints_too(rclone: str,
 
 
 def test_what_a_reader_of_a_commit_needs_is_written_before_it(bucket: Bucket, tmp_path: Path) -> None:
-    """The events up to a step are in the bucket when the step becomes the newest, whatever dies then."""
+    """The events up to a step are in the bucket before its commit, even if the machine dies then."""
     attempt = claim(bucket, {})
     seen: list[list[str]] = []
 
@@ -92,12 +92,12 @@ def test_what_a_reader_of_a_commit_needs_is_written_before_it(bucket: Bucket, tm
 
 
 def test_a_run_without_checkpoints_starts_at_the_beginning(bucket: Bucket, tmp_path: Path) -> None:
-    """No commit is no error."""
+    """A run without commits starts at step 0."""
     assert restore(bucket, tmp_path / "restored", no_rejects) is None
 
 
 def test_the_final_model_is_committed_at_its_own_address(bucket: Bucket, tmp_path: Path) -> None:
-    """People find the model under `final/`, and it is no checkpoint to resume from."""
+    """The model is in `final/`, and is not used as a checkpoint."""
     attempt = claim(bucket, {})
     manifest = commit(bucket, attempt, tmp_path, stage(tmp_path, 100, kind="final"), "digest")
     assert final(bucket) == manifest
@@ -108,7 +108,7 @@ def test_the_final_model_is_committed_at_its_own_address(bucket: Bucket, tmp_pat
 
 
 def test_an_uncommitted_checkpoint_is_never_restored(bucket: Bucket, tmp_path: Path) -> None:
-    """Files without a manifest are no checkpoint, however many there are."""
+    """Files without a manifest are never restored."""
     save(bucket, claim(bucket, {}), tmp_path, 50, 100)
     bucket.delete([commit_key(100)])
     restored = restore(bucket, tmp_path / "restored", no_rejects)
@@ -118,7 +118,7 @@ def test_an_uncommitted_checkpoint_is_never_restored(bucket: Bucket, tmp_path: P
 
 @pytest.mark.parametrize("damage", ["lost file", "short file", "changed file", "cut manifest", "no manifest"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(bucket: Bucket, tmp_path: Path, damage: str) -> None:
-    """The one before is taken, and the reason names what is wrong with the newest."""
+    """The previous checkpoint is restored, and the reason names the damage."""
     manifest = save(bucket, claim(bucket, {}), tmp_path, 50, 100)[1]
     key = manifest.prefix + "model.safetensors"
     whole = bucket.get(key)
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(bucket: Bucket, tmp_path:
 
 
 def test_a_bit_flipped_on_the_way_is_found(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
-    """A checkpoint is checked as it arrives here, not as it lies there."""
+    """The downloaded bytes are verified, not only the sizes in the bucket."""
     bucket = open_run(s3, "run")
     save(bucket, claim(bucket, {}), tmp_path, 50, 100)
     rule = faulty_s3.flip_bit("step-00000100/.*/model.safetensors")
@@ -161,7 +161,7 @@ def test_a_bit_flipped_on_the_way_is_found(s3: str, faulty_s3: FaultyS3, tmp_pat
 
 
 def test_an_outage_is_no_verdict_on_a_checkpoint(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
-    """A store that is down must not make a run start from an older step; nothing half is left here."""
+    """An unreachable store must not make a run resume from an older step, and leaves no partial folder."""
     bucket = open_run(s3, "run", patience=SHORT)
     save(bucket, claim(bucket, {}), tmp_path, 50, 100)
     faulty_s3.answer(503, "SlowDown", "GET", "step-00000100/.*/model.safetensors")
@@ -171,7 +171,7 @@ def test_an_outage_is_no_verdict_on_a_checkpoint(s3: str, faulty_s3: FaultyS3, t
 
 
 def test_when_nothing_verifies_nothing_is_restored(bucket: Bucket, tmp_path: Path) -> None:
-    """Each is rejected, newest first, and the run starts at the beginning."""
+    """All checkpoints are rejected, newest first, and the run starts at step 0."""
     for manifest in save(bucket, claim(bucket, {}), tmp_path, 50, 100):
         bucket.put(manifest.prefix + "empty", b"no longer")
     rejected: list[int] = []
@@ -180,7 +180,7 @@ def test_when_nothing_verifies_nothing_is_restored(bucket: Bucket, tmp_path: Pat
 
 
 def test_fetching_never_mixes_with_what_is_there(tmp_path: Path) -> None:
-    """A folder holds a manifest's files and nothing else."""
+    """A folder with other files is refused."""
     bucket = MemoryBucket()
     (manifest,) = save(bucket, claim(bucket, {}), tmp_path, 50)
     (tmp_path / "model").mkdir()
@@ -190,7 +190,7 @@ def test_fetching_never_mixes_with_what_is_there(tmp_path: Path) -> None:
 
 
 def test_fetching_what_is_gone_is_a_corrupt_checkpoint(tmp_path: Path) -> None:
-    """A file deleted between the look and the download has a name and a size."""
+    """A file that is deleted between listing and download is reported with its name and size."""
     bucket = MemoryBucket()
     (manifest,) = save(bucket, claim(bucket, {}), tmp_path, 50)
     bucket.delete([manifest.prefix + "empty"])
@@ -200,7 +200,7 @@ def test_fetching_what_is_gone_is_a_corrupt_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_superseded_attempt_does_not_commit(bucket: Bucket, tmp_path: Path) -> None:
-    """It notices before the manifest, and its successor's checkpoints are untouched."""
+    """It stops before it writes a manifest, and its successor's checkpoints stay."""
     older = claim(bucket, {})
     newer = claim(bucket, {})
     save(bucket, newer, tmp_path / "newer", 100, mark="newer")
@@ -216,14 +216,14 @@ def test_a_superseded_attempt_does_not_commit(bucket: Bucket, tmp_path: Path) ->
 
 
 class FrozenAttempt(Attempt):
-    """An attempt whose machine was frozen after it had seen that the run was its own."""
+    """An attempt whose machine froze after it checked that it owns the run."""
 
     def check(self) -> None:
-        """See what was true then."""
+        """Check the bucket at the time of the callback."""
 
 
 def test_a_frozen_attempt_cannot_replace_its_successors_commit(bucket: Bucket, tmp_path: Path) -> None:
-    """Even past its last look, an older attempt meets the newer one's manifest and stops."""
+    """After its last check, an older attempt still finds the newer one's manifest and stops."""
     frozen = FrozenAttempt(bucket, claim(bucket, {}).number)
     save(bucket, claim(bucket, {}), tmp_path / "newer", 100, mark="newer")
     with pytest.raises(Superseded, match=r"attempt 2 has committed commits/step-00000100\.json"):
@@ -236,7 +236,7 @@ def test_a_frozen_attempt_cannot_replace_its_successors_commit(bucket: Bucket, t
 def test_a_second_commit_of_a_step_uploads_nothing(
     s3: str, faulty_s3: FaultyS3, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Files under a manifest are never written to, and it is said why nothing is."""
+    """Committed files are never written to, and the log has the reason."""
     bucket = open_run(s3, "run")
     attempt = claim(bucket, {})
     first = save(bucket, attempt, tmp_path, 100)
@@ -248,7 +248,7 @@ def test_a_second_commit_of_a_step_uploads_nothing(
 
 
 def test_an_own_commit_that_is_not_whole_is_uploaded_anew(bucket: Bucket, tmp_path: Path) -> None:
-    """Its manifest goes first, so at no time does one name files that are being written."""
+    """The manifest is deleted first, so that no manifest names files that are being written."""
     attempt = claim(bucket, {})
     (first,) = save(bucket, attempt, tmp_path, 100)
     bucket.delete([first.prefix + "model.safetensors"])
@@ -260,7 +260,7 @@ def test_an_own_commit_that_is_not_whole_is_uploaded_anew(bucket: Bucket, tmp_pa
 def test_the_same_step_of_an_earlier_attempt_is_replaced(
     bucket: Bucket, tmp_path: Path, damaged: bool
 ) -> None:
-    """An attempt that went on from below a commit did not believe it; its own takes the place."""
+    """An attempt that resumed from below a commit has rejected it, so its own commit replaces it."""
     (old,) = save(bucket, claim(bucket, {}), tmp_path / "old", 100, mark="old")
     if damaged:
         bucket.put(old.prefix + "model.safetensors", bucket.get(old.prefix + "model.safetensors").upper())
@@ -272,7 +272,7 @@ def test_the_same_step_of_an_earlier_attempt_is_replaced(
 
 
 def test_a_final_model_is_uploaded_once(bucket: Bucket, tmp_path: Path) -> None:
-    """All attempts export the same model; only one that is not whole is uploaded again."""
+    """All attempts export the same model, so only an incomplete one is uploaded again."""
     staged = stage(tmp_path, 100, kind="final")
     first = commit(bucket, claim(bucket, {}), tmp_path, staged, "digest")
     second = claim(bucket, {})
@@ -283,7 +283,7 @@ def test_a_final_model_is_uploaded_once(bucket: Bucket, tmp_path: Path) -> None:
 
 
 def test_a_commit_whose_answer_was_lost_is_a_commit(s3: str, faulty_s3: FaultyS3, tmp_path: Path) -> None:
-    """The retry of a conditional write finds our own manifest there, which is success."""
+    """If the retry of a conditional write finds our own manifest, the commit succeeded."""
     bucket = open_run(s3, "run")
     rule = faulty_s3.cut("PUT", "commits/", times=1)
     (manifest,) = save(bucket, claim(bucket, {}), tmp_path, 100)
@@ -292,7 +292,7 @@ def test_a_commit_whose_answer_was_lost_is_a_commit(s3: str, faulty_s3: FaultyS3
 
 
 def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    """A manifest that names nothing would always verify."""
+    """An empty folder is refused, because a manifest without files would always verify."""
     bucket = MemoryBucket()
     (tmp_path / "checkpoint-1" / "nested").mkdir(parents=True)
     with pytest.raises(ValueError, match="has no files"):
@@ -303,7 +303,7 @@ def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
 def test_an_attempt_that_loses_its_run_while_it_uploads_commits_nothing(
     bucket: Bucket, tmp_path: Path
 ) -> None:
-    """The look at who owns the run that counts is the last one, after the upload."""
+    """The attempt checks that it owns the run after the upload too."""
     attempt = claim(bucket, {})
     taken_over: list[Attempt] = []
     with pytest.raises(Superseded):

@@ -1,4 +1,4 @@
-"""Checkpoints go away when they are old, and with them what no manifest names."""
+"""Retention deletes old checkpoints, and files that no manifest names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["bucket"]
 def test_old_checkpoints_go_with_their_files(
     bucket: Bucket, tmp_path: Path, keep: int, left: list[int]
 ) -> None:
-    """The newest stay, never fewer than two, and of the rest nothing stays."""
+    """The newest checkpoints stay, at least two. All files of the others are deleted."""
     attempt = claim(bucket, {})
     save(bucket, attempt, tmp_path, 10, 20, 30, 40, 50)
     assert prune(bucket, attempt, keep) == sorted({10, 20, 30, 40, 50} - set(left))
@@ -39,7 +39,7 @@ def test_old_checkpoints_go_with_their_files(
 
 
 def test_a_broken_checkpoint_does_not_count_as_kept(bucket: Bucket, tmp_path: Path) -> None:
-    """Two that can be restored stay, whatever lies between them."""
+    """Two complete checkpoints stay, whatever damaged ones are between them."""
     attempt = claim(bucket, {})
     manifests = save(bucket, attempt, tmp_path, 10, 20, 30, 40)
     bucket.delete([manifests[2].prefix + "empty"])
@@ -51,7 +51,7 @@ def test_a_broken_checkpoint_does_not_count_as_kept(bucket: Bucket, tmp_path: Pa
 
 
 def test_a_checkpoint_that_did_not_verify_does_not_count_as_kept(bucket: Bucket, tmp_path: Path) -> None:
-    """Its sizes are right, so only who has read it knows; committed anew it counts again."""
+    """A checkpoint that the attempt has rejected does not count, although its sizes are right. A new commit of the step counts."""
     save(bucket, claim(bucket, {}), tmp_path, 10, 20)
     second = claim(bucket, {})
     save(bucket, second, tmp_path, 15)
@@ -62,7 +62,7 @@ def test_a_checkpoint_that_did_not_verify_does_not_count_as_kept(bucket: Bucket,
 
 
 def test_what_was_never_committed_goes_when_nobody_can_be_writing_it(tmp_path: Path) -> None:
-    """Left-overs of earlier attempts below the newest commit go; all others stay."""
+    """Uncommitted files of earlier attempts below the newest commit are deleted; all others stay."""
     bucket = MemoryBucket()
     first, second = claim(bucket, {}), claim(bucket, {})
     save(bucket, Attempt(bucket, second.number), tmp_path, 20, 40)
@@ -83,7 +83,7 @@ def test_what_was_never_committed_goes_when_nobody_can_be_writing_it(tmp_path: P
 
 
 def test_a_folder_keeps_nothing_of_uploads_that_were_cut_short(tmp_path: Path) -> None:
-    """What a killed process has written of a large file is in no listing, and would fill the disk kill by kill."""
+    """Partial files of killed processes are in no listing, and would fill the disk over time."""
     bucket = open_run(str(tmp_path / "runs"), "r")
     checkpoints = tmp_path / "runs" / "r" / "checkpoints"
     claim(bucket, {})
@@ -104,7 +104,7 @@ def test_a_folder_keeps_nothing_of_uploads_that_were_cut_short(tmp_path: Path) -
 
 
 def test_a_link_in_a_staged_folder_is_committed_as_the_file_that_it_names(tmp_path: Path) -> None:
-    """What it names is gone some day: a bucket that had the link would have a checkpoint that nobody can restore."""
+    """The target of a symbolic link is deleted later, so the bucket gets a copy of the file."""
     bucket = open_run(str(tmp_path / "runs"), "r")
     folder = tmp_path / "staging" / "checkpoint-1"
     folder.mkdir(parents=True)
@@ -119,7 +119,7 @@ def test_a_link_in_a_staged_folder_is_committed_as_the_file_that_it_names(tmp_pa
 
 
 def test_the_replaced_files_of_a_kept_step_go_in_the_end(tmp_path: Path) -> None:
-    """A step that was committed twice is stored once."""
+    """If a step was committed twice, the replaced files are deleted."""
     bucket = MemoryBucket()
     save(bucket, claim(bucket, {}), tmp_path, 10, 20)
     newer = claim(bucket, {})
@@ -129,7 +129,7 @@ def test_the_replaced_files_of_a_kept_step_go_in_the_end(tmp_path: Path) -> None
 
 
 def test_a_superseded_attempt_deletes_nothing(bucket: Bucket, tmp_path: Path) -> None:
-    """What its successor may restore from stays."""
+    """A superseded attempt deletes no checkpoint of its successor."""
     older = claim(bucket, {})
     save(bucket, older, tmp_path, 10, 20, 30)
     claim(bucket, {})

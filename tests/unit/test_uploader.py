@@ -1,4 +1,4 @@
-"""The uploader brings what is staged into the bucket, one at a time, and never dies in silence."""
+"""The uploader commits staged folders one at a time, and reports every failure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.staged import Staged, mark_staged, pending
 
 
 class Told:
-    """Remembers what it is told, and lets a test wait for it."""
+    """A listener that records the callbacks and lets tests wait for them."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
@@ -30,7 +30,7 @@ class Told:
         self._changed = threading.Condition()
 
     def committing(self) -> None:
-        """What a reader of the commit needs is written elsewhere; nothing here."""
+        """A no-op."""
 
     def committed(self, manifest: Manifest, seconds: float) -> None:
         assert seconds >= 0
@@ -109,7 +109,7 @@ def stage(staging: Path, *steps: int, final: bool = False) -> None:
 def test_what_is_staged_is_committed_and_leaves_staging(
     uri: str, staging: Path, told: Told, start: Start
 ) -> None:
-    """Staging is host memory: it is freed as soon as the bucket has the checkpoint."""
+    """Staging uses host memory, which is freed as soon as the checkpoint is committed."""
     bucket = open_run(uri, "run")
     uploader = start(bucket, claim(bucket, {}))
     stage(staging, 10)
@@ -135,7 +135,7 @@ def test_a_folder_without_its_marker_is_left_alone(staging: Path, start: Start, 
 
 
 def test_only_the_newest_waits(staging: Path, told: Told, start: Start) -> None:
-    """What is older than another one that waits is dropped, what is being uploaded is not."""
+    """An older waiting checkpoint is dropped; one that is being uploaded is not."""
     bucket = Gate()
     uploader = start(bucket, claim(bucket, {}))
     stage(staging, 10)
@@ -148,7 +148,7 @@ def test_only_the_newest_waits(staging: Path, told: Told, start: Start) -> None:
 
 
 def test_the_last_checkpoint_goes_before_the_final_model(staging: Path, told: Told, start: Start) -> None:
-    """When the model is committed all is, and an end before that has a checkpoint to go on from."""
+    """The final model is committed last. If the machine dies before, the next attempt resumes from the checkpoint."""
     bucket = MemoryBucket()
     stage(staging, 20, final=True)
     stage(staging, 10, 20)
@@ -168,7 +168,7 @@ def test_old_checkpoints_are_pruned_after_each_commit(staging: Path, told: Told,
 
 
 def test_an_outage_is_told_and_waited_out(staging: Path, told: Told, start: Start) -> None:
-    """The checkpoint stays staged until the store is back, and is then committed."""
+    """The checkpoint stays staged until the store is reachable again, and is then committed."""
     store = MemoryStore()
     attempt = claim(MemoryBucket(store), {})
     waits: list[int] = []
@@ -189,7 +189,7 @@ def test_an_outage_is_told_and_waited_out(staging: Path, told: Told, start: Star
 def test_an_outage_over_sockets_is_waited_out(
     s3: str, faulty_s3: FaultyS3, staging: Path, told: Told, start: Start
 ) -> None:
-    """What the store cannot take now, it gets later, whole."""
+    """The complete checkpoint is uploaded after the outage."""
     bucket = open_run(s3, "run", patience=Patience(transfer_s=0.2))
     uploader = start(bucket, claim(bucket, {}))
     faulty_s3.answer(503, "SlowDown", "PUT", "checkpoints/")
@@ -205,7 +205,7 @@ def test_an_outage_over_sockets_is_waited_out(
 def test_a_newer_checkpoint_takes_the_place_of_one_that_failed(
     staging: Path, told: Told, start: Start
 ) -> None:
-    """After an outage the newest is uploaded, not all that was missed."""
+    """After an outage only the newest checkpoint is uploaded."""
     store = MemoryStore()
     attempt = claim(MemoryBucket(store), {})
     bucket = Down(store, lasts=1)
@@ -223,7 +223,7 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_failed(
 def test_an_ending_attempt_gives_up_on_a_store_that_stays_away(
     staging: Path, told: Told, start: Start
 ) -> None:
-    """A machine that is paid for does not wait for ever; the error says that a recovery may help."""
+    """A rented machine does not wait forever, and the error allows a recovery."""
     store = MemoryStore()
     attempt = claim(MemoryBucket(store), {})
     stage(staging, 10)
@@ -235,7 +235,7 @@ def test_an_ending_attempt_gives_up_on_a_store_that_stays_away(
 
 
 def test_draining_has_a_time_limit(staging: Path, start: Start) -> None:
-    """A notice leaves seconds: what is not committed then stays uncommitted, and is said to be."""
+    """A preemption notice leaves seconds, so `drain` returns False after its timeout."""
     bucket = Gate()
     attempt = claim(bucket, {})
     stage(staging, 10)
@@ -248,7 +248,7 @@ def test_draining_has_a_time_limit(staging: Path, start: Start) -> None:
 
 
 class SlowListener(Told):
-    """Takes its time to note a commit."""
+    """A listener whose `committed` callback is slow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class SlowListener(Told):
 
 
 def test_draining_waits_until_the_commit_was_told(staging: Path, start: Start) -> None:
-    """Whoever drained can rely on every commit being in the run's events."""
+    """After `drain`, every commit has been reported to the listener."""
     bucket = MemoryBucket()
     told = SlowListener()
     stage(staging, 10)
@@ -275,7 +275,7 @@ def test_draining_waits_until_the_commit_was_told(staging: Path, start: Start) -
 
 
 def test_draining_does_not_wait_out_a_backoff(staging: Path, told: Told, start: Start) -> None:
-    """A notice is the moment to try at once."""
+    """`drain` ends the backoff and retries at once."""
     store = MemoryStore()
     attempt = claim(MemoryBucket(store), {})
     stage(staging, 10)
@@ -286,7 +286,7 @@ def test_draining_does_not_wait_out_a_backoff(staging: Path, told: Told, start: 
 
 
 def test_a_superseded_uploader_stops_and_says_so(staging: Path, told: Told, start: Start) -> None:
-    """Nothing is committed or deleted for a run that is somebody else's."""
+    """A superseded attempt neither commits nor deletes."""
     bucket = MemoryBucket()
     attempt = claim(bucket, {})
     claim(bucket, {})
@@ -300,7 +300,7 @@ def test_a_superseded_uploader_stops_and_says_so(staging: Path, told: Told, star
 
 
 class Refusing(MemoryBucket):
-    """A bucket whose credentials expire, and come back when `renewed` is set."""
+    """A bucket whose credentials are expired until `renewed` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ class Refusing(MemoryBucket):
 
 
 def test_expired_credentials_are_waited_out(staging: Path, told: Told, start: Start) -> None:
-    """Training goes on meanwhile, and what was staged is committed once somebody has renewed them."""
+    """Training continues, and the staged checkpoint is committed once the credentials are renewed."""
     bucket = Refusing()
     stage(staging, 10)
     uploader = start(bucket, claim(bucket, {}))
@@ -325,7 +325,7 @@ def test_expired_credentials_are_waited_out(staging: Path, told: Told, start: St
 
 
 def test_an_ending_attempt_gives_up_on_expired_credentials(staging: Path, start: Start) -> None:
-    """The next attempt may have fresh ones, so the run can be recovered; the way out is told."""
+    """The next attempt may have new credentials, so the error allows a recovery and has a hint."""
     bucket = Refusing()
     stage(staging, 10)
     uploader = start(bucket, claim(bucket, {}))
@@ -338,14 +338,14 @@ def test_an_ending_attempt_gives_up_on_expired_credentials(staging: Path, start:
 
 
 class Buggy(MemoryBucket):
-    """A bucket with a mistake in its code."""
+    """A bucket with a bug."""
 
     def upload(self, key: str, path: Path) -> Checked:
         return Checked(1 // 0, key)
 
 
 def test_a_bug_ends_the_thread_with_its_error(staging: Path, start: Start) -> None:
-    """Whoever waits for the upload learns why there will be none."""
+    """The waiting thread gets the error."""
     bucket = Buggy()
     stage(staging, 10)
     uploader = start(bucket, claim(bucket, {}))
@@ -356,14 +356,14 @@ def test_a_bug_ends_the_thread_with_its_error(staging: Path, start: Start) -> No
 
 
 class Undeletable(MemoryBucket):
-    """A bucket that fails when something is deleted."""
+    """A bucket that fails at deletions."""
 
     def delete(self, keys: object) -> None:
         raise Unavailable("cannot delete")
 
 
 def test_a_prune_that_fails_does_not_undo_a_commit(staging: Path, told: Told, start: Start) -> None:
-    """Old checkpoints cost a little money; the new one is committed all the same."""
+    """A failed deletion of old checkpoints does not undo the new commit."""
     bucket = Undeletable()
     uploader = start(bucket, claim(bucket, {}))
     for step in (10, 20, 30):
@@ -376,7 +376,7 @@ def test_a_prune_that_fails_does_not_undo_a_commit(staging: Path, told: Told, st
 
 
 def test_a_stopped_uploader_begins_nothing_more(staging: Path, told: Told, start: Start) -> None:
-    """What is staged after the stop stays where it is."""
+    """After `stop`, staged folders stay in staging."""
     bucket = MemoryBucket()
     uploader = start(bucket, claim(bucket, {}))
     uploader.stop()
@@ -388,7 +388,7 @@ def test_a_stopped_uploader_begins_nothing_more(staging: Path, told: Told, start
 
 
 def test_backoff_doubles_up_to_a_minute() -> None:
-    """A store that is down is not hammered, and not forgotten."""
+    """The backoff doubles up to a minute, with jitter."""
     assert 1.0 <= backoff_s(1) <= 2.0
     assert 8.0 <= backoff_s(4) <= 16.0
     assert 30.0 <= backoff_s(1000) <= 60.0
