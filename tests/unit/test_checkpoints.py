@@ -342,7 +342,7 @@ def test_an_address_that_is_no_run_is_an_error(
         "s3://no-such-bucket-here/runs/a-run": "no such bucket",
         f"{s3}/a-run": "has no runs",
         "s3://bucket": "names no run",
-        "ftp://host/runs/a-run": "no address",
+        "ftp://host/runs/a-run": "is not the address",
     }
     for uri, message in wrong.items():
         answer = launcher("list", uri)
