@@ -1,4 +1,4 @@
-"""Two live supervisors on one run: the one that was frozen while the other took over leaves the run alone."""
+"""If two supervisors are alive on one run, the superseded one changes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE_S = 60
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a supervisor for the run at a URI, as one machine of its own would."""
+    """Start a supervisor for the run at a URI, like a separate machine."""
     started: list[psutil.Popen] = []
 
     def begin(uri: str, fate: str) -> psutil.Popen:
@@ -51,7 +51,7 @@ def _tree(supervisor: psutil.Popen) -> list[psutil.Process]:
 
 
 def _bytes(bucket: Bucket) -> dict[str, bytes]:
-    """All that lies in the bucket but the events, which each attempt writes to a file of its own."""
+    """Return all objects of the bucket except the events, since each attempt writes events of its own."""
     return {item.key: bucket.get(item.key) for item in bucket.list() if not item.key.startswith("events/")}
 
 
@@ -60,7 +60,7 @@ def _bytes(bucket: Bucket) -> dict[str, bytes]:
 def test_a_supervisor_that_wakes_after_its_run_was_taken_over_changes_nothing(
     request: pytest.FixtureRequest, tmp_path: Path, start: Start, store: str, frozen: str
 ) -> None:
-    """It neither commits what its worker saves on waking nor deletes anything, and ends with its own exit code."""
+    """It neither commits its worker's save nor deletes anything, and ends with the exit code for superseded attempts."""
     uri = str(tmp_path / "bucket") if store == "folder" else str(request.getfixturevalue(store))
     view = RunView(uri, "r")
     older = start(uri, "waits@4")

@@ -1,4 +1,4 @@
-"""A staging folder that is full costs the save that did not fit, never what was committed."""
+"""If the staging folder is full, the current save is lost, but no commit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.supervisor.staging import StagingChoice
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
+    """A mounted file system of 8 MiB."""
     with tmpfs(tmp_path / "small", mib=8) as folder:
         yield folder
 
@@ -53,7 +53,7 @@ def request_(tmp_path: Path, *, work: Path, tmpfs: Path, staging: StagingChoice)
 def test_a_save_that_does_not_fit_is_said_and_recovered_from(
     tmp_path: Path, small: Path, view: RunView, fate: pytest.MonkeyPatch, staging: StagingChoice
 ) -> None:
-    """The run goes on from the commit before, here or on a machine with more room."""
+    """The run resumes from the previous commit, on this machine or on a larger one."""
     work = small / "work" if staging == "disk" else tmp_path / "work"
     request = request_(tmp_path, work=work, tmpfs=small, staging=staging)
     fate.setenv("FAKE_WORKER", "crash@3")
@@ -79,7 +79,7 @@ def test_a_save_that_does_not_fit_is_said_and_recovered_from(
 def test_what_is_staged_before_the_disk_is_full_is_committed(
     tmp_path: Path, small: Path, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """The uploader takes what is whole, and what is not whole is nothing."""
+    """The uploader commits complete checkpoints and ignores incomplete ones."""
     request = request_(tmp_path, work=small / "work", tmpfs=tmp_path, staging="disk")
     fate.setenv("FAKE_WORKER", "fills@3")
     fate.setenv("FAKE_WORKER_MB", "3")
@@ -91,7 +91,7 @@ def test_what_is_staged_before_the_disk_is_full_is_committed(
 def test_a_machine_too_small_for_what_is_committed_is_refused_before_training(
     tmp_path: Path, small: Path, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is downloaded, nothing is started; after three such attempts in a row nobody recovers it."""
+    """Nothing is downloaded or started. After three such attempts in a row the run is not recovered any more."""
     fate.setenv("FAKE_WORKER", "crash@3")
     fate.setenv("FAKE_WORKER_MB", "20")
     elsewhere = request_(tmp_path, work=tmp_path / "work", tmpfs=tmp_path, staging="disk")
@@ -112,7 +112,7 @@ def test_a_machine_too_small_for_what_is_committed_is_refused_before_training(
 def test_a_known_size_that_fits_is_staged_in_memory(
     tmp_path: Path, small: Path, view: RunView, fate: pytest.MonkeyPatch
 ) -> None:
-    """The first attempt stages on disk, not knowing better; the next one on tmpfs, and leaves nothing there."""
+    """The first attempt does not know the size and stages on disk. The next one stages on tmpfs and removes its files."""
     request = request_(tmp_path, work=tmp_path / "work", tmpfs=small, staging="auto")
     fate.setenv("FAKE_WORKER", "crash@3")
     assert run(request, Notice()) == ExitCode.BUG

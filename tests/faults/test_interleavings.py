@@ -1,4 +1,4 @@
-"""Whatever order saves, kills, restarts, prunes, take-overs and outages come in, the bucket can be believed."""
+"""The bucket stays consistent for any order of saves, kills, restarts, deletions, take-overs and outages."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ OPERATIONS = st.integers(0, 14)
 
 
 def content(step: int) -> bytes:
-    """Training is exact: a step has the same bytes whoever comes to it."""
+    """Return the bytes of a step, which are equal in all attempts, since training is exact."""
     return f"weights of step {step}".encode() * 10
 
 
 class Runs(RuleBasedStateMachine):
-    """Any number of attempts at one run, of which the newest owns it."""
+    """Any number of attempts at one run. The newest attempt owns it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Runs(RuleBasedStateMachine):
 
     @rule(operation=OPERATIONS, lost_answer=st.booleans())
     def die_in_a_save_and_restart(self, operation: int, lost_answer: bool) -> None:
-        """The machine goes at some operation of a save or of the pruning after it; another one takes over."""
+        """The machine dies at an operation of a save or of retention, and another machine resumes the run."""
         self.step += STEP
         dying = FailsAt(self.store, operation, lost_answer=lost_answer)
         try:
@@ -70,7 +70,7 @@ class Runs(RuleBasedStateMachine):
 
     @rule(operation=OPERATIONS, lost_answer=st.booleans(), lasts=st.integers(1, 3))
     def save_through_an_outage(self, operation: int, lost_answer: bool, lasts: int) -> None:
-        """The uploader makes the same call again until it works."""
+        """The uploader repeats the call until it succeeds."""
         self.step += STEP
         flaky = FailsAt(self.store, operation, lost_answer=lost_answer, fault=Unavailable, lasts=lasts)
         for _ in range(lasts + 1):
@@ -90,7 +90,7 @@ class Runs(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """Another machine takes over and goes on from what it can restore."""
+        """Another machine claims the run and resumes from the checkpoint that it restores."""
         self._take_over()
         self.step = self._restore()
         assert self.step >= (self.promised[-1] if self.promised else 0)
@@ -99,7 +99,7 @@ class Runs(RuleBasedStateMachine):
     @precondition(lambda self: self.superseded)
     @rule(data=st.data())
     def wake_a_superseded_attempt(self, data: st.DataObject) -> None:
-        """It tries what it was about to do, and changes nothing."""
+        """The attempt tries its next operation, which changes nothing."""
         sleeper = data.draw(st.sampled_from(self.superseded))
         before = self._objects()
         with pytest.raises(Superseded):
@@ -110,7 +110,7 @@ class Runs(RuleBasedStateMachine):
 
     @rule()
     def be_taken_over_in_a_save(self) -> None:
-        """Another machine claims the run between the upload and the commit: there is no commit."""
+        """Another machine claims the run between upload and commit, so nothing is committed."""
         self.step += STEP
         with pytest.raises(Superseded):
             self._commit(self.bucket, self.owner, self.step, ready=self._take_over)
@@ -151,7 +151,7 @@ class Runs(RuleBasedStateMachine):
         self.promised = [step for step in self.promised if step != self.step] + [self.step] * bool(self.step)
 
     def _restore(self) -> int:
-        """The newest step that verifies; nothing newer may look like one and be damaged."""
+        """Restore the newest step, and check that no newer checkpoint is damaged."""
         rejected: list[tuple[int, str]] = []
         with TemporaryDirectory() as into:
             restored = restore(self.bucket, Path(into), lambda step, why: rejected.append((step, why)))

@@ -1,4 +1,4 @@
-"""The soak of `make soak`, a small one: it finds nothing where nothing is wrong, and finds what is wrong."""
+"""A small run of `make soak` passes, and its checks find each kind of fault."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXPECTED = Reference(
 
 @pytest.fixture
 def bucket(tmp_path: Path) -> Bucket:
-    """A run of one attempt with four checkpoints, the events told."""
+    """A run of one attempt with four checkpoints and their events."""
     bucket = open_run(str(tmp_path / "runs"), "r")
     attempt = attempts.claim(bucket, {})
     for step in STEPS:
@@ -41,7 +41,7 @@ def bucket(tmp_path: Path) -> Bucket:
 
 @pytest.fixture
 def ledger(bucket: Bucket, tmp_path: Path) -> Ledger:
-    """One that has seen all four."""
+    """A ledger that has recorded all four checkpoints."""
     ledger = Ledger(RunView(str(tmp_path / "runs"), "r"), EXPECTED, KEEP)
     ledger.look()
     assert (ledger.seen, ledger.newest, ledger.lost, ledger.diverged) == (set(STEPS), 40, [], [])
@@ -54,7 +54,7 @@ def tell(bucket: Bucket, attempt: int, *events: dict[str, object]) -> None:
 
 
 def test_fifteen_kills_lose_no_commit_and_change_no_step(tmp_path: Path) -> None:
-    """Whatever the machine was at: the newest commit verifies and the run ends with the same model."""
+    """After each kill the newest commit verifies, and the run ends with the same model."""
     result = soak(Trial(str(tmp_path / "bucket"), tmp_path / "machine", kills=15, seed=3))
     assert (result.lost, result.diverged, result.failed) == ([], [], [])
     assert (result.kills, result.runs > 0, result.commits > 0) == (15, True, True)
@@ -62,7 +62,7 @@ def test_fifteen_kills_lose_no_commit_and_change_no_step(tmp_path: Path) -> None
 
 
 def test_a_program_that_forgets_its_state_is_found_out(tmp_path: Path) -> None:
-    """A soak that cannot fail would prove nothing."""
+    """The soak fails for a program that does not restore its state."""
     trial = Trial(
         str(tmp_path / "bucket"),
         tmp_path / "machine",
@@ -77,7 +77,7 @@ def test_a_program_that_forgets_its_state_is_found_out(tmp_path: Path) -> None:
 
 
 def test_what_retention_allows_is_no_loss(bucket: Bucket, ledger: Ledger) -> None:
-    """Three newer ones are there, so the oldest may go."""
+    """The oldest checkpoint may be deleted when three newer ones exist."""
     bucket.delete([commit_key(10)])
     ledger.look()
     assert ledger.lost == []
@@ -85,14 +85,14 @@ def test_what_retention_allows_is_no_loss(bucket: Bucket, ledger: Ledger) -> Non
 
 @pytest.mark.parametrize("step", [20, 40])
 def test_a_commit_that_vanished_is_a_loss(bucket: Bucket, ledger: Ledger, step: int) -> None:
-    """Also if it is the newest, and the others look fine."""
+    """A missing commit is reported, even if it is the newest and the others are intact."""
     bucket.delete([commit_key(step)])
     ledger.look()
     assert [f"step {step} is gone" in line for line in ledger.lost] == [True]
 
 
 def test_a_flipped_bit_in_the_newest_is_a_loss(bucket: Bucket, ledger: Ledger) -> None:
-    """Its sizes are right, so only reading it tells."""
+    """The damage is found by the checksum, since the size is right."""
     key = committed(bucket)[0].prefix + "model.safetensors"
     data = bytearray(bucket.get(key))
     data[5] ^= 1
@@ -102,14 +102,14 @@ def test_a_flipped_bit_in_the_newest_is_a_loss(bucket: Bucket, ledger: Ledger) -
 
 
 def test_a_resume_from_below_the_newest_is_a_loss(bucket: Bucket, ledger: Ledger) -> None:
-    """What was committed was there, and was not gone on from."""
+    """An attempt must resume from the newest commit."""
     tell(bucket, 2, {"kind": "restored", "step": 30})
     ledger.look()
     assert ledger.lost == ["attempt 2 was restored to 30, not 40"]
 
 
 def test_a_step_told_otherwise_is_a_divergence(bucket: Bucket, ledger: Ledger) -> None:
-    """A loss that differs in its last bit."""
+    """A loss that differs in its last bit is reported."""
     tell(
         bucket, 2, {"kind": "restored", "step": 40}, {"kind": "step", "step": 40, "loss": 0.02500000000000001}
     )
@@ -118,6 +118,6 @@ def test_a_step_told_otherwise_is_a_divergence(bucket: Bucket, ledger: Ledger) -
 
 
 def test_another_model_at_the_end_is_a_divergence(ledger: Ledger) -> None:
-    """No final model at all is none either."""
+    """A different or missing final model is reported."""
     ledger.conclude()
     assert ledger.diverged == ["the final model is not that of the undisturbed run"]

@@ -1,4 +1,4 @@
-"""A machine that dies at any single operation on the store leaves a checkpoint to go on from."""
+"""A machine that dies at any single store operation leaves a checkpoint from which the next attempt resumes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def save(bucket: Bucket, attempt: Attempt, folder: Path, step: int) -> None:
 
 
 def first_attempt(store: MemoryStore, folder: Path) -> None:
-    """What was in the bucket before: steps 10, 20 and 30, and the left-overs of an upload of step 40."""
+    """Fill the bucket with steps 10, 20 and 30, and the files of an unfinished upload of step 40."""
     bucket = MemoryBucket(store)
     attempt = claim(bucket, {})
     for step in (10, 20, 30):
@@ -54,7 +54,7 @@ def save_two(bucket: Bucket, folder: Path) -> None:
 
 
 def save_again(bucket: Bucket, folder: Path) -> None:
-    """Step 30 was not believed: the attempt began at 20 and comes to 30 once more."""
+    """Commit step 30 again: the attempt rejected it and resumed from step 20."""
     save(bucket, claim(bucket, {}), folder, 30)
 
 
@@ -79,7 +79,7 @@ SCENARIOS: dict[str, tuple[Scenario, int]] = {
 
 
 def operations(scenario: Scenario) -> int:
-    """How many operations on the store a scenario takes when nothing fails."""
+    """Return how many store operations a scenario takes without a failure."""
     store = MemoryStore()
     with TemporaryDirectory() as folder:
         first_attempt(store, Path(folder))
@@ -106,7 +106,7 @@ CASES = [
 def test_a_death_at_any_operation_leaves_the_newest_commit_whole(
     tmp_path: Path, scenario: Scenario, at_least: int, operation: int, lost_answer: bool
 ) -> None:
-    """The next attempt rejects nothing, finds what was committed, and brings the run to its end."""
+    """The next attempt rejects no checkpoint, resumes from the newest commit, and finishes the run."""
     store = MemoryStore()
     first_attempt(store, tmp_path / "first")
     dying = FailsAt(store, operation, lost_answer=lost_answer)
@@ -136,7 +136,7 @@ def test_a_death_at_any_operation_leaves_the_newest_commit_whole(
 
 
 def test_the_scenarios_are_long_enough_to_mean_something() -> None:
-    """Each takes several operations on the store, and a death at each of them is tried."""
+    """Each scenario takes several store operations, and each of them is tested."""
     counts = [operations(scenario) for scenario, _ in SCENARIOS.values()]
     assert min(counts) >= 8
     assert len(CASES) == 2 * sum(counts)
@@ -158,7 +158,7 @@ commit(bucket, Attempt(bucket, 1), Path(sys.argv[2]), Staged(folder="checkpoint-
 def test_a_process_killed_in_the_middle_of_a_request_commits_nothing(
     s3: str, faulty_s3: FaultyS3, tmp_path: Path, held: str
 ) -> None:
-    """With the last file or the manifest on its way over the network, the step before stays the newest."""
+    """If the process dies while it sends the last file or the manifest, the previous step stays the newest."""
     bucket = open_run(s3, "run")
     save(bucket, claim(bucket, {}), tmp_path, 10)
     stage(tmp_path, 20)

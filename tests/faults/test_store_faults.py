@@ -1,4 +1,4 @@
-"""What a store can do to a save and to a restore over the network: nothing is lost, nothing wrong is believed."""
+"""Faults of a store during a save or a restore lose no checkpoint and hide no damage."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def staging(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def uploader(bucket: Bucket, staging: Path, told: Told) -> Iterator[Uploader]:
-    """Running, for an attempt that owns the run."""
+    """A running uploader of an attempt that owns the run."""
     thread = Uploader(
         bucket, claim(bucket, {}), staging,
         recipe_digest="digest", keep=2, listener=told, poll_s=0.01, backoff=lambda _: 0.01,
@@ -70,7 +70,7 @@ def test_a_save_outlasts_whatever_the_store_does(
     tmp_path: Path,
     fault: str,
 ) -> None:
-    """While the fault lasts the staged checkpoint is kept; once it is over it is committed, whole."""
+    """During the fault the checkpoint stays staged; afterwards it is committed completely."""
     rule = LASTING[fault](faulty_s3)
     stage(staging, 10)
     told.wait_for("failed", 10, count=2)
@@ -95,7 +95,7 @@ def test_a_restore_from_a_store_that_stays_away_is_no_verdict(
     tmp_path: Path,
     fault: str,
 ) -> None:
-    """What cannot be read is not believed to be damaged: the attempt ends, and a recovery may fare better."""
+    """An unreadable checkpoint is not rejected as damaged. The attempt ends with an error that allows a recovery."""
     stage(staging, 10)
     told.wait_for("committed", 10)
     assert uploader.drain()
@@ -111,7 +111,7 @@ def test_a_restore_from_a_store_that_stays_away_is_no_verdict(
 def test_a_restore_with_expired_credentials_says_how_to_go_on(
     bucket: Bucket, faulty_s3: FaultyS3, uploader: Uploader, staging: Path, told: Told, tmp_path: Path
 ) -> None:
-    """No checkpoint is passed over because of them."""
+    """Expired credentials are reported with a hint, and no checkpoint is rejected because of them."""
     stage(staging, 10)
     told.wait_for("committed", 10)
     LASTING["expired"](faulty_s3)
@@ -132,7 +132,7 @@ PASSING: dict[str, Break] = {
 def test_a_fault_that_passes_costs_a_restore_nothing(
     s3: str, faulty_s3: FaultyS3, uploader: Uploader, staging: Path, told: Told, tmp_path: Path, fault: str
 ) -> None:
-    """The request is made again, and the checkpoint verifies."""
+    """The request is retried, and the checkpoint verifies."""
     stage(staging, 10)
     told.wait_for("committed", 10)
     rule = PASSING[fault](faulty_s3)
@@ -144,7 +144,7 @@ def test_a_fault_that_passes_costs_a_restore_nothing(
 def test_a_flipped_bit_sends_a_restore_to_the_checkpoint_before(
     bucket: Bucket, faulty_s3: FaultyS3, uploader: Uploader, staging: Path, told: Told, tmp_path: Path
 ) -> None:
-    """A changed byte is seen, named, and not handed to training."""
+    """The damaged file is named, and the previous checkpoint is restored."""
     for step in (10, 20):
         stage(staging, step)
         told.wait_for("committed", step)
@@ -159,7 +159,7 @@ def test_a_flipped_bit_sends_a_restore_to_the_checkpoint_before(
 
 
 def profile(path: Path, token: str) -> None:
-    """What a tool that renews credentials writes."""
+    """Write a credentials file like a tool that renews credentials."""
     lines = ["[trainer]", f"aws_access_key_id = {ACCESS['AWS_ACCESS_KEY_ID']}"]
     lines += [f"aws_secret_access_key = {ACCESS['AWS_SECRET_ACCESS_KEY']}", f"aws_session_token = {token}"]
     path.write_text("\n".join(lines))
@@ -168,7 +168,7 @@ def profile(path: Path, token: str) -> None:
 def test_credentials_that_come_back_in_their_file_are_used(
     s3: str, faulty_s3: FaultyS3, staging: Path, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run outlives the credentials that it was started with: the profile is read again."""
+    """The profile is read anew, so a run can outlive its first credentials."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))

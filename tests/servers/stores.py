@@ -1,4 +1,4 @@
-"""Buckets in memory, and ones whose machine dies or whose network fails at a chosen operation."""
+"""Fake buckets in memory, some of which fail at a chosen operation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.errors import Unavailable
 
 
 class MemoryBucket(Bucket):
-    """A bucket that is gone with the process; another one over the same store sees the same objects."""
+    """A bucket in memory. Several instances over one store see the same objects."""
 
     def __init__(self, store: MemoryStore | None = None) -> None:
         self.store = store or MemoryStore()
@@ -23,11 +23,11 @@ class MemoryBucket(Bucket):
 
 
 class Died(BaseException):
-    """The machine is gone: nothing that catches errors gets to see it."""
+    """The machine has died. No handler of ordinary errors catches this exception."""
 
 
 class FailsAt(MemoryBucket):
-    """A bucket that raises at one operation, counted from 0 over all of them, and at all after it.
+    """A bucket that raises at the operation of that number, counted from 0, and at all later ones.
 
     `lost_answer` says whether that operation still took effect. Each key of a deletion counts.
     """
@@ -121,14 +121,14 @@ class FailsAt(MemoryBucket):
 
 
 class Down(FailsAt):
-    """A bucket that cannot be reached for some operations."""
+    """A bucket that is unreachable for some operations."""
 
     def __init__(self, store: MemoryStore, operation: int = 0, *, lasts: int | None = None) -> None:
         super().__init__(store, operation, fault=Unavailable, lasts=lasts)
 
 
 class Unconditional(MemoryBucket):
-    """A bucket whose store ignores the condition of a create, as `rclone serve s3` does."""
+    """A bucket whose store ignores conditional writes, like `rclone serve s3`."""
 
     def _create(self, key: str, data: bytes) -> bool:
         self.put(key, data)

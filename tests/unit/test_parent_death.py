@@ -19,7 +19,7 @@ time.sleep(600)
 """
 
 
-def test_a_leashed_process_dies_with_its_parent() -> None:
+def test_a_worker_dies_with_its_parent() -> None:
     """SIGKILL of the supervisor also ends its workers, so that they free the GPU."""
     command = [sys.executable, "-c", HOLDER]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
