@@ -1,4 +1,4 @@
-"""The commands, as a user types them."""
+"""The commands as a user types them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Type = Callable[..., Answer]
 
 @pytest.fixture(autouse=True)
 def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A user with empty folders who stands in one of them."""
+    """A user with empty folders, whose working directory is one of them."""
     for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
     for name in ("AEOLUS_CONFIG", *VARIABLES):
@@ -95,7 +95,7 @@ def done_run(tmp_path: Path) -> Path:
 
 
 def test_the_command_line_is_light() -> None:
-    """Help comes at once: nothing heavy is imported before a command needs it."""
+    """Nothing heavy is imported before a command needs it, so help is fast."""
     code = "import sys, launcher.cli; print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run(
@@ -105,7 +105,7 @@ def test_the_command_line_is_light() -> None:
 
 
 def test_before_the_set_up_it_says_how_to_set_up() -> None:
-    """A Python that has none of the packages; no traceback."""
+    """A Python without the packages gives a hint and no traceback."""
     ran = subprocess.run(
         [
             sys.executable,
@@ -126,23 +126,23 @@ def test_before_the_set_up_it_says_how_to_set_up() -> None:
 
 
 def test_help_has_each_command_on_one_line(launcher: Type) -> None:
-    """In whole words, on a terminal of 80 characters."""
+    """No command's help is cut off on a terminal of 80 characters."""
     usage, _, commands = launcher("--help").out.partition("Commands:\n")
     assert usage
     assert commands
     assert "..." not in commands
 
 
-def test_a_command_that_nobody_knows_is_answered_with_the_nearest(launcher: Type) -> None:
-    """As options are."""
+def test_an_unknown_command_is_answered_with_the_nearest(launcher: Type) -> None:
+    """The error suggests the nearest command."""
     answer = launcher("plann")
     assert answer.code == 2
     assert answer.err.endswith("No such command 'plann'. Did you mean 'plan'?\n")
     assert "mean" not in launcher("xyzzy").err
 
 
-def test_a_done_run_is_told_and_left(launcher: Type, done_run: Path) -> None:
-    """The same submission of a done run says when it was done and where the model lies, with its report."""
+def test_a_done_run_is_reported_and_left(launcher: Type, done_run: Path) -> None:
+    """The same submission of a done run prints when it was done, where the model is, and the report."""
     answer = launcher("submit", RECIPE, "--infra", "local")
     assert answer.code == 0
     assert f"is done since 2026-01-01T00:05:00Z: {done_run}/final" in answer.err
@@ -151,7 +151,7 @@ def test_a_done_run_is_told_and_left(launcher: Type, done_run: Path) -> None:
 
 
 def test_json_is_one_object_on_stdout(launcher: Type, done_run: Path) -> None:
-    """Programs get the same facts; all else goes to stderr."""
+    """It has the facts of the report; all else goes to stderr."""
     answer = launcher("submit", RECIPE, "--infra", "local", "--json", "--checkpoints", str(done_run.parent))
     told = json.loads(answer.out)
     assert (told["run"], told["ending"], told["lost_steps"]) == (done_run.name, "done", 4)
@@ -186,8 +186,8 @@ def test_an_override_makes_another_run(launcher: Type, done_run: Path) -> None:
         (["down", "nobody"], "known runs: none yet"),
     ],
 )
-def test_what_the_user_must_mend_is_exit_code_2(launcher: Type, words: list[str], said: str) -> None:
-    """A wrong command or recipe is text on stderr, nothing on stdout, and starts nothing."""
+def test_a_user_error_is_exit_code_2(launcher: Type, words: list[str], said: str) -> None:
+    """A wrong command or recipe is an error on stderr, without a traceback."""
     answer = launcher(*words)
     assert (answer.code, answer.out) == (2, "")
     assert said in answer.err
@@ -197,7 +197,7 @@ def test_what_the_user_must_mend_is_exit_code_2(launcher: Type, words: list[str]
 def test_wrong_settings_are_exit_code_2(
     launcher: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The settings are the user's to mend, too."""
+    """An unknown key of the settings is an error."""
     (tmp_path / "config.toml").write_text("bucket = 'gs://b'\n")
     monkeypatch.setenv("AEOLUS_CONFIG", str(tmp_path / "config.toml"))
     answer = launcher("submit", RECIPE, "--infra", "local")
@@ -205,8 +205,8 @@ def test_wrong_settings_are_exit_code_2(
     assert "bucket: unknown key" in answer.err
 
 
-def test_status_tells_of_runs_at_work(launcher: Type, at_work: Home) -> None:
-    """A detached run is found again, with its process and how far it is."""
+def test_status_shows_running_runs(launcher: Type, at_work: Home) -> None:
+    """The row has the process and the step of a detached run."""
     (row,) = json.loads(launcher("status", "--json").out)
     record = at_work.record()
     assert record
@@ -214,8 +214,8 @@ def test_status_tells_of_runs_at_work(launcher: Type, at_work: Home) -> None:
     assert "a-run" in launcher("status").out
 
 
-def test_status_tells_of_lost_supervisors(launcher: Type, at_work: Home) -> None:
-    """A supervisor that vanished is not called running, whatever its last event was."""
+def test_status_shows_lost_supervisors(launcher: Type, at_work: Home) -> None:
+    """A killed supervisor's run is `preempted`, whatever its last event was."""
     supervisor = process.attach(at_work)
     assert supervisor
     assert supervisor.lose()
@@ -224,13 +224,13 @@ def test_status_tells_of_lost_supervisors(launcher: Type, at_work: Home) -> None
 
 
 def test_status_of_nothing(launcher: Type) -> None:
-    """Nobody has started anything yet."""
+    """Without any run the table says so."""
     assert "no run was started" in launcher("status").out
     assert json.loads(launcher("status", "--json").out) == []
 
 
 def test_cancel_waits_until_it_is_saved(launcher: Type, at_work: Home, tmp_path: Path) -> None:
-    """When cancel comes back, the run is committed and nothing is at work; once more is no error."""
+    """When `cancel` returns, the run is committed and its supervisor has ended. A second call is no error."""
     answer = launcher("cancel", "a-run")
     assert answer.code == 0
     assert process.attach(at_work) is None
@@ -238,14 +238,14 @@ def test_cancel_waits_until_it_is_saved(launcher: Type, at_work: Home, tmp_path:
     assert "is not running" in launcher("cancel", "a-run").out
 
 
-def test_logs_prints_what_the_supervisor_said(launcher: Type, at_work: Home) -> None:
-    """The whole log, also of a run at work."""
+def test_logs_prints_the_supervisors_output(launcher: Type, at_work: Home) -> None:
+    """It prints the whole log of a running run."""
     assert at_work.log.exists()
     assert launcher("logs", "a-run").out.splitlines()[:2] == ["step 1/20", "step 2/20"]
 
 
 def test_runs_of_one_name_are_told_apart(launcher: Type, at_work: Home, tmp_path: Path) -> None:
-    """A name that means two runs is refused until the bucket is named."""
+    """A name of two runs is refused until the bucket is named."""
     record = at_work.record()
     assert record
     other = Home.of(tmp_path / "XDG_STATE_HOME" / "aeolus", "a-run", "/elsewhere")
@@ -258,14 +258,14 @@ def test_runs_of_one_name_are_told_apart(launcher: Type, at_work: Home, tmp_path
 
 @pytest.mark.parametrize("command", ["plan", "submit"])
 def test_an_option_that_the_shell_left_empty_is_refused(launcher: Type, command: str) -> None:
-    """`--gpus "$GPUS"` must not mean whatever is cheapest."""
+    """`--gpus "$GPUS"` with an unset variable must not mean the cheapest GPUs."""
     answer = launcher(command, "zephyr-7b/dpo_full", "--gpus", "")
     assert answer.code == ExitCode.USAGE
     assert "--gpus is empty" in answer.err
 
 
-def test_a_folder_that_refuses_us_is_said(launcher: Type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home that nobody can write to, as some containers have it."""
+def test_a_folder_without_write_access_is_an_error(launcher: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some containers have a home folder without write access."""
     monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/state")
     answer = launcher("submit", RECIPE, "--infra", "local")
     assert answer.code == ExitCode.USAGE
@@ -273,7 +273,7 @@ def test_a_folder_that_refuses_us_is_said(launcher: Type, monkeypatch: pytest.Mo
 
 
 def test_a_terminal_without_our_characters_gets_what_it_can_show(tmp_path: Path) -> None:
-    """Bars and arrows are no reason to fail under a locale of ASCII."""
+    """Bars and arrows are replaced under an ASCII locale."""
     write_events(tmp_path / "runs" / "a-run", attempt_events(1, start=0, last=9, total_steps=9))
     done = subprocess.run(
         [
@@ -296,8 +296,8 @@ def test_a_terminal_without_our_characters_gets_what_it_can_show(tmp_path: Path)
     assert b"?" in done.stdout
 
 
-def test_a_page_that_cannot_be_written_is_said(launcher: Type, tmp_path: Path) -> None:
-    """`--html` below what is no folder."""
+def test_a_page_that_cannot_be_written_is_an_error(launcher: Type, tmp_path: Path) -> None:
+    """`--html` below a file is an error."""
     write_events(tmp_path / "runs" / "a-run", attempt_events(1, start=0, last=9, total_steps=9))
     answer = launcher("report", "a-run", "--checkpoints", "runs", "--html", "/dev/null/page.html")
     assert answer.code == ExitCode.USAGE

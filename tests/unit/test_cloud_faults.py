@@ -1,4 +1,4 @@
-"""SkyPilot's exceptions and records as ours, without SkyPilot."""
+"""SkyPilot's exceptions and records are converted to ours, without SkyPilot."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from trainer.errors import Unavailable
 
 
 def fault(name: str, message: str = "its own words", base: type[Exception] = Exception) -> Exception:
-    """An exception of SkyPilot's, by its name."""
+    """Return an exception with the name of one of SkyPilot's classes."""
     return type(name, (base,), {})(message)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_every_known_fault_says_what_it_was_doing_and_what_skypilot_said(name: str) -> None:
-    """What happened, with its values, and the way out where we know one."""
+def test_every_known_fault_has_the_action_and_skypilots_text(name: str) -> None:
+    """The message has the action, SkyPilot's text, and a hint if there is one."""
     told = sort_fault(fault(name), "launch a-run")
     assert told
     assert told.message.startswith("cannot launch a-run: ")
@@ -37,13 +37,13 @@ def test_every_known_fault_says_what_it_was_doing_and_what_skypilot_said(name: s
         ("ClusterNotUpError", "sky jobs queue --refresh"),
     ],
 )
-def test_the_way_out_is_a_command(name: str, hint: str) -> None:
-    """No credentials, an API server that is down, a controller that is away."""
+def test_the_hint_is_a_command(name: str, hint: str) -> None:
+    """The hints for missing credentials, a stopped API server and a missing controller name a command."""
     assert hint in str(sort_fault(fault(name), "launch"))
 
 
 def test_no_capacity_lists_what_was_tried() -> None:
-    """Each place with its answer, once; quota and capacity read alike from outside."""
+    """The message lists each place once, with its answer."""
     error = fault("ResourcesUnavailableError", "\x1b[31mFailed to provision\x1b[0m")
     quota = fault("X", "Quota 'NVIDIA_A100_GPUS' exceeded in us-central1\nmore")
     error.failover_history = [quota, quota, fault("Y", "ZONE_RESOURCE_POOL_EXHAUSTED")]  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ def test_no_capacity_lists_what_was_tried() -> None:
 
 
 def test_a_bug_stays_a_bug() -> None:
-    """What nobody can mend keeps its traceback; a wrong request is the user's."""
+    """A bug keeps its traceback; an invalid request is a UserError."""
     assert sort_fault(KeyError("x"), "launch") is None
     assert sort_fault(TypeError("x"), "launch") is None
     assert "SkyPilot refused it: no such accelerator" in str(
@@ -67,7 +67,7 @@ def test_a_bug_stays_a_bug() -> None:
 
 
 def test_a_child_of_a_known_fault_is_known() -> None:
-    """SkyPilot's classes have children of their own."""
+    """Subclasses of SkyPilot's classes are recognised."""
     known = type("ResourcesUnavailableError", (Exception,), {})
     assert "no machine" in str(sort_fault(fault("KubeAPIUnreachableError", base=known), "launch"))
     assert absent(fault("ClusterDoesNotExist", base=ValueError))
@@ -88,8 +88,8 @@ def job(**given: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**some, **given})
 
 
-def test_a_managed_job_becomes_a_standing() -> None:
-    """SkyPilot's words beside ours."""
+def test_a_managed_job_becomes_a_status() -> None:
+    """The status has SkyPilot's word and our phase."""
     found = of_job(job())
     assert found.model_dump() == {
         "kind": "managed job",
@@ -112,7 +112,7 @@ def test_a_managed_job_becomes_a_standing() -> None:
     "status", ["FAILED", "FAILED_SETUP", "FAILED_PRECHECKS", "FAILED_NO_RESOURCE", "SOMETHING_NEW"]
 )
 def test_what_is_not_known_to_go_well_failed(status: str) -> None:
-    """All of SkyPilot's other ends are failures."""
+    """Every other status of SkyPilot is a failure."""
     assert of_job(job(status=SimpleNamespace(value=status))).phase == "failed"
 
 
@@ -130,7 +130,7 @@ def test_what_is_not_known_to_go_well_failed(status: str) -> None:
     ],
 )
 def test_a_cluster_stands_as_its_last_job(status: str, on_it: tuple[int, str] | None, phase: str) -> None:
-    """And without one it is idle, which is paid."""
+    """A cluster without a job is idle."""
     record = SimpleNamespace(
         name="a-run",
         status=SimpleNamespace(value=status),
@@ -144,12 +144,12 @@ def test_a_cluster_stands_as_its_last_job(status: str, on_it: tuple[int, str] | 
 
 
 def test_every_phase_is_one_of_ours() -> None:
-    """The table is read by the state that it names."""
+    """Each value of the table is a phase."""
     assert set(PHASES.values()) <= {"waiting", "running", "recovering", "stopping", "done", "cancelled"}
 
 
 def test_lines_come_whole_and_plain() -> None:
-    """A spinner draws one line over and over: its last state counts; half a line waits."""
+    """A redrawn spinner counts as its last state; an incomplete line waits."""
     heard: list[str] = []
     stream = LineStream(heard.append)
     stream.write("\x1b[32mUp")
@@ -159,5 +159,5 @@ def test_lines_come_whole_and_plain() -> None:
 
 
 def test_colours_go() -> None:
-    """A log file and a pipe have no use for them."""
+    """Log files and pipes get no colours."""
     assert plain("\x1b[1;31mred\x1b[0m\x1b[?25l") == "red"

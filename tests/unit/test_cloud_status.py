@@ -1,4 +1,4 @@
-"""`status`: local runs, managed jobs and clusters in one table."""
+"""`status` shows local runs, managed jobs and clusters in one table."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def test_a_row_has_it_all(site: Site) -> None:
-    """Run, where, state, step, last commit, attempts, dollars."""
+    """The row has all columns."""
     site.send()
     site.stands("running")
     site.train()
@@ -88,7 +88,7 @@ def test_a_row_has_it_all(site: Site) -> None:
 
 @pytest.mark.parametrize("phase", ["waiting", "running", "recovering", "stopping", "failed", "cancelled"])
 def test_the_state_is_skypilot_s(site: Site, phase: Phase) -> None:
-    """A lost machine is being replaced while the bucket still reads as running."""
+    """Until the run ends, the state is SkyPilot's phase."""
     site.send()
     site.stands(phase)
     site.train()
@@ -96,7 +96,7 @@ def test_the_state_is_skypilot_s(site: Site, phase: Phase) -> None:
 
 
 def test_done_is_the_bucket_s_to_say(site: Site) -> None:
-    """Whatever SkyPilot makes of its job."""
+    """A committed final model means done, whatever phase SkyPilot reports."""
     site.send()
     site.stands("failed")
     site.train(done=True)
@@ -104,7 +104,7 @@ def test_done_is_the_bucket_s_to_say(site: Site) -> None:
 
 
 def test_a_cluster_that_is_gone_leaves_its_run_preempted(site: Site) -> None:
-    """An attempt that told no end was lost with its machine."""
+    """An attempt without an end was lost with its machine."""
     site.send(kind="cluster")
     site.train()
     (row,) = site.rows()
@@ -112,7 +112,7 @@ def test_a_cluster_that_is_gone_leaves_its_run_preempted(site: Site) -> None:
 
 
 def test_skypilot_is_asked_of_what_may_be_at_work_only(site: Site) -> None:
-    """Who never used it does not wait for it, and what is over is asked for once."""
+    """SkyPilot is not asked without submissions, and only once about an ended job."""
     assert site.rows() == []
     assert site.cloud.asked == []
     site.send()
@@ -126,7 +126,7 @@ def test_skypilot_is_asked_of_what_may_be_at_work_only(site: Site) -> None:
 
 
 def test_a_cluster_without_work_is_still_asked_for(site: Site) -> None:
-    """It is paid until it is gone."""
+    """It costs money until it is gone."""
     site.send(kind="cluster")
     site.stands("done", kind="cluster")
     site.train(done=True)
@@ -136,7 +136,7 @@ def test_a_cluster_without_work_is_still_asked_for(site: Site) -> None:
 
 
 def test_all_asks_for_what_was_submitted_elsewhere(site: Site) -> None:
-    """Somebody else's jobs have a row, with what SkyPilot knows."""
+    """Jobs that were submitted elsewhere have a row with SkyPilot's facts."""
     site.stands("running", run="other")
     assert site.rows() == []
     (row,) = site.rows(everything=True)
@@ -144,7 +144,7 @@ def test_all_asks_for_what_was_submitted_elsewhere(site: Site) -> None:
 
 
 def test_a_server_that_is_down_hides_nothing(site: Site) -> None:
-    """The bucket still tells, and the row says what is missing."""
+    """The row has the bucket's facts and the error."""
     site.send()
     site.train()
     site.cloud.fault = Unavailable("SkyPilot's API server does not answer")
@@ -157,7 +157,7 @@ def test_a_server_that_is_down_hides_nothing(site: Site) -> None:
 
 
 def test_a_bucket_out_of_reach_hides_nothing(site: Site) -> None:
-    """SkyPilot still tells how the job stands."""
+    """The row has SkyPilot's facts and the error."""
     site.send(checkpoints="ftp://nowhere")
     site.stands("running")
     (row,) = site.rows()
@@ -166,7 +166,7 @@ def test_a_bucket_out_of_reach_hides_nothing(site: Site) -> None:
 
 
 def test_dollars_are_the_attempts_hours_at_the_chosen_price(site: Site) -> None:
-    """Waiting between attempts is not paid; the newest counts on while it is at work."""
+    """Time between attempts costs nothing. A running attempt counts until now."""
     write_events(
         site.runs / "a-run",
         attempt_events(1, start=0, last=9, total_steps=200),
@@ -182,7 +182,7 @@ def test_dollars_are_the_attempts_hours_at_the_chosen_price(site: Site) -> None:
 
 
 def test_the_latest_comes_first_and_a_damaged_record_is_left_out(site: Site) -> None:
-    """A file of another version is no reason to show nothing."""
+    """An unreadable record is skipped."""
     site.send("old", submitted=BEGAN)
     site.send("new", submitted=BEGAN + 5)
     (site.state / submitted.FOLDER / "broken.json").write_text("{}")
@@ -190,7 +190,7 @@ def test_the_latest_comes_first_and_a_damaged_record_is_left_out(site: Site) -> 
 
 
 def test_a_run_is_found_by_its_name(site: Site) -> None:
-    """Two buckets make a name ambiguous; nobody is an error with the known names."""
+    """A name in two buckets is ambiguous; an unknown name is an error with the known names."""
     site.send()
     assert find(site.state, "a-run", None).run_id == "a-run"
     site.send(checkpoints="gs://other")

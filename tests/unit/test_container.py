@@ -1,4 +1,4 @@
-"""The image that rented machines start from: named, made when it is needed, pulled with a login."""
+"""The image of rented machines: named, built when it is needed, pulled with a login."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOGIN = {"SKYPILOT_DOCKER_USERNAME": "me", "SKYPILOT_DOCKER_PASSWORD": PASSWORD}
 
 
 def test_an_image_is_the_one_that_is_named() -> None:
-    """The command line goes before the settings, which hold for rented machines alone."""
+    """The option overrides the settings, which apply to rented machines only."""
     remembered = Settings(image="ghcr.io/me/aeolus-trainer:1")
     assert container("other:2", remembered, own=False) == Container("other:2")
     assert container(None, remembered, own=False) == Container(remembered.image)
@@ -25,7 +25,7 @@ def test_an_image_is_the_one_that_is_named() -> None:
 
 
 def test_auto_is_this_checkouts_image_by_its_content() -> None:
-    """Its name is known before it is there, so a dry run shows it and builds nothing."""
+    """Its name is known before it is built, so a dry run shows it and builds nothing."""
     made = container("auto", Settings(registry="ghcr.io/me"), own=False)
     assert made.build == BuildOptions(registry="ghcr.io/me", push=True)
     assert made.image == builders.image_name(made.build)
@@ -48,7 +48,7 @@ def test_a_dry_run_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_login_goes_along_as_secrets() -> None:
-    """The registry is the image's own unless another is named; the values are in no task file."""
+    """The registry is the image's unless another is named. The task file has no values."""
     made = order(gpus="A100:8", image="ghcr.io/me/aeolus-trainer:1", environ=LOGIN)
     assert made.launch.secrets == {**LOGIN, "SKYPILOT_DOCKER_SERVER": "ghcr.io"}
     assert set(made.launch.task["secrets"]) == set(made.launch.secrets)
@@ -65,6 +65,6 @@ def test_without_an_image_no_login_goes_anywhere() -> None:
 
 
 def test_half_a_login_is_refused() -> None:
-    """SkyPilot would start the machine, and then fail to pull."""
+    """SkyPilot would start the machine and then fail to pull."""
     with pytest.raises(UserError, match="SKYPILOT_DOCKER_USERNAME without SKYPILOT_DOCKER_PASSWORD"):
         login("i:1", {"SKYPILOT_DOCKER_USERNAME": "me"})

@@ -1,4 +1,4 @@
-"""Runs on this machine, with a supervisor that trains nothing in no time."""
+"""Runs on this machine, with a supervisor that only pretends to train."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ POLL_S = 0.02
 
 
 class Site:
-    """A state folder, a folder of runs, and what the launcher said."""
+    """A state folder, a folder of runs, and the launcher's output."""
 
     def __init__(self, root: Path) -> None:
         self.state = root / "state"
@@ -88,7 +88,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 class Interrupts(PlainView):
-    """Sends a signal to the launcher as soon as the run has come to a step."""
+    """Sends signals to the launcher once the run has reached a step."""
 
     def __init__(self, site: Site, at_step: int, numbers: list[signal.Signals]) -> None:
         super().__init__(Console(file=site.said, width=400))
@@ -101,7 +101,7 @@ class Interrupts(PlainView):
 
 
 class Kills(PlainView):
-    """Kills each attempt's supervisor as soon as the attempt has come to its step; not the launcher's doing."""
+    """Kills each attempt's supervisor at its step, without the launcher's knowledge."""
 
     def __init__(self, site: Site, steps: list[int]) -> None:
         super().__init__(Console(file=site.said, width=400))
@@ -122,7 +122,7 @@ class Kills(PlainView):
 
 
 def test_a_run_is_brought_to_its_end(site: Site) -> None:
-    """Submitting trains, shows the log, and says that it is done."""
+    """The launcher shows the log until the run is done."""
     ending, run = site.submit(site.job())
     assert (ending.how, ending.exit_code) == ("done", 0)
     assert (run.state, run.step, run.commits) == ("done", 20, (5, 10, 15, 20))
@@ -130,7 +130,7 @@ def test_a_run_is_brought_to_its_end(site: Site) -> None:
 
 
 def test_a_done_run_is_left_as_it_is(site: Site) -> None:
-    """The same submission again starts nothing and says where the result is."""
+    """The same submission starts nothing and names the final model."""
     site.submit(site.job())
     ending, run = site.submit(site.job())
     assert (ending.how, len(run.attempts)) == ("done", 1)
@@ -140,7 +140,7 @@ def test_a_done_run_is_left_as_it_is(site: Site) -> None:
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_preemptions_happen_and_are_counted(site: Site, times: int) -> None:
-    """N preemptions are N attempts that were killed, and one more that comes to the end."""
+    """N preemptions give N killed attempts and one that finishes."""
     spots = plan(after=0, total_steps=20, times=times, seed=7)
     stalls = ",".join(str(spot.step) for spot in spots)
     ending, run = site.submit(site.job(stall=stalls), preemptions=Preemptions(times=times, seed=7))
@@ -151,14 +151,14 @@ def test_preemptions_happen_and_are_counted(site: Site, times: int) -> None:
 
 
 def test_a_preemption_that_comes_too_late_is_not_counted(site: Site) -> None:
-    """There is no step to preempt in a training of one step."""
+    """A training of one step has no step to preempt at."""
     preemptions = Preemptions(times=2)
     ending, run = site.submit(site.job(steps=1), preemptions=preemptions)
     assert (ending.how, ending.preempted, preemptions.missed, len(run.attempts)) == ("done", 0, 2, 1)
 
 
 def test_a_preemption_takes_the_whole_process_group(site: Site) -> None:
-    """Losing the machine kills the supervisor and what it started, and reports that it ran until then."""
+    """The supervisor and its descendants are killed, and `lose` returns whether it was running."""
     script = "import subprocess, sys; subprocess.run(['sleep', '600'], start_new_session=True)"
     command = [sys.executable, "-c", script]
     supervisor = process.start(
@@ -173,7 +173,7 @@ def test_a_preemption_takes_the_whole_process_group(site: Site) -> None:
 
 
 def test_a_lost_supervisor_is_recovered(site: Site) -> None:
-    """Death by a signal that was not ours is a reason to start again, from the newest commit."""
+    """A supervisor killed by another program is started again from the newest commit."""
     ending = site.follow(site.job(stall="12"), Kills(site, [12]))
     assert (ending.how, ending.preempted) == ("done", 0)
     assert [(attempt.start, attempt.step) for attempt in site.read().attempts] == [(0, 12), (10, 20)]
@@ -181,14 +181,14 @@ def test_a_lost_supervisor_is_recovered(site: Site) -> None:
 
 
 def test_recoveries_without_a_new_commit_end(site: Site) -> None:
-    """After three fruitless recoveries in a row it is no accident."""
+    """The launcher gives up after three recoveries in a row without a commit."""
     ending, run = site.submit(site.job(die_at=3))
     assert (ending.how, ending.exit_code) == ("gave up", 1)
     assert len(run.attempts) == 1 + MAX_FRUITLESS
 
 
 def test_recoveries_with_new_commits_go_on(site: Site) -> None:
-    """A machine that dies often, but later each time, is no reason to give up."""
+    """Recoveries that make progress do not count."""
     stalls = [6, 6, 6, 11, 11, 11, 16]
     killer = Kills(site, stalls)
     ending = site.follow(site.job(stall=",".join(map(str, stalls)), steps=18), killer)
@@ -196,22 +196,22 @@ def test_recoveries_with_new_commits_go_on(site: Site) -> None:
 
 
 @pytest.mark.parametrize("code", [2, 78])
-def test_what_the_user_must_mend_is_not_recovered(site: Site, code: int) -> None:
-    """A recipe that is refused ends the submission with its message and exit code 2."""
+def test_a_refused_recipe_is_not_recovered(site: Site, code: int) -> None:
+    """A refused recipe ends the submission with its message and exit code 2."""
     ending, run = site.submit(site.job(exit=code))
     assert (ending.how, ending.exit_code, len(run.attempts)) == ("refused", 2, 1)
     assert "the fake was told to fail" in ending.message
 
 
 def test_a_newer_attempt_is_left_alone(site: Site) -> None:
-    """A superseded supervisor is not started again."""
+    """A superseded supervisor is not restarted."""
     ending, run = site.submit(site.job(exit=77))
     assert (ending.how, len(run.attempts)) == ("superseded", 1)
     assert "a newer attempt" in ending.message
 
 
-def test_a_bug_is_told_with_exit_code_1(site: Site) -> None:
-    """An exit code that nobody planned is a failure, told with its reason."""
+def test_a_bug_is_exit_code_1(site: Site) -> None:
+    """An unexpected exit code is a failure, and the message has the reason."""
     ending, run = site.submit(site.job(exit=1))
     assert (ending.how, ending.exit_code, len(run.attempts)) == ("failed", 1, 1)
     assert "the fake was told to fail" in ending.message
@@ -219,7 +219,7 @@ def test_a_bug_is_told_with_exit_code_1(site: Site) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_without_a_terminal_a_signal_cancels(site: Site, number: signal.Signals) -> None:
-    """The supervisor is told with SIGTERM, so it commits before it ends; nothing starts it again."""
+    """The supervisor receives SIGTERM, commits and ends, and is not restarted."""
     ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [number]))
     run = site.read()
     assert (ending.how, ending.exit_code) == ("cancelled", 75)
@@ -229,7 +229,7 @@ def test_without_a_terminal_a_signal_cancels(site: Site, number: signal.Signals)
 
 
 def test_a_cancelled_run_goes_on_when_submitted_again(site: Site) -> None:
-    """The same command goes on from what the cancelling saved."""
+    """The same command resumes from the checkpoint that was saved on cancelling."""
     site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGTERM]))
     ending, run = site.submit(site.job(stall="7"))
     assert (ending.how, run.attempts[-1].start, run.lost_steps) == ("done", 7, 0)
@@ -244,7 +244,7 @@ def second_interrupt() -> Answer:
 
 
 def test_a_user_who_detaches_leaves_it_running(site: Site) -> None:
-    """The answer to Ctrl-C may be that training goes on by itself."""
+    """The answer `detach` leaves the supervisor running."""
     ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGINT]), ask=detach)
     left = process.attach(site.home)
     assert left
@@ -255,13 +255,13 @@ def test_a_user_who_detaches_leaves_it_running(site: Site) -> None:
 
 
 def test_ctrl_c_while_asking_cancels(site: Site) -> None:
-    """Somebody who presses Ctrl-C twice means it."""
+    """A second Ctrl-C, during the question, cancels."""
     ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGINT]), ask=second_interrupt)
     assert ending.how == "cancelled"
 
 
 def test_a_user_who_continues_loses_nothing(site: Site) -> None:
-    """Asking does not disturb the run; a later wish is heard."""
+    """The run continues, and a later answer still counts."""
     answers: list[Answer] = ["continue", "cancel"]
     view = Interrupts(site, 7, [signal.SIGINT, signal.SIGINT])
     ending = site.follow(site.job(stall="7"), view, ask=lambda: answers.pop(0))
@@ -269,7 +269,7 @@ def test_a_user_who_continues_loses_nothing(site: Site) -> None:
 
 
 def test_detach_comes_back_at_once_and_leaves_it_running(site: Site) -> None:
-    """A detached run goes on; the same submission follows it again and starts nothing."""
+    """A detached run continues. The same submission follows it and starts nothing."""
     site.submit(site.job(stall="7"), detach=True)
     first = process.attach(site.home)
     ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGTERM]))
@@ -279,7 +279,7 @@ def test_detach_comes_back_at_once_and_leaves_it_running(site: Site) -> None:
 
 
 def test_a_run_followed_again_can_be_preempted_and_recovered(site: Site) -> None:
-    """A supervisor that is not our child is treated like one that is."""
+    """A supervisor that another launcher started is treated like a child."""
     (spot,) = plan(after=0, total_steps=20, times=1, seed=3)
     job = site.job(stall=spot.step)
     site.submit(job, detach=True)
@@ -288,7 +288,7 @@ def test_a_run_followed_again_can_be_preempted_and_recovered(site: Site) -> None
 
 
 def test_cancelled_from_elsewhere_is_not_recovered(site: Site) -> None:
-    """Who follows a run that another terminal cancels stops too."""
+    """A launcher stops following a run that another terminal has cancelled."""
 
     class CancelsElsewhere(PlainView):
         def show(self, run: RunHistory) -> None:
@@ -301,8 +301,8 @@ def test_cancelled_from_elsewhere_is_not_recovered(site: Site) -> None:
     assert (ending.how, len(site.read().attempts)) == ("cancelled", 1)
 
 
-def test_a_recycled_pid_is_not_believed(site: Site) -> None:
-    """A live process that was not started when the record says is somebody else's."""
+def test_a_recycled_pid_is_not_the_supervisor(site: Site) -> None:
+    """A process with another start time than the record's is not the supervisor."""
     me = psutil.Process()
     record = LocalRecord(
         run_id="a-run", recipe="fake", checkpoints="", pid=me.pid, created=me.create_time() - 3600
@@ -312,7 +312,7 @@ def test_a_recycled_pid_is_not_believed(site: Site) -> None:
 
 
 def test_the_pid_file_holds_no_secret(site: Site) -> None:
-    """Overrides and environment may hold tokens, so neither is written down."""
+    """Overrides and environment may contain tokens, so neither is written."""
     job = site.job(hub_token="hf_secret")
     task = {**job.launch.task, "envs": {**job.launch.task["envs"], "T": "hf_secret"}}
     site.submit(replace(job, launch=replace(job.launch, task=task)))
@@ -323,7 +323,7 @@ def test_the_pid_file_holds_no_secret(site: Site) -> None:
 
 
 def test_the_log_of_an_ended_run_is_printed_whole(site: Site) -> None:
-    """Following the log of a run that has ended comes back."""
+    """Following an ended run's log prints all of it and returns."""
     site.submit(site.job(steps=3))
     lines: list[str] = []
     machine = LocalMachine(site.state)
@@ -334,7 +334,7 @@ def test_the_log_of_an_ended_run_is_printed_whole(site: Site) -> None:
 
 
 def test_the_live_line_tells_how_far_the_run_is(site: Site) -> None:
-    """Loss, accuracy, the newest commit and the preemptions stand behind the bar."""
+    """The text behind the bar has the loss, the accuracy and the newest commit."""
     ask: Callable[[], Answer] = detach
     _, run = site.submit(site.job(), ask=ask)
     assert facts(run).endswith("loss 0.0500  accuracy 0.50  committed 20")

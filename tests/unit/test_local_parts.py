@@ -1,4 +1,4 @@
-"""Of runs on this machine what needs no run: names, commands, exit codes, a log that grows."""
+"""Parts of local runs that need no run: names, commands, exit codes, a growing log."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from launcher.submit.outcome import judge
 
 
 def test_the_same_run_in_two_buckets_is_two_runs(tmp_path: Path) -> None:
-    """What this machine keeps of a run depends on the bucket too."""
+    """The local folder of a run depends on its bucket."""
     assert Home.of(tmp_path, "a-run", "/a").path != Home.of(tmp_path, "a-run", "/b").path
 
 
 def test_the_supervisors_command_line() -> None:
-    """The whole of it: the options first, so that an override can never be taken for one."""
+    """Options come before the overrides, so that no override is parsed as an option."""
     command = supervisor_command("zephyr-tiny/dpo", ["beta=0.1"], checkpoints="gs://b/runs", run_id="a-run")
     assert command == (
         sys.executable, "-m", "trainer", "run", "--checkpoints", "gs://b/runs", "--run-id", "a-run",
@@ -32,7 +32,7 @@ def test_the_supervisors_command_line() -> None:
 
 
 def test_the_supervisor_finds_this_package_and_the_chosen_python() -> None:
-    """Our package comes first, the caller's path stays, and the site's Python is passed on."""
+    """Our package is first on the path, the caller's path stays, and the settings' Python is passed on."""
     environment = supervisor_environment(
         {"PYTHONPATH": "/theirs", "A": "b"}, trainer_python=Path("/opt/python")
     )
@@ -43,7 +43,7 @@ def test_the_supervisor_finds_this_package_and_the_chosen_python() -> None:
 
 @pytest.mark.parametrize(("after", "total_steps"), [(0, 100), (37, 60), (0, 6)])
 def test_preemptions_are_planned_in_order_and_inside_the_training(after: int, total_steps: int) -> None:
-    """No two at one step, none before the start or at the last step, the same for the same seed."""
+    """They are at different steps, after the start and before the last step, and depend only on the seed."""
     for seed in range(50):
         spots = plan(after=after, total_steps=total_steps, times=5, seed=seed)
         steps = [spot.step for spot in spots]
@@ -76,7 +76,7 @@ def test_what_an_exit_code_means(code: int, cancelled: bool, how: str) -> None:
 
 
 def test_a_log_is_followed_by_lines(tmp_path: Path) -> None:
-    """Half a line waits for its end; of a bar that is drawn over, the last state is a line."""
+    """An incomplete line waits for its end; a redrawn bar counts as its last state."""
     path = tmp_path / "log"
     log = LogTail(path)
     assert log.new_lines() == []

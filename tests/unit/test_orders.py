@@ -1,4 +1,4 @@
-"""A submission decided: the plan's choice, and what is refused before anything is rented."""
+"""Prepared submissions: the plan's choice, and the errors before anything is rented."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PIPELINE = "zephyr"
 
 
 def shipped(*, infra: tuple[str, ...], **_: object) -> Prices:
-    """The shipped snapshot, for those that were asked for."""
+    """Return the shipped prices of the given clouds."""
     offers = []
     for name in infra:
         cloud, _slash, region = name.partition("/")
@@ -55,7 +55,7 @@ def order(
 
 
 def test_gpus_alone_are_enough() -> None:
-    """`submit --gpus A100:8`: the recipe, the place and the way to fit are chosen, and it says why."""
+    """`submit --gpus A100:8` chooses the recipe, the place and the layout, and gives reasons."""
     made = order(gpus="A100:8")
     assert made.launch.recipe == "zephyr-7b/dpo_full"
     assert made.launch.task["envs"]["RECIPE"] == "zephyr-7b/dpo_full"
@@ -66,7 +66,7 @@ def test_gpus_alone_are_enough() -> None:
 
 
 def test_spot_is_a_managed_job_that_saves_as_often_as_the_plan_says() -> None:
-    """A machine that is lost is replaced, and little is lost with it; the run stays the same run."""
+    """SkyPilot replaces a lost machine. The plan's save interval does not change the run's id."""
     made = order(gpus="A100-80GB:8", spot=True)
     assert made.launch.kind == "managed job"
     assert made.row
@@ -76,13 +76,13 @@ def test_spot_is_a_managed_job_that_saves_as_often_as_the_plan_says() -> None:
 
 
 def test_the_user_s_own_interval_stands() -> None:
-    """What is said is not overridden."""
+    """The plan's save interval does not override the user's."""
     made = order(None, "save_steps=7", gpus="A100-80GB:8", spot=True)
     assert made.launch.task["envs"]["OVERRIDES"] == "save_steps=7"
 
 
 def test_on_demand_is_a_cluster_that_goes_down_after_its_work() -> None:
-    """Nothing needs to recover it, and nobody pays for it once it is idle."""
+    """It needs no recovery, and it goes down when it is idle."""
     made = order(gpus="A100-80GB:8", spot=False)
     assert made.launch.kind == "cluster"
     assert made.launch.task["resources"]["autostop"]["down"] is True
@@ -91,28 +91,28 @@ def test_on_demand_is_a_cluster_that_goes_down_after_its_work() -> None:
 
 
 def test_what_cannot_fit_is_refused_with_what_would() -> None:
-    """Before anything is rented, and with the plan's reasons."""
+    """The error has the plan's reasons and a hint."""
     with pytest.raises(NoFit, match="L4:1") as refused:
         order(gpus="L4:1")
     assert refused.value.hint
 
 
 def test_a_budget_that_nothing_meets_is_refused() -> None:
-    """The site's budget holds where none is given."""
+    """Without `--budget`, the budget of the settings applies."""
     with pytest.raises(NoFit, match="over the budget of \\$1"):
         order(gpus="A100-80GB:8", environ={"AEOLUS_BUDGET": "1"})
 
 
 @pytest.mark.parametrize("checkpoints", ["runs", "/shared/runs", "file:///runs"])
 def test_a_folder_of_this_machine_is_refused(checkpoints: str) -> None:
-    """The nodes could not reach it; the message has the way out."""
+    """Nodes cannot reach it; the hint names a bucket."""
     with pytest.raises(BucketError, match="folder of this machine") as refused:
         order(checkpoints=checkpoints, gpus="A100:8")
     assert "--checkpoints gs://" in str(refused.value)
 
 
 def test_a_store_on_this_machine_is_refused_for_rented_ones_alone() -> None:
-    """A cluster of one's own may well reach it."""
+    """The user's own cluster may be able to reach it."""
     environ = {**SECRETS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9000"}
     with pytest.raises(BucketError, match="on this machine, which gcp"):
         order(checkpoints="s3://b/runs", gpus="A100:8", environ=environ)
@@ -121,7 +121,7 @@ def test_a_store_on_this_machine_is_refused_for_rented_ones_alone() -> None:
 
 
 def test_slurm_takes_gpus_and_has_neither_prices_nor_spot() -> None:
-    """Machines of one's own: what runs there is said, not ranked."""
+    """On the user's own machines nothing is ranked."""
     environ = {"AEOLUS_NODE_PYTHON": "/opt/python", "AEOLUS_IMAGE": "registry/image"}
     made = order(TINY, gpus="A100:8", infra=("slurm/lab",), managed=True, environ=environ)
     resources = made.launch.task["resources"]
@@ -143,21 +143,21 @@ def test_slurm_takes_gpus_and_has_neither_prices_nor_spot() -> None:
         ({"gpus": "A100:9"}, "9 x A100"),
     ],
 )
-def test_what_cannot_be_is_said(given: dict[str, Any], said: str) -> None:
-    """Each with the way out."""
+def test_impossible_options_are_refused(given: dict[str, Any], said: str) -> None:
+    """Each error has a hint."""
     with pytest.raises(UserError) as refused:
         order(TINY, **given)
     assert said in str(refused.value)
 
 
 def test_what_cannot_fit_one_s_own_gpus_is_refused_too() -> None:
-    """Nobody waits in a queue for a run that cannot start."""
+    """A run that cannot start is refused before it waits in a queue."""
     with pytest.raises(NoFit, match="T4"):
         order(gpus="T4:1", infra=("slurm",))
 
 
 def test_secrets_go_by_name_and_only_where_they_are_needed() -> None:
-    """Values are in no file and no log; Amazon's keys are for Amazon's buckets."""
+    """No file and no log has the values. Amazon's keys are passed on for S3 buckets only."""
     made = order(gpus="A100:8", environ=SECRETS)
     assert made.launch.secrets == {"HF_TOKEN": SECRETS["HF_TOKEN"]}
     assert made.launch.task["secrets"] == {"HF_TOKEN": None}
@@ -169,7 +169,7 @@ def test_secrets_go_by_name_and_only_where_they_are_needed() -> None:
 
 
 def test_who_has_logged_in_to_the_hub_needs_no_variable(tmp_path: Path) -> None:
-    """A gated model would be refused on the machine that is paid; the variable goes before the file."""
+    """The token of the login is passed on, so that a gated model loads. The variable overrides it."""
     (tmp_path / "token").write_text("hf_fromthelogin\n")
     logged_in = {"HF_HOME": str(tmp_path)}
     made = order(gpus="A100:8", environ=logged_in)
@@ -182,7 +182,7 @@ def test_who_has_logged_in_to_the_hub_needs_no_variable(tmp_path: Path) -> None:
 
 
 def test_a_recipe_file_goes_along_under_its_folder_s_name(tmp_path: Path) -> None:
-    """The node reads the same recipe under the same name."""
+    """The node's copy has the same folder name, so the recipe has the same name."""
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "dpo.yaml").write_text((Path("jobs/recipes") / f"{TINY}.yaml").read_text())
@@ -194,7 +194,7 @@ def test_a_recipe_file_goes_along_under_its_folder_s_name(tmp_path: Path) -> Non
 
 
 def test_data_of_this_machine_goes_along_to_rented_ones(tmp_path: Path) -> None:
-    """Each file once, under its own name, and the node reads the same run of it."""
+    """Each file is copied once and keeps its name. Overrides name the copies."""
     pairs, tests = tmp_path / "mine" / "pairs.jsonl", tmp_path / "other" / "pairs.jsonl"
     for path in (pairs, tests):
         path.parent.mkdir()
@@ -216,7 +216,7 @@ def test_data_of_this_machine_goes_along_to_rented_ones(tmp_path: Path) -> None:
 def test_pods_get_the_data_and_a_cluster_that_may_share_it_does_not(
     tmp_path: Path, infra: str, copied: bool
 ) -> None:
-    """A pod sees nothing of this machine; a Slurm cluster's file system is often this one's."""
+    """A pod has no access to this machine's files; a Slurm cluster often shares the file system."""
     data = tmp_path / "pairs.jsonl"
     data.write_text("{}\n")
     made = order("zephyr-7b/dpo_full", f"dataset_mixture={data}", gpus="A100:8", infra=(infra,))
@@ -226,7 +226,7 @@ def test_pods_get_the_data_and_a_cluster_that_may_share_it_does_not(
 def test_the_node_reads_the_copied_data_as_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is handed on, in the node's home: the same digest, of the file that was copied there."""
+    """With the copies in the node's home folder, the recipe has the same digest."""
     monkeypatch.setenv("HOME", str(tmp_path / "node"))
     folder = tmp_path / "my project"
     folder.mkdir()
@@ -245,7 +245,7 @@ def test_the_node_reads_the_copied_data_as_the_same_run(
 
 
 def test_a_folder_with_blanks_leaves_none_in_what_the_node_s_shell_reads(tmp_path: Path) -> None:
-    """SkyPilot makes the folder of a copy without quotes, and takes no blank in a name."""
+    """SkyPilot creates a copy's folder without quotes, and accepts no blank in a name."""
     folder = tmp_path / "my project (2)"
     folder.mkdir()
     (folder / "dpo.yaml").write_text((Path("jobs/recipes") / f"{TINY}.yaml").read_text())
@@ -256,7 +256,7 @@ def test_a_folder_with_blanks_leaves_none_in_what_the_node_s_shell_reads(tmp_pat
 
 
 def test_data_whose_name_would_not_arrive_is_refused(tmp_path: Path) -> None:
-    """Before a machine is rented."""
+    """The error comes before a machine is rented."""
     (tmp_path / "my pairs.jsonl").write_text("{}\n")
     recipe = tmp_path / "dpo.yaml"
     recipe.write_text(
@@ -269,14 +269,14 @@ def test_data_whose_name_would_not_arrive_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_of_this_machine_is_not_sent_to_rented_ones(tmp_path: Path) -> None:
-    """It would be missed there, after the machine is paid."""
+    """The run would fail on the rented machine."""
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     with pytest.raises(UserError, match="is on this machine only"):
         order("zephyr-7b/dpo_full", f"model_name_or_path={tmp_path}", gpus="A100:8")
 
 
 def test_a_task_for_one_kind_of_gpu_is_planned_for_that(tmp_path: Path) -> None:
-    """One's own task file says what it is for."""
+    """The GPUs of a user's task file restrict the plan."""
     task = yaml.safe_load((JOBS / "dpo_full_offload.yaml").read_text())
     task["resources"]["ordered"] = [{"infra": "gcp", "accelerators": "A100:8"}, {"accelerators": "A100:8"}]
     path = tmp_path / "mine.yaml"
@@ -288,7 +288,7 @@ def test_a_task_for_one_kind_of_gpu_is_planned_for_that(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in names() if name != PIPELINE])
 def test_every_task_can_be_submitted_by_its_name(name: str) -> None:
-    """Its own recipe, on whatever the plan chooses for it."""
+    """The task keeps its recipe and its scripts."""
     made = order(name)
     base = find(name).base
     assert made.launch.task["envs"]["RECIPE"] == base["envs"]["RECIPE"]
@@ -298,12 +298,12 @@ def test_every_task_can_be_submitted_by_its_name(name: str) -> None:
 
 
 def test_a_pipeline_is_launched_by_hand() -> None:
-    """Its parts are runs of their own; the message has the command."""
+    """Each part of a pipeline is a separate run; the hint has SkyPilot's command."""
     with pytest.raises(UserError, match="one at a time") as refused:
         order(PIPELINE)
     assert "sky jobs launch" in str(refused.value)
 
 
 def test_the_settings_look_where_the_plan_looks() -> None:
-    """One default, in two places."""
+    """The two defaults are equal."""
     assert Settings().infra == DEFAULT_INFRA

@@ -1,4 +1,4 @@
-"""`submit --resume RUN`: the run's own recipe, bucket, place and limits; and runs whose limits are used up."""
+"""`submit --resume RUN` reuses the run's recipe, bucket, place and limits; runs with used-up limits are refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ STOPPED: Event = {"kind": "stopped", "what": "budget", "limit": 10.0, "message":
 
 
 def stopped_events(*, usd_per_h: float = 3600.0) -> list[Event]:
-    """Twenty steps, a second each at a dollar a second, under a budget of $30."""
+    """Return events of 20 steps of one second at $1 per second, with a budget of $30."""
     events = attempt_events(1, start=0, last=20, total_steps=40, end={**STOPPED, "limit": 30.0})
     price = {"usd_per_h": usd_per_h, "market": "spot", "cloud": "gcp", "region": "us-central1"}
     events[0] |= {"price": price, "limits": {"budget_usd": 30.0, "deadline_h": 48.0}}
@@ -51,7 +51,7 @@ def stopped_events(*, usd_per_h: float = 3600.0) -> list[Event]:
 
 
 class Site:
-    """A bucket with a run that stopped, and a machine that remembers having submitted it."""
+    """A bucket with a stopped run, and a machine that may have a record of it."""
 
     def __init__(self, root: Path) -> None:
         self.runs, self.state = root / "runs", root / "state"
@@ -78,7 +78,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def test_data_that_was_copied_to_the_nodes_is_found_here_again(site: Site, tmp_path: Path) -> None:
-    """The run knows its data by where a node had it; this machine remembers what it sent."""
+    """The run's recipe names the copy on the node; the record has the path on this machine."""
     data, there = tmp_path / "pairs.jsonl", tmp_path / "node" / ".aeolus" / "data" / "0" / "pairs.jsonl"
     there.parent.mkdir(parents=True)
     for path in (data, there):
@@ -98,7 +98,7 @@ def test_data_that_was_copied_to_the_nodes_is_found_here_again(site: Site, tmp_p
 
 @pytest.mark.parametrize("name", names())
 def test_every_recipe_comes_back_from_its_run_json(name: str, tmp_path: Path) -> None:
-    """The same digest, so the same run."""
+    """The digest is the same, so it is the same run."""
     recipe = load(name).recipe
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.as_flat()))
@@ -107,7 +107,7 @@ def test_every_recipe_comes_back_from_its_run_json(name: str, tmp_path: Path) ->
 
 
 def test_a_run_goes_on_where_and_as_it_was_submitted(site: Site) -> None:
-    """Recipe and limits from its bucket, the rest from this machine; what is said now goes before both."""
+    """Recipe and limits come from the bucket, the place from the record. Given options override both."""
     site.remember(gpus="A100:8", infra=["gcp"], spot=True, managed=False, nodes=None)
     recipe, options = site.resume(budget=300.0)
     assert load(recipe).recipe.digest() == site.recipe.digest()
@@ -119,19 +119,19 @@ def test_a_run_goes_on_where_and_as_it_was_submitted(site: Site) -> None:
 
 
 def test_a_run_that_this_machine_never_saw_is_found_by_its_bucket(site: Site) -> None:
-    """Its old limits hold until others are given."""
+    """Its limits apply until others are given."""
     _recipe, options = site.resume(checkpoints=str(site.runs))
     assert (options["budget"], options["deadline"], options["gpus"]) == (30.0, 48.0, None)
 
 
-def test_what_is_no_run_is_said(site: Site) -> None:
-    """With where it was looked for."""
+def test_an_unknown_run_is_refused(site: Site) -> None:
+    """The error names the address."""
     with pytest.raises(UserError, match=r"no run r in .*elsewhere"):
         site.resume(checkpoints=str(site.runs / "elsewhere"))
 
 
 def test_the_same_run_whatever_its_limits(site: Site) -> None:
-    """Budget and deadline are in the task's environment, and in no name."""
+    """Budget and deadline change the task's environment, but no name."""
     free, limited = order(gpus="A100-80GB:8"), order(gpus="A100-80GB:8", budget_usd=200.0, deadline_h=36.0)
     assert free.launch.name == limited.launch.name
     assert free.launch.run_id == limited.launch.run_id
@@ -141,7 +141,7 @@ def test_the_same_run_whatever_its_limits(site: Site) -> None:
 
 
 def test_machines_of_one_s_own_take_a_deadline_and_with_a_price_a_budget() -> None:
-    """What has no price has no budget."""
+    """A budget applies only with a price."""
     there = {"gpus": "A100:8", "infra": ("slurm",)}
     assert order(TINY, **there, deadline_h=2.0).launch.task["envs"][DEADLINE_H] == "2"
     priced = order(TINY, **there, budget_usd=5.0, environ={"AEOLUS_USD_PER_H": "2"})
@@ -153,7 +153,7 @@ def test_machines_of_one_s_own_take_a_deadline_and_with_a_price_a_budget() -> No
 def test_nothing_is_rented_for_a_budget_that_is_spent(
     budget: float | None, refused: bool, site: Site
 ) -> None:
-    """It would stop as soon as it had begun; a higher one is launched."""
+    """The attempt would stop at once. With a higher budget it is launched."""
     made = prepare(
         SubmitOptions(
             source=TINY, checkpoints="gs://b/r", gpus="A100:8", infra=("slurm",), name="r", budget_usd=budget
@@ -187,7 +187,7 @@ def run_of(*attempts: list[Event]) -> RunHistory:
 
 
 def test_a_run_at_work_keeps_its_limits_and_says_so() -> None:
-    """They are its supervisor's, which nobody can tell."""
+    """The limits of a running supervisor cannot be changed."""
     run = run_of(stopped_events())
     assert current_limits(run) == Limits(budget_usd=30.0, deadline_h=48.0)
     assert changed_limits_note(run, Limits(budget_usd=30.0, deadline_h=48.0)) is None
@@ -197,7 +197,7 @@ def test_a_run_at_work_keeps_its_limits_and_says_so() -> None:
 
 
 def test_a_passed_deadline_is_refused_by_the_clock() -> None:
-    """A day after the first claim."""
+    """The deadline counts from the first claim."""
     run = run_of(attempt_events(1, start=0, last=1, total_steps=2))
     refuse_used_up(run, Limits(deadline_h=25), now=NOW)
     with pytest.raises(UserError, match="used up its deadline"):
@@ -205,7 +205,7 @@ def test_a_passed_deadline_is_refused_by_the_clock() -> None:
 
 
 def test_a_stopped_run_is_neither_failed_nor_recovered(site: Site) -> None:
-    """SkyPilot calls exit code 79 a failure; the bucket knows better, here and there."""
+    """Exit code 79 means `stopped`, although SkyPilot calls it a failure."""
     run = run_of(stopped_events())
     assert run.state == "stopped"
     failed = standing("failed")

@@ -1,4 +1,4 @@
-"""What we hand to SkyPilot, and what we expect of it, against SkyPilot itself; nothing is sent anywhere."""
+"""Our tasks and our expectations are checked by SkyPilot itself, without sending anything."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ ORDERS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What SkyPilot makes of the orders; one import of it for all tests."""
+    """Return SkyPilot's tasks for the submissions; SkyPilot is imported once for all tests."""
     if importlib.util.find_spec("sky") is None:
         pytest.skip("SkyPilot is not in this environment")
     home = tmp_path_factory.mktemp("home")
@@ -106,7 +106,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_skypilot_takes_every_kind_of_order(told: dict[str, Any], name: str) -> None:
-    """Its schema, its clouds and its catalogs have no objection, and it keeps no secret in the task's text."""
+    """Its schema, clouds and catalogs accept the task, and the task's text has no secret."""
     task = told["tasks"][name]
     assert task["resources"]
     assert SECRET not in task["shown"]
@@ -114,7 +114,7 @@ def test_skypilot_takes_every_kind_of_order(told: dict[str, Any], name: str) -> 
 
 
 def test_what_skypilot_reads_is_what_was_meant(told: dict[str, Any]) -> None:
-    """Machine, market and GPUs of the first choice."""
+    """SkyPilot reads the machine, market and GPUs of the first choice."""
     first = told["tasks"]["spot"]["resources"][0]
     assert "GCP(a2-ultragpu-8g[Spot]" in first
     assert "{'A100-80GB': 8}" in first
@@ -124,31 +124,31 @@ def test_what_skypilot_reads_is_what_was_meant(told: dict[str, Any]) -> None:
 
 
 def test_a_task_that_skypilot_refuses_is_text(told: dict[str, Any]) -> None:
-    """A key that it does not know is no traceback."""
+    """An unknown key is a UserError."""
     assert "cannot check the task" in told["facts"]["refused"]
 
 
 def test_a_shipped_task_without_its_bucket_is_refused_before_anything_is_rented(told: dict[str, Any]) -> None:
-    """By SkyPilot itself, with the variable's name: a placeholder would be found out on the machine."""
+    """SkyPilot's error names the variable, before a machine is rented."""
     shipped = told["facts"]["shipped"]
     assert len(shipped) == 9
     assert all("'CHECKPOINTS' is None" in str(said) for said in shipped.values()), shipped
 
 
 def test_the_faults_that_we_know_are_skypilot_s(told: dict[str, Any]) -> None:
-    """A class that was renamed would fall through to a traceback."""
+    """Every class that we recognise exists in SkyPilot."""
     assert {*KNOWN, *ABSENT, "ResourcesUnavailableError"} <= set(told["facts"]["exceptions"])
 
 
 def test_every_status_has_a_phase(told: dict[str, Any]) -> None:
-    """What is not in the table is a failure, and called so by SkyPilot."""
+    """A status that is not in the table is one of SkyPilot's failures."""
     statuses = set(told["facts"]["statuses"])
     assert set(PHASES) <= statuses
     assert all(status.startswith("FAILED") for status in statuses - set(PHASES))
 
 
 def test_the_fields_that_we_ask_for_exist(told: dict[str, Any]) -> None:
-    """SkyPilot answers an unknown field with nothing."""
+    """SkyPilot would ignore an unknown field silently."""
     assert set(JOB_FIELDS) <= set(told["facts"]["fields"])
     used = {"name", "status", "resources_str", "init_status_reason", "launched_at", "cloud"}
     assert used <= set(told["facts"]["cluster"])
@@ -170,12 +170,12 @@ def test_the_fields_that_we_ask_for_exist(told: dict[str, Any]) -> None:
 def test_the_functions_that_we_call_take_what_we_give(
     told: dict[str, Any], function: str, used: set[str]
 ) -> None:
-    """By name, as the adapter gives it."""
+    """The functions have the parameters that the adapter passes by name."""
     assert used <= set(told["facts"]["functions"][function])
 
 
 def test_every_run_has_a_name_that_skypilot_takes(told: dict[str, Any]) -> None:
-    """Of every shipped recipe."""
+    """This holds for every shipped recipe."""
     for name in names():
         run_id = default_run_id(load(name).recipe)
         assert re.fullmatch(told["facts"]["pattern"], cloud_name(run_id))

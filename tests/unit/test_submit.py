@@ -1,4 +1,4 @@
-"""Submissions to a cloud: launched once, followed, recognised, refused; with a stand-in for SkyPilot."""
+"""Submissions to a stand-in for SkyPilot: launched once, followed, recognised when repeated, refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def standing(phase: Phase = "running", *, kind: Kind = "managed job", **given: A
 
 
 class Scripted(FakeCloud):
-    """A cloud whose job stands otherwise each time its log has ended."""
+    """A cloud whose job enters the next phase each time its log ends."""
 
     def __init__(self, *phases: Phase, **given: Any) -> None:
         super().__init__(**given)
@@ -66,7 +66,7 @@ class Scripted(FakeCloud):
 
 
 class Site:
-    """A bucket, a state folder, and what was said."""
+    """A bucket, a state folder, and the launcher's messages."""
 
     def __init__(self, root: Path) -> None:
         self.runs = root / "runs"
@@ -120,7 +120,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def test_a_managed_job_is_launched_once_and_followed(site: Site) -> None:
-    """The order's task and secrets go to SkyPilot; what it tries where is shown until the job runs."""
+    """SkyPilot receives the task and the secrets. The places that it tries are shown until the job runs."""
     cloud = Scripted("running", "done", ends="waiting")
     ending, _ = site.submit(cloud)
     ((kind, name, config),) = cloud.launched
@@ -140,7 +140,7 @@ def test_a_cluster_is_launched_with_its_own_patience(site: Site) -> None:
 
 
 def test_the_bucket_says_that_it_is_done(site: Site) -> None:
-    """A final model that is committed is what done means."""
+    """A run is done when its final model is committed."""
 
     class Trains(Scripted):
         def logs(self, status: JobStatus, say: Any, **options: Any) -> None:
@@ -163,8 +163,8 @@ def test_a_done_run_is_not_launched_again(site: Site) -> None:
 
 @pytest.mark.parametrize("kind", ["managed job", "cluster"])
 @pytest.mark.parametrize("phase", ["waiting", "running", "recovering"])
-def test_what_is_at_work_is_followed_and_not_rented_twice(site: Site, kind: Kind, phase: Phase) -> None:
-    """The same submission is the same run, whatever it runs as, and from wherever it was submitted."""
+def test_a_running_job_is_followed_and_not_rented_twice(site: Site, kind: Kind, phase: Phase) -> None:
+    """The same submission is the same run, whatever kind of job it is, and wherever it was submitted from."""
     cloud = Scripted("running", "done", "done")
     cloud.statuses[kind, NAME] = standing(phase, kind=kind)
     site.submit(cloud)
@@ -177,7 +177,7 @@ def test_what_is_at_work_is_followed_and_not_rented_twice(site: Site, kind: Kind
 
 @pytest.mark.parametrize("phase", ["failed", "cancelled", "done", "idle"])
 def test_what_is_over_is_launched_again(site: Site, phase: Phase) -> None:
-    """It goes on from the bucket, under the same name."""
+    """The new job has the same name and resumes from the bucket."""
     cloud = Scripted("done")
     cloud.statuses["managed job", NAME] = standing(phase)
     site.submit(cloud)
@@ -185,7 +185,7 @@ def test_what_is_over_is_launched_again(site: Site, phase: Phase) -> None:
 
 
 def test_a_run_of_this_name_in_another_bucket_is_not_taken_for_it(site: Site) -> None:
-    """Its machine would train, and our bucket stay empty."""
+    """Following it would leave our bucket empty."""
     cloud = FakeCloud()
     site.submit(cloud, detach=True)
     sent = site.sent()
@@ -197,8 +197,8 @@ def test_a_run_of_this_name_in_another_bucket_is_not_taken_for_it(site: Site) ->
     assert "--name" in str(refused.value)
 
 
-def test_a_run_that_is_at_work_here_is_not_sent_away(site: Site) -> None:
-    """Two attempts would fight for it, and both be paid."""
+def test_a_run_that_is_running_here_is_not_launched_elsewhere(site: Site) -> None:
+    """Two attempts would compete for the run, and both would cost money."""
     home = Home.of(site.state, NAME, str(site.runs))
     with home.locked():
         home.remember(
@@ -217,7 +217,7 @@ def test_a_run_that_is_at_work_here_is_not_sent_away(site: Site) -> None:
 
 
 def test_detached_leaves_a_record(site: Site) -> None:
-    """`status` finds it again; the record holds no secret."""
+    """`status` reads the record, which contains no secret."""
     ending, _ = site.submit(FakeCloud(), detach=True)
     assert (ending.how, ending.exit_code) == ("detached", 0)
     assert "launcher logs a-run -f" in ending.message
@@ -245,14 +245,14 @@ def test_a_launch_that_fails_leaves_no_record(site: Site) -> None:
 
 
 def test_a_launch_that_fails_with_its_machine_up_is_remembered(site: Site) -> None:
-    """A machine that is paid must be seen in `status`."""
+    """`status` must show a machine that costs money."""
     with pytest.raises(Unavailable, match="set-up"):
         site.submit(Broken("set-up", leaves="cluster"), managed=False)
     assert site.sent()
 
 
 class Broken(FakeCloud):
-    """Cannot launch; may leave a cluster behind."""
+    """A cloud whose launches fail; it may leave a cluster behind."""
 
     def __init__(self, message: str, *, leaves: Kind | None = None) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ class Broken(FakeCloud):
     ("answer", "how", "code"), [("detach", "detached", 0), (None, "detached", 0), ("cancel", "cancelled", 75)]
 )
 def test_ctrl_c_asks(site: Site, answer: Answer | None, how: str, code: int) -> None:
-    """Without a terminal the run is left at work: it is somebody else's machine that was paid for."""
+    """Without a terminal there is no answer, so the run keeps its machine."""
     cloud = Scripted()
     cloud.interrupted = True
     ending, _ = site.submit(cloud, answer=answer)
@@ -278,7 +278,7 @@ def test_ctrl_c_asks(site: Site, answer: Answer | None, how: str, code: int) -> 
 
 
 def test_ctrl_c_may_have_been_a_slip(site: Site) -> None:
-    """Then the log goes on."""
+    """The answer `continue` shows the log again."""
     cloud = Scripted("done")
     cloud.interrupted = True
     site.submit(cloud, answer="continue")
@@ -286,14 +286,14 @@ def test_ctrl_c_may_have_been_a_slip(site: Site) -> None:
 
 
 def test_a_log_that_breaks_off_is_taken_up_again(site: Site) -> None:
-    """SkyPilot ends its stream where a machine is lost."""
+    """SkyPilot's log stream ends when a machine is lost."""
     cloud = Scripted("recovering", "running", "done")
     site.submit(cloud)
     assert cloud.asked.count(f"logs {NAME} -f") == 3
 
 
 def test_a_log_that_always_breaks_off_is_left(site: Site) -> None:
-    """The run is at work all the same."""
+    """After several breaks the launcher stops following and leaves the job running."""
     ending, _ = site.submit(FakeCloud())
     assert ending.how == "detached"
     assert "breaks off" in ending.message
@@ -310,24 +310,24 @@ def test_a_log_that_always_breaks_off_is_left(site: Site) -> None:
         (None, {"kind": "preempted", "step": 10}, "cancelled"),
     ],
 )
-def test_the_end_is_told_by_the_bucket_and_by_skypilot(
+def test_the_outcome_depends_on_the_bucket_and_on_skypilot(
     site: Site, seen: Phase | None, end: dict[str, Any] | None, how: str
 ) -> None:
-    """A wrong recipe is the user's to mend; all else that failed failed."""
+    """A wrong recipe is `refused`; any other failure is `failed`."""
     site.trained(end=end)
     run = Reader(open_run(str(site.runs), NAME), NAME).read()
     assert judge(standing(seen) if seen else None, run) == how
 
 
 def test_no_line_names_a_secret(site: Site) -> None:
-    """Not even by way of the order's own text."""
+    """Neither a message nor the submission's repr contains a secret."""
     site.submit(FakeCloud(), detach=True)
     order = site.order()
     assert not any("hf_0123456789" in text for text in (*site.said, repr(order), str(order.launch.task)))
 
 
 def test_an_image_is_made_when_a_machine_is_rented_for_it(site: Site) -> None:
-    """Before SkyPilot is asked, and not again for a run that is at work."""
+    """It is built before the launch, and not again for a run that is running."""
     site.wishes = BuildOptions(registry="ghcr.io/me", push=True)
     cloud = FakeCloud()
     site.submit(cloud, detach=True)
@@ -337,7 +337,7 @@ def test_an_image_is_made_when_a_machine_is_rented_for_it(site: Site) -> None:
 
 
 def test_an_image_that_cannot_be_made_rents_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The builder's message is the answer, and no record of a submission is left."""
+    """The builder's error is raised, and no record is written."""
     site.wishes = BuildOptions(registry="ghcr.io/me", push=True)
     cloud = FakeCloud()
 

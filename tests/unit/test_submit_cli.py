@@ -1,4 +1,4 @@
-"""The commands for runs elsewhere, as a user types them; with a stand-in for SkyPilot, and a store that is one."""
+"""The commands for runs on SkyPilot, as a user types them, with a stand-in for SkyPilot and a real S3 server."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def user(
 
 
 def test_a_dry_run_prints_the_task_and_submits_nothing(user: User) -> None:
-    """The task alone on stdout, why it is this on stderr, no secret on either; the same is then launched."""
+    """The task goes to stdout, the reasons to stderr, secrets to neither. A submission launches the same task."""
     text = user.submits("--managed", "--dryrun", "beta=0.2")
     assert user.code == 0
     assert not user.cloud.asked
@@ -82,7 +82,7 @@ def test_a_dry_run_prints_the_task_and_submits_nothing(user: User) -> None:
 
 
 def test_a_dry_run_as_json_is_one_object(user: User) -> None:
-    """For programs."""
+    """It has the task, the command and the reasons."""
     told = json.loads(user.submits("--dryrun", "--json"))
     assert told["verb"] == "sky launch"
     assert told["task"]["name"] == "a-run"
@@ -90,7 +90,7 @@ def test_a_dry_run_as_json_is_one_object(user: User) -> None:
 
 
 def test_a_detached_run_is_in_the_table_of_all(user: User) -> None:
-    """Run, where, state, step, last commit, attempts, dollars."""
+    """The row has run, place, state, step, last commit, attempts and cost."""
     user.submits("--managed", "--detach", "--json")
     assert json.loads(user.out)["ending"] == "detached"
     user.trained()
@@ -113,7 +113,7 @@ def test_a_detached_run_is_in_the_table_of_all(user: User) -> None:
 
 
 def test_the_closing_table_has_dollars_and_a_picture(user: User, tmp_path: Path) -> None:
-    """What the attempts' machines have cost; the picture lies with this machine's state, and nothing where one stands."""
+    """The cost is that of the attempts' machines. The picture is in the state folder, not in the working directory."""
     user.cloud = FakeCloud(ends="failed")
     user.trained(price={"usd_per_h": 360.0})
     told = json.loads(user.submits("--managed", "--json"))
@@ -128,7 +128,7 @@ def test_the_closing_table_has_dollars_and_a_picture(user: User, tmp_path: Path)
 
 
 def test_submitting_twice_rents_once(user: User) -> None:
-    """The second time it says so, and follows."""
+    """The second submission follows the running job."""
     user.submits("--managed", "--detach")
     user.submits("--managed", "--detach")
     assert len(user.cloud.launched) == 1
@@ -136,7 +136,7 @@ def test_submitting_twice_rents_once(user: User) -> None:
 
 
 def test_logs_are_skypilot_s(user: User) -> None:
-    """Where the run is elsewhere."""
+    """The log comes from SkyPilot; without a job the error names the run's events."""
     user.submits("--detach")
     assert user.types("logs", "a-run") == "a line of the log\n"
     user.types("logs", "a-run", "-f")
@@ -148,7 +148,7 @@ def test_logs_are_skypilot_s(user: User) -> None:
 
 
 def test_logs_go_to_stdout(user: User) -> None:
-    """Also while the adapter sends what SkyPilot prints elsewhere."""
+    """This holds while the adapter redirects SkyPilot's own output to stderr."""
 
     class Redirects(FakeCloud):
         def logs(self, status: JobStatus, say: Say, **options: Any) -> None:
@@ -161,7 +161,7 @@ def test_logs_go_to_stdout(user: User) -> None:
 
 
 def test_cancel_and_down(user: User) -> None:
-    """A cluster stays after its job, and says so; down gives it back; once more is no error."""
+    """A cancelled job leaves its cluster up; `down` gives it back; repeating either is no error."""
     user.submits("--detach")
     user.trained(end={"kind": "preempted", "step": 10})
     assert "`launcher down a-run` gives it back" in user.types("cancel", "a-run")
@@ -175,7 +175,7 @@ def test_cancel_and_down(user: User) -> None:
 
 
 def test_a_managed_job_goes_with_its_machine(user: User) -> None:
-    """Down is cancel: its machine is the controller's."""
+    """`down` cancels a managed job, whose controller gives the machine back."""
     user.submits("--managed", "--detach")
     user.types("down", "a-run")
     assert "cancel a-run" in user.cloud.asked
@@ -183,7 +183,7 @@ def test_a_managed_job_goes_with_its_machine(user: User) -> None:
 
 
 def test_skypilot_s_faults_are_text(user: User) -> None:
-    """What happened and the way out, exit code 2, no traceback, and nothing on record."""
+    """The user reads what happened and a hint, with exit code 2. No record is written."""
     user.cloud.fault = Unavailable("SkyPilot's API server does not answer", hint="`sky api start`")
     user.submits("--managed")
     assert user.code == 2
@@ -192,7 +192,7 @@ def test_skypilot_s_faults_are_text(user: User) -> None:
 
 
 def test_overrides_alone_are_of_the_default_task(user: User) -> None:
-    """`submit beta=0.2`: dpo_full."""
+    """`submit beta=0.2` submits dpo_full."""
     words = ("submit", "beta=0.2", *THERE, "--checkpoints", user.uri, "--dryrun")
     config = yaml.safe_load(user.types(*words))
     assert config["envs"]["RECIPE"] == "zephyr-7b/dpo_full"
@@ -200,7 +200,7 @@ def test_overrides_alone_are_of_the_default_task(user: User) -> None:
 
 
 def test_what_cannot_fit_is_exit_code_2(user: User) -> None:
-    """Before anything is rented."""
+    """Nothing is asked of SkyPilot."""
     user.types("submit", "--infra", "slurm", "--gpus", "T4:1", "--checkpoints", user.uri)
     assert user.code == 2
     assert "zephyr-7b/dpo_full" in user.err
@@ -208,7 +208,7 @@ def test_what_cannot_fit_is_exit_code_2(user: User) -> None:
 
 
 def test_several_nodes_are_one_job(user: User) -> None:
-    """The task says how many, and each of its nodes says which it is, by torchrun's names."""
+    """The task has their number, and each node gets its rank in torchrun's variable."""
     config = yaml.safe_load(user.submits("--managed", "--nodes", "2", "--dryrun"))
     assert config["num_nodes"] == 2
     assert "GROUP_RANK=$SKYPILOT_NODE_RANK" in config["run"]

@@ -1,4 +1,4 @@
-"""The task that SkyPilot is given: a value, compared whole."""
+"""SkyPilot's task as a value, compared as a whole."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def request(**given: object) -> TaskSpec:
 
 
 def test_a_request_is_the_whole_task() -> None:
-    """Where, what, and under which name: all else is the task of jobs/ as it stands."""
+    """Only the place, the run and its name change in a task of jobs/."""
     asked = request(
         overrides=("learning_rate=1e-6", "save_steps=20"),
         candidates=(SPOT, LAMBDA),
@@ -94,7 +94,7 @@ def test_a_request_is_the_whole_task() -> None:
 
 
 def test_one_place_needs_no_list_and_slurm_hears_nothing_of_spot() -> None:
-    """SkyPilot's Slurm refuses `use_spot`, also a false one."""
+    """SkyPilot's Slurm refuses `use_spot`, even if it is false."""
     own = Candidate(infra="slurm", accelerators="A100:8", use_spot=None)
     config = task_config(BASE, request(candidates=(own,), node_python="/opt/python"))
     assert config["resources"] == {
@@ -108,20 +108,20 @@ def test_one_place_needs_no_list_and_slurm_hears_nothing_of_spot() -> None:
 
 
 def test_a_forgotten_cluster_goes_down_by_itself() -> None:
-    """Nobody pays for a machine that has nothing to do."""
+    """An idle machine must not cost money."""
     resources = task_config(BASE, request(autostop=True))["resources"]
     assert resources["autostop"] == {"idle_minutes": 10, "down": True}
 
 
 def test_the_base_is_left_as_it_was() -> None:
-    """A second submission of one process starts from the same task."""
+    """A second submission in the same process starts from the same task."""
     before = yaml.safe_dump(BASE)
     task_config(BASE, request(overrides=("beta=0.1",), secrets=("HF_TOKEN",), autostop=True))
     assert yaml.safe_dump(BASE) == before
 
 
 def test_the_file_of_a_dry_run_is_the_task() -> None:
-    """What is printed can be launched by hand; scripts stay readable."""
+    """The printed task can be launched by hand, and its scripts are readable."""
     config = task_config(BASE, request(candidates=(SPOT, LAMBDA), secrets=("HF_TOKEN",), workdir="/src"))
     text = to_yaml(config)
     assert yaml.safe_load(text) == config
@@ -131,13 +131,13 @@ def test_the_file_of_a_dry_run_is_the_task() -> None:
 
 @pytest.mark.parametrize("word", ["run_name=my run", "a=*", "b='c'", 'd="e"'])
 def test_an_override_that_the_shell_would_change_is_refused(word: str) -> None:
-    """The node takes OVERRIDES apart at blanks; what would come out otherwise never goes in."""
+    """The node splits OVERRIDES at blanks, so an override with blanks is refused."""
     with pytest.raises(RecipeError, match="would change"):
         task_config(BASE, request(overrides=(word,)))
 
 
 def test_a_task_that_is_not_ours_is_refused() -> None:
-    """Without the variables the node would train something else."""
+    """Without our variables the node would train something else."""
     with pytest.raises(UserError, match="has no variable OVERRIDES, RUN"):
         task_config({"name": "x", "envs": {"RECIPE": "a", "CHECKPOINTS": "b"}}, request())
 
@@ -147,7 +147,7 @@ def test_a_task_that_is_not_ours_is_refused() -> None:
     [("zephyr-7b-dpo_full-1a2b", "zephyr-7b-dpo_full-1a2b"), ("7b", "run-7b"), ("a.", "a"), ("a-_", "a")],
 )
 def test_every_run_id_has_a_name_that_skypilot_takes(run_id: str, name: str) -> None:
-    """A letter first, a letter or digit last."""
+    """The name starts with a letter and ends with a letter or a digit."""
     assert cloud_name(run_id) == name
 
 
@@ -156,7 +156,7 @@ def _places(found: Plan, *, managed: bool, **given: Any) -> list[Candidate]:
 
 
 def test_candidates_are_the_plan_s_rows_in_its_order() -> None:
-    """SkyPilot tries what the plan chose, then the plan's next."""
+    """SkyPilot tries the plan's choice, then the plan's next rows."""
     found = planned(accelerator="A100", count=8)
     places = _places(found, managed=True, named=True)
     assert [(each.infra, each.use_spot) for each in places] == [
@@ -167,13 +167,13 @@ def test_candidates_are_the_plan_s_rows_in_its_order() -> None:
 
 
 def test_without_recovery_there_is_no_spot() -> None:
-    """A cluster that is lost stays lost."""
+    """A lost cluster is not replaced."""
     assert not any(each.use_spot for each in _places(planned(spot=False), managed=False))
     assert not any(each.use_spot for each in _places(planned(), managed=False, named=True))
 
 
-def test_what_nobody_asked_for_is_not_rented_at_any_price() -> None:
-    """A fallback may cost up to twice the choice, and there are few of them."""
+def test_a_fallback_may_not_cost_much_more() -> None:
+    """A fallback costs at most twice as much as the choice, and there are few of them."""
     found = planned()
     places = _places(found, managed=True)
     limit = 2 * found.rows[0].usd
@@ -185,7 +185,7 @@ def test_what_nobody_asked_for_is_not_rented_at_any_price() -> None:
 
 
 def test_a_region_that_was_asked_for_is_kept() -> None:
-    """Otherwise SkyPilot looks in all of a cloud's regions, the cheapest first."""
+    """Without a region, SkyPilot tries all regions of a cloud, the cheapest first."""
     found = planned(accelerator="A100", count=8, spot=True)
     (place,) = _places(found, managed=True, asked=("gcp/us-central1",))
     assert place.infra.startswith("gcp/")
