@@ -10,7 +10,7 @@ import pytest
 
 from launcher.checkpoints.prune import delete_references, survey_references
 from tests.unit.test_checkpoints import Type, keys, launcher, save  # noqa: F401 (a fixture)
-from tests.unit.test_reference_shelf import dpo, staged
+from tests.unit.test_reference_cache import dpo, staged
 from trainer.bucket import Bucket, attempts, open_run
 from trainer.bucket.reference_cache import cached_recipes, open_cache
 from trainer.recipe import Recipe, load
