@@ -1,4 +1,4 @@
-"""A real `python -m trainer run` under a test's control: start it, watch its bucket, take its machine away."""
+"""Run a real `python -m trainer run` in a test: start it, read its bucket, kill it like a lost machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def wait_until(
     condition: Callable[[], Any], what: str, *, timeout_s: float = 240.0, poll_s: float = 0.02
 ) -> Any:
-    """The first true value of `condition`; fails the test, with `what`, when there is none in time."""
+    """Return the first true value of `condition`; fail the test, with `what`, after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain: {what}"
@@ -32,7 +32,7 @@ def wait_until(
 
 
 class TrainerRun:
-    """One attempt as a process group of its own, so that a kill takes all of it, as a lost machine does."""
+    """One attempt in its own process group, so that a kill ends all of it, like a lost machine."""
 
     def __init__(
         self,
@@ -69,13 +69,13 @@ class TrainerRun:
         self.lose_machine()
 
     def lose_machine(self) -> int:
-        """SIGKILL to every process of the attempt, without warning; the supervisor's exit code."""
+        """Send SIGKILL to every process of the attempt; return the supervisor's exit code."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
 
     def terminate(self) -> None:
-        """The notice that a cloud gives: SIGTERM to the supervisor."""
+        """Send SIGTERM to the supervisor, the preemption notice of a cloud."""
         self.process.terminate()
 
     def wait(self, timeout_s: float = 400.0) -> int:
@@ -90,15 +90,15 @@ class TrainerRun:
         return self._log.read_text(errors="replace")
 
     def staging(self) -> Path | None:
-        """The staging folder, once the attempt has made it."""
+        """Return the staging folder, once the attempt has created it."""
         return self._find("*/attempt-*/staging")
 
     def step(self) -> int:
-        """The last step that the worker has told: sooner here than in the bucket."""
+        """Return the worker's last step, which is known here before it is in the bucket."""
         return max((event["step"] for event in self.told("step")), default=0)
 
     def told(self, kind: str) -> list[Event]:
-        """What the worker has told; of an attempt that is killed, the bucket need not know it yet."""
+        """Return the worker's events of a kind. A killed attempt may not have uploaded them."""
         path = self._find("*/attempt-*/steps.jsonl")
         lines = path.read_text().splitlines(keepends=True) if path else []
         events = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -112,7 +112,7 @@ class TrainerRun:
 
 
 class RunView:
-    """What the bucket knows of a run."""
+    """Reads a run from its bucket."""
 
     def __init__(self, checkpoints: str, run_id: str) -> None:
         self.bucket: Bucket = open_run(checkpoints, run_id)
@@ -129,7 +129,7 @@ class RunView:
         return final(self.bucket)
 
     def steps(self) -> dict[int, list[Event]]:
-        """Each step as every attempt that did it told it, without what names the attempt."""
+        """Return each step's events of all attempts, without the fields that differ between attempts."""
         told: dict[int, list[Event]] = {}
         for event in self.events("step", "eval"):
             told.setdefault(event["step"], []).append(
@@ -139,4 +139,4 @@ class RunView:
 
 
 TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"} | MEASURED
-"""What no two runs share."""
+"""Fields that differ between any two runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ class LocalMachine:
         poll: Callable[[], bool] | None = None,
     ) -> None:
         home = self._home(status.name)
-        log = self._logs.get(status.name) or LogTail(home.log, last_lines=tail or 1_000_000_000)
+        log = self._logs.get(status.name) or LogTail(home.log, last_lines=tail or sys.maxsize)
         self._logs[status.name] = log
         while True:
             # The process is checked first, so that nothing written before its end is missed.

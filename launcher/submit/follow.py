@@ -62,6 +62,7 @@ class Follower:
     def __init__(
         self,
         job: Submission,
+        run: RunHistory,
         reader: Reader,
         context: SubmitContext,
         signals: Signals | None,
@@ -72,6 +73,7 @@ class Follower:
 
         Args:
             job: what was submitted.
+            run: the run as it was before the job was launched, so that its attempts are told apart from the job's.
             reader: reads the run's bucket.
             context: backend, terminal and clock.
             signals: records Ctrl-C and SIGTERM, if the backend polls; else Ctrl-C raises KeyboardInterrupt.
@@ -90,7 +92,7 @@ class Follower:
         self._attempts_before = 0
         self._detached = False
         self._fruitless = 0
-        self.run = reader.read()
+        self.run = run
         """The run as last read."""
         self._newest_commit = max(self.run.commits, default=0)
 

@@ -47,7 +47,7 @@ def submit(job: Submission, context: SubmitContext, *, detach: bool) -> tuple[En
             context.view.note(note)
         if detach:
             return Ending("detached", detached_text(status, launch.run_id)), run
-        follower = Follower(job, reader, context, signals, relaunch=lambda: _launch(job, context))
+        follower = Follower(job, run, reader, context, signals, relaunch=lambda: _launch(job, context))
         return follower.follow(status, came_back=came_back), follower.run
 
 

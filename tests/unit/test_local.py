@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from launcher.cloud.local import LocalMachine
-from launcher.cloud.protocol import LaunchRequest, find
+from launcher.cloud.protocol import LaunchRequest, Say, find
 from launcher.local import process
 from launcher.local.fault_injection import Preemptions, plan
 from launcher.local.process import Home, LocalRecord, supervisor_command, supervisor_environment
@@ -59,9 +59,15 @@ class Site:
         return Submission(launch=launch, where="this machine")
 
     def submit(
-        self, job: Submission, *, view: PlainView | None = None, detach: bool = False, **given: Any
+        self,
+        job: Submission,
+        *,
+        view: PlainView | None = None,
+        detach: bool = False,
+        machine: LocalMachine | None = None,
+        **given: Any,
     ) -> tuple[Ending, RunHistory]:
-        machine = LocalMachine(self.state)
+        machine = machine or LocalMachine(self.state)
         context = SubmitContext(
             backend=machine,
             state=self.state,
@@ -148,6 +154,23 @@ def test_preemptions_happen_and_are_counted(site: Site, times: int) -> None:
     assert (run.preemptions, len(run.attempts)) == (times, times + 1)
     assert [attempt.step for attempt in run.attempts[:-1]] == [spot.step for spot in spots]
     assert [attempt.end for attempt in run.attempts[:-1]] == [None] * times
+
+
+def test_an_attempt_that_begins_before_the_first_look_is_preempted(site: Site) -> None:
+    """The supervisor may claim its attempt before the launcher reads the bucket again."""
+    (moment,) = plan(after=0, total_steps=20, times=1, seed=3)
+
+    class Slow(LocalMachine):
+        def launch(self, request: LaunchRequest, say: Say) -> int:
+            pid = super().launch(request, say)
+            while site.read().step < moment.step:
+                pass
+            return pid
+
+    preemptions = Preemptions(times=1, seed=3)
+    job = site.job(stall=moment.step)
+    ending, run = site.submit(job, machine=Slow(site.state), preemptions=preemptions)
+    assert (ending.how, ending.preempted, len(run.attempts)) == ("done", 1, 2)
 
 
 def test_a_preemption_that_comes_too_late_is_not_counted(site: Site) -> None:
