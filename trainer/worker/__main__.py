@@ -95,6 +95,7 @@ def run(job: Job, channel: Channel) -> Outcome:
 
 
 def main() -> None:
+    """Run one rank: read the job, train, write the outcome, and exit."""
     die_with_parent(os.getppid())
     job = Job.model_validate_json(Path(sys.argv[1]).read_text())
     rank, local_rank = (int(os.environ.get(name, "0")) for name in (RANK_VARIABLE, LOCAL_RANK_VARIABLE))
@@ -105,10 +106,12 @@ def main() -> None:
             configure_logging(channel)
             train_function(job.recipe.method)
         outcome = run(job, channel)
-    except BaseException:  # the other ranks must not wait for this one, whatever the error is
+    except BaseException:
         if job.fit.processes == 1:
             raise
-        traceback.print_exc()  # exit at once: a cleanup could wait for the other ranks
+        # Exit at once, whatever the error is: the other ranks must not wait for this one, and a cleanup could wait
+        # for them.
+        traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
     channel.conclude(outcome)
@@ -117,10 +120,8 @@ def main() -> None:
 
 def leave(job: Job, code: int) -> NoReturn:
     """End this process. A successful rank leaves the process group first; a failed rank exits without waiting."""
-    for number in (
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # the outcome is written, and Python's shutdown runs without our handlers
+    # The outcome is written. A signal during Python's shutdown must not end the process with another exit code.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if job.fit.processes > 1 and code == 0:
         import torch.distributed as dist

@@ -37,9 +37,8 @@ KEEP_ALL = ("wrapped", "bfd_split")
 """Packing strategies of TRL that continue a row that does not fit in another sequence."""
 ROWS_AT_ONCE = 1000
 PROGRESS_EVERY_S = 20.0
-SEPARATOR = np.array(
-    [-1], dtype=np.int32
-)  # not a token id, so a moved boundary between rows changes the fingerprint
+SEPARATOR = np.array([-1], dtype=np.int32)
+"""Hashed after each row. It is not a token id, so a moved boundary between rows changes the fingerprint."""
 
 TokenRow = dict[str, np.ndarray[Any, np.dtype[np.int32]]]
 
@@ -93,9 +92,8 @@ def for_dpo(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str
     """
     settings = {"max_length": recipe.training_method.max_length, **recipe.trainer_args}
     renderer = Renderer(tokenizer, insert_system=recipe.auto_insert_empty_system_msg)
-    keep_end = (
-        settings.get("truncation_mode") == "keep_end"
-    )  # then TRL's collator cuts prompt and answer together
+    # With `keep_end`, TRL's collator cuts prompt and answer together.
+    keep_end = settings.get("truncation_mode") == "keep_end"
 
     def text(row: Row) -> list[Text]:
         form: Pair = dpo_form(row)
@@ -142,6 +140,7 @@ def dpo_row(
 
     `chosen` and `rejected` are the ids of the prompt followed by the answer.
     """
+    # The prompt is the common beginning of both.
     shared = 0  # a token may span the end of the prompt, so the two may differ before `prompt_length`
     while shared < min(prompt_length, len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -197,6 +196,7 @@ def _tokenise(
     digest = xxhash.xxh3_128()
     count = done = 0
     logged = time.monotonic()
+    # Rows are processed in chunks, so that Python objects of all rows never exist at the same time.
     for chunk in _chunks(rows):
         if time.monotonic() - logged >= PROGRESS_EVERY_S:
             logged = time.monotonic()

@@ -1,4 +1,4 @@
-"""Sets up DeepSpeed or FSDP as the fit says: config, trainer settings, compiled host code, sharded state.
+"""Sets up the engine that the fit chose, DeepSpeed or FSDP: config, trainer settings, compiled host code, sharded state.
 
 The supervisor starts the processes and sets their environment (`trainer.supervisor.workers`). One process and DDP need
 nothing here: Accelerate reads the rank variables, and uses nccl on GPUs and gloo on the CPU.
@@ -99,10 +99,7 @@ def settings(config: dict[str, Any] | None, fit: Fit) -> dict[str, Any]:
     if config is None:
         return {"use_cpu": fit.use_cpu}
     if fit.engine == "fsdp2":
-        return {
-            "use_cpu": fit.use_cpu,
-            **copy.deepcopy(config),
-        }  # a copy, because Transformers writes into it
+        return {"use_cpu": fit.use_cpu, **copy.deepcopy(config)}  # Transformers writes into it
     if not fit.use_cpu:
         return {"use_cpu": False, "deepspeed": config}
     return {"use_cpu": False, "deepspeed": config, "accelerator_config": {"use_configured_state": True}}
@@ -192,9 +189,8 @@ class ShardedCheckpointMixin:
 
     def _prepare_for_training(self: Any, max_steps: int, loader: Any, folder: str | None) -> Any:
         """Prepare as Transformers does, but map DeepSpeed's files while they are loaded, and check FSDP's sharding."""
-        maps = (
-            folder and self.is_deepspeed_enabled and not self.converted
-        )  # a conversion maps the files itself
+        # A conversion maps the files itself.
+        maps = folder and self.is_deepspeed_enabled and not self.converted
         with load_with_mmap() if maps else nullcontext():
             prepared = super()._prepare_for_training(max_steps, loader, folder)  # type: ignore[misc]
         if maps:

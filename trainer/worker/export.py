@@ -85,7 +85,7 @@ def merge_adapter(
     Args:
         base: the model that the adapter was trained on, to be loaded again.
         adapter: folder with `adapter_config.json` and the adapter's weights.
-        recipe: says how the base is loaded.
+        recipe: decides how the base is loaded.
         fit: the fit of the run; its engine and device do not matter here.
         into: folder of the merged model.
         trained_on: digest of the weights that the adapter was trained on, if it is known.

@@ -85,9 +85,8 @@ def explained(path: str, error: Exception) -> UserError:
 def out_of_reach(error: BaseException) -> bool:
     """Return whether an error or one of its causes is a temporary failure of a server or of the network."""
     chain = list(error_chain(error))
-    if any(
-        type(link).__name__ == "OfflineModeIsEnabled" for link in chain
-    ):  # requested by an environment variable
+    # The user disabled access to the Hub by an environment variable, so a later attempt would fail too.
+    if any(type(link).__name__ == "OfflineModeIsEnabled" for link in chain):
         return False
     statuses = [status for link in chain if (status := http_status(link))]
     if statuses:

@@ -88,7 +88,10 @@ def _turn(row: Row, name: str) -> list[Message]:
 
 
 def _message_pair(prompt: Any, chosen: list[Message], rejected: list[Message]) -> Pair:
-    """Split two chats into prompt and answers. `prompt` is ignored if they have one: UltraFeedback's is incomplete."""
+    """Split two whole chats into prompt and answers.
+
+    A prompt inside the chats replaces the column `prompt`, which in UltraFeedback holds only the last question.
+    """
     if chosen[:-1] != rejected[:-1]:
         raise Malformed("chosen and rejected answer different prompts")
     before = chosen[:-1] or _prompt_messages(prompt)
