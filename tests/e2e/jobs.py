@@ -113,11 +113,14 @@ class Job:
         return Path(f"{self.lab.node_root}{link.readlink()}") if link.is_symlink() else link
 
     def pause(self) -> None:
-        """Let training stand still where it is; Slurm's SIGTERM comes with the SIGCONT that ends it."""
-        for process in self._processes():
-            with suppress(psutil.Error):
-                if "trainer.worker" in process.cmdline():
-                    process.suspend()
+        """Stop training where it is. Slurm's SIGTERM comes with a SIGCONT, which ends the pause."""
+        for worker in self._workers():
+            worker.suspend()
+
+    def lower_priority(self) -> None:
+        """Leave the cores to the other jobs: training that waits to be cancelled would use all of them."""
+        for worker in self._workers():
+            worker.nice(19)
 
     def lose_machine(self) -> None:
         """SIGKILL to every process of the node, without warning, and the node is gone."""
@@ -133,6 +136,12 @@ class Job:
     def gone(self) -> bool:
         """Whether the cluster has nothing of it any more."""
         return not any(name.startswith(self.name) for name in self.lab.slurm.jobs().values())
+
+    def _workers(self) -> Iterator[psutil.Process]:
+        for process in self._processes():
+            with suppress(psutil.Error):
+                if "trainer.worker" in process.cmdline():
+                    yield process
 
     def _processes(self) -> Iterator[psutil.Process]:
         job = self.slurm_job()

@@ -129,4 +129,5 @@ def cancel_cluster(job: Job) -> str:
 def _cancel(job: Job, *, managed: bool) -> str:
     job.submit("--detach", *ENDLESS, managed=managed)
     job.wait_for_step(5)
+    job.lower_priority()
     return job.launcher.run("cancel", job.name).stdout
