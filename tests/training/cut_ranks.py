@@ -66,7 +66,7 @@ def whole(trainer: Any) -> dict[tuple[str, str], Any]:
 
 
 def differences(saved: FsdpState, wanted: dict[tuple[str, str], Any]) -> list[str]:
-    """Of what is read, from the first element on and from one in the middle."""
+    """Return what is read, from the first element and from one in the middle."""
     wrong = []
     for (name, key), tensor in wanted.items():
         flat = tensor.reshape(-1)

@@ -1,6 +1,6 @@
 """A rank that is a fork of a process that has imported the stack: `python -m tests.training.forked JOB_JSON`.
 
-To whoever starts it, it is the rank: same variables and files, same exit code, and its death is the rank's.
+For the process that starts it, it is the rank: same variables and files, same exit code, and its death is the rank's.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def workers(job: Job, program: str = PROGRAM) -> Workers:
 
 
 def _address(job: Job) -> bytes:
-    """Of the socket of this process' warm one, which ends with this process."""
+    """Return the address of the socket of this process's warm process, which ends with this one."""
     variables = {name: value for name, value in environment(job).items() if name not in OF_ONE}
     key = frozenset(variables.items())
     if key not in _warm or _warm[key][0].poll() is not None:

@@ -90,7 +90,7 @@ def numbers(trainer: Any, engine: str) -> dict[str, Any]:
 
 
 def differences(trainer: Any, engine: str, saved: CheckpointState) -> list[str]:
-    """Of what an engine holds from what was saved; nothing of it may be rounded."""
+    """Return what an engine holds that differs from what was saved; nothing may be rounded."""
     wrong = []
     for what, held in numbers(trainer, engine).items():
         name, key = what.split()

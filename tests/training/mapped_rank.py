@@ -11,7 +11,7 @@ from trainer.worker import __main__ as worker
 
 
 def mapped_files() -> str:
-    """Of this process: https://man7.org/linux/man-pages/man5/proc_pid_maps.5.html"""
+    """Return the mappings of this process: https://man7.org/linux/man-pages/man5/proc_pid_maps.5.html"""
     return Path("/proc/self/maps").read_text()
 
 

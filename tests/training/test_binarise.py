@@ -54,7 +54,7 @@ def test_a_rating_that_is_no_number_does_not_count(rating: Any) -> None:
 
 @pytest.mark.parametrize("annotations", [None, {}, {"honesty": None}, {"honesty": {"Rationale": "none"}}])
 def test_an_answer_without_ratings_has_no_mean(annotations: Any) -> None:
-    """It is no zero: nobody said that it is bad."""
+    """A missing rating is not counted as 0."""
     assert rate({"response": "x", "annotations": annotations}) == Rated(None, 4)
 
 
@@ -71,7 +71,7 @@ def test_an_answer_without_ratings_has_no_mean(annotations: Any) -> None:
     ],
 )
 def test_the_best_is_chosen_and_a_worse_one_rejected(means: list[float | None], expected: object) -> None:
-    """Of several best the first; an equal one is never rejected, and rows that are all alike make no pair."""
+    """The first of several best answers is chosen. An equal answer is never rejected. Equal ratings give no pair."""
     assert pick(means, draw="0/q") == expected
 
 

@@ -1,4 +1,4 @@
-"""A GPU that fails ends the attempt, not the run."""
+"""A failed GPU ends the attempt, and the run is recovered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code compiled for the host: a process that was killed while it compiled stops nobody after it."""
+"""DeepSpeed's code for the host: a process that is killed while it compiles does not block later processes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ with _compile_lock("an_op"):
 
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where torch says that somebody compiles."""
+    """Return the file by which torch marks a running compilation."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     with _compile_lock("an_op"):
         [folder] = tmp_path.rglob("an_op")
     return folder / "lock"
 
 
-def test_a_killed_compilation_stops_nobody(lock: Path) -> None:
-    """Torch's mark of it would be waited for until somebody removes it by hand."""
+def test_a_killed_compilation_does_not_block_later_ones(lock: Path) -> None:
+    """Torch's file would block every later process until a user removes it."""
     with subprocess.Popen([sys.executable, "-c", COMPILES, str(lock)], cwd=ROOT) as killed:
         wait_until(lock.exists, "the compilation")
         killed.send_signal(signal.SIGKILL)
@@ -40,15 +40,15 @@ def test_a_killed_compilation_stops_nobody(lock: Path) -> None:
         assert not lock.exists()
 
 
-def test_another_programs_compilation_is_left_to_it(lock: Path) -> None:
-    """It takes its mark away itself, and would fail if that were gone."""
+def test_the_file_of_another_program_stays(lock: Path) -> None:
+    """That program removes its file itself, and would fail if the file were missing."""
     lock.touch()
     with _compile_lock("an_op"):
         assert lock.exists()
 
 
 def test_one_compiles_at_a_time(lock: Path) -> None:
-    """Whoever holds the turn is waited for, mark or no mark."""
+    """A process waits for the holder of the lock, whether torch's file exists or not."""
     with _compile_lock("an_op"):
         waiting = subprocess.Popen(
             [sys.executable, "-c", COMPILES, str(lock)], cwd=ROOT, stdout=subprocess.PIPE

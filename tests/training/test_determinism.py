@@ -1,4 +1,4 @@
-"""Operations that add in the order of chance are not used, and one that has no other kernel is said to be it."""
+"""Nondeterministic kernels are not used, and an operation that has no other kernel is named in the error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def test_every_kernel_adds_in_one_order() -> None:
+def test_every_kernel_adds_in_a_fixed_order() -> None:
+    """PyTorch, cuBLAS and FlashAttention are set to deterministic kernels."""
     compute_deterministically(load(SFT, ()).recipe)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled(), "a warning leaves attention as it is"
@@ -35,13 +36,14 @@ def test_every_kernel_adds_in_one_order() -> None:
     assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
 
 
-def test_a_recipe_can_take_the_fastest() -> None:
+def test_a_recipe_can_use_the_fastest_kernels() -> None:
+    """`full_determinism: false` changes no setting."""
     compute_deterministically(load(SFT, ("full_determinism=false",)).recipe)
     assert not torch.are_deterministic_algorithms_enabled()
     assert "FLASH_ATTENTION_DETERMINISTIC" not in os.environ
 
 
-def test_what_has_no_such_kernel_is_said_with_the_way_out(
+def test_an_operation_without_a_deterministic_kernel_is_an_error_with_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def step(*_words: object) -> torch.Tensor:
@@ -55,6 +57,7 @@ def test_what_has_no_such_kernel_is_said_with_the_way_out(
     assert "`full_determinism: false`" in outcome.hint
 
 
-def test_any_other_failure_stays_a_bug(tmp_path: Path) -> None:
+def test_any_other_error_stays_a_bug(tmp_path: Path) -> None:
+    """It gets no outcome."""
     job = make_job(tmp_path / "work", SFT, *SMALL)
     assert outcome_of(RuntimeError("CUDA error: device-side assert triggered"), job) is None

@@ -48,7 +48,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 LOSS_TOLERANCE = 2e-5
 """Float32 sums in another order, after six steps at a rate of 5e-3; losses are between 0.1 and 6."""
 DRIFT_TOLERANCE = 1e-5
-"""Of the mean difference: rounding has no direction, a wrong weight of a sample has."""
+"""Bound of the mean difference: rounding errors cancel out, and a wrong weight of a sample does not."""
 NO_COMPILER = "DeepSpeed compiles its communication and its Adam for the CPU: no g++ or ninja here"
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") and (shutil.which("ninja") or Path(sys.executable).with_name("ninja").exists())),
@@ -107,7 +107,7 @@ def steps_of(trained: Trained, name: str) -> list[Any]:
 
 
 def tokens_of(trained: Trained) -> list[int]:
-    """Of each step, over all ranks."""
+    """The value of each step, over all ranks."""
     pace = zip(steps_of(trained, "tokens_per_s"), steps_of(trained, "step_s"), strict=True)
     return [round(per_s * seconds) for per_s, seconds in pace]
 

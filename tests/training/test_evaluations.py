@@ -1,4 +1,4 @@
-"""Evaluations that fall on the end of an epoch or the start of a run, or into a notice, when the machine is lost then."""
+"""Evaluations at the end of an epoch, at the start of a run, and during a preemption notice are exact after a recovery."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from trainer.job import Outcome
 __all__ = ["signals"]
 
 EPOCHS = ("eval_strategy=epoch", "max_steps=-1", "num_train_epochs=2", "save_steps=6", *LORA)
-"""Six steps each, and dropout, which draws its numbers after an evaluation has drawn its own."""
+"""Six steps an epoch. Dropout draws random numbers after an evaluation has drawn its own."""
 STEPS = ("eval_strategy=steps", "eval_steps=2", "per_device_eval_batch_size=1", "save_steps=4", *LORA)
-"""Four batches to an evaluation."""
+"""Four batches in an evaluation."""
 
 
 def test_a_checkpoint_at_the_end_of_an_epoch_has_its_evaluation(tmp_path: Path, small: Small) -> None:
-    """Whoever goes on from there goes on exactly, and no epoch's evaluation is lost with the machine."""
+    """A resume from it is exact, and the result of the evaluation is not lost with the machine."""
     whole = small(SFT, *EPOCHS)
     assert [line["step"] for line in whole.of("eval")] == [6, 12]
     kinds = [line["kind"] for line in whole.lines if line["kind"] in ("eval", "saved")]
@@ -35,7 +35,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_has_its_evaluation(tmp_path: Path, 
 
 @pytest.mark.usefixtures("signals")
 def test_a_stop_within_an_epoch_evaluates_nothing(tmp_path: Path) -> None:
-    """Transformers takes it for the epoch's end: a machine that goes would compute the whole test set, and save again."""
+    """Transformers treats a stop as the end of the epoch: it would evaluate the whole test set, and save again."""
     trained = stopped(tmp_path, 2, *EPOCHS)
     assert trained.outcome.status == "preempted"
     assert trained.of("eval") == []
@@ -43,13 +43,13 @@ def test_a_stop_within_an_epoch_evaluates_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_within_an_epoch_is_evaluated(small: Small) -> None:
-    """As Transformers does it: the last step ends the last epoch."""
+    """As in Transformers, the last step counts as the end of an epoch."""
     trained = small(SFT, "eval_strategy=epoch")
     assert [line["step"] for line in trained.of("eval")] == [4]
 
 
 def test_the_evaluation_at_the_start_is_done_once(tmp_path: Path, small: Small) -> None:
-    """Not at every recovery, where it would tell of a step that is no start."""
+    """It does not run again at a recovery, where it would evaluate a later step."""
     whole = small(SFT, "eval_on_start=true", "eval_strategy=no")
     assert [line["step"] for line in whole.of("eval")] == [0]
     again = resumed(tmp_path, whole, 2, SFT, "eval_on_start=true", "eval_strategy=no")
@@ -63,10 +63,10 @@ def evaluations(trained: Trained) -> list[dict[str, object]]:
 
 @pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("name", [SFT, DPO])
-def test_an_evaluation_gives_way_to_a_notice(
+def test_a_notice_interrupts_an_evaluation(
     tmp_path: Path, small: Small, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Its step is saved without the rest of it; whoever goes on does it first, and ends as if undisturbed."""
+    """Its step is saved, the next attempt reruns the evaluation first, and the run ends like an undisturbed one."""
     words = (*STEPS, "disable_dropout=false") if name == DPO else STEPS
     whole = small(name, *words)
     with monkeypatch.context() as patch:
@@ -82,8 +82,10 @@ def test_an_evaluation_gives_way_to_a_notice(
 
 
 @pytest.mark.usefixtures("signals")
-def test_the_evaluation_that_is_due_gives_way_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is saved, since nothing was trained."""
+def test_a_notice_interrupts_the_rerun_of_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is saved, because no step was trained."""
     with monkeypatch.context() as patch:
         notice_within(patch)
         trained = stopped(tmp_path, 0, *STEPS)
@@ -93,8 +95,8 @@ def test_the_evaluation_that_is_due_gives_way_too(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("zero3", marks=needs_compiler)])
-def test_all_ranks_leave_an_evaluation_together(tmp_path: Path, kind: str) -> None:
-    """Though one alone was told, and its result is that of the undisturbed run when it is done."""
+def test_all_ranks_interrupt_an_evaluation_together(tmp_path: Path, kind: str) -> None:
+    """Only one rank gets the signal. The rerun has the result of an undisturbed run."""
     words = (DPO, "eval_strategy=steps", "eval_steps=2", "per_device_eval_batch_size=1")
     whole = run(ranks_job(tmp_path / "whole", *words, **ENGINES[kind]))
     job = ranks_job(tmp_path / "noticed", *words, **ENGINES[kind])

@@ -1,4 +1,4 @@
-"""Killed in mid-step, in mid-save and in mid-upload, a run ends with the bits of one that nobody disturbed."""
+"""A run that is killed during a step, a save or an upload ends with the same bits as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def whole_run(recipe: Path, tmp_path: Path) -> RunView:
 
 
 def jam(run: TrainerRun) -> Path:
-    """The optimizer's file of step 8 is a pipe that nobody reads, so that save cannot end; the checkpoint's folder."""
+    """Make the optimizer's file of step 8 a pipe without a reader, so that its save hangs; return the checkpoint's folder."""
     staging = wait_until(run.staging, "the staging folder")
     checkpoint: Path = staging / "checkpoint-8"
     checkpoint.mkdir()

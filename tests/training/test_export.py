@@ -98,7 +98,7 @@ def test_a_checkpoint_of_fsdp_is_exported(runs: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["run-1", "--step", "3"], "committed steps: 40, 20"),
-        (["nobody"], "there is no run at"),
+        (["unknown-run"], "there is no run at"),
         (["run-1", "--into", "."], "exists already"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A real save onto a file system that is too small for it."""
+"""A real save to a file system that is too small for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_save_that_does_not_fit_is_an_outcome_and_leaves_nothing_half_written(small: Path) -> None:
-    """Whatever package hits the end of the disk: no traceback, no unfinished folder, the numbers."""
+    """Whichever package fails: no traceback, no unfinished folder, and a message with the numbers."""
     job = make_job(small / "work", "zephyr-tiny/sft", *SMALL, "save_steps=1", "max_steps=20")
     reserve_disk(job.work)
     file = job.work / "job.json"

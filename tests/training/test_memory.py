@@ -190,7 +190,7 @@ def test_saved_activations_are_as_predicted(
 
 
 def test_a_mask_makes_fused_attention_keep_whole_keys_and_values() -> None:
-    """Of padded batches torch's fused attention keeps as many keys as queries, and the mask."""
+    """For padded batches, torch's fused attention keeps as many keys as queries, and the mask."""
     model = tiny("mistral", "bfloat16")
     assert predicted(model, padded=True) == pytest.approx(saved_bytes(model, padded=True), rel=WITHIN)
 

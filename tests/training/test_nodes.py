@@ -95,7 +95,7 @@ def test_a_notice_on_one_node_costs_no_step_on_either(recipe: Path, tmp_path: Pa
 
 
 PARTS = {"zero3": "global_step3/*_optim_states.pt", "fsdp2": "optimizer_0/*.distcp"}
-"""Of the optimizer, one for each rank."""
+"""Files of the optimizer, one for each rank."""
 
 
 def on_two_nodes(work: Path, engine: str, *, resume_from: Path | None = None) -> list[Job]:

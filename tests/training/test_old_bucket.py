@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUCKET, INPUTS = ROOT / "tests" / "fixtures" / "bucket_v1", ROOT / "tests" / "fixtures" / "bucket_v1_inputs"
 OLDER, NEWEST = STEPS
 MEASURED = {"time", "attempt", "step_s", "train_s", "tokens_per_s", "gpu_peak_gib", "host_peak_gib"}
-"""Of a step's event: what no two attempts share."""
+"""Fields of a step's event that differ between attempts."""
 OTHER_MACHINE, OTHER_SHAPE = 1e-5, 2e-5
 """How far a loss may be off."""
 HAS_COMPILER = shutil.which("g++") and (
@@ -64,7 +64,7 @@ def details(run: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> dict[str, Any]:
-    """Of a model, or of an adapter."""
+    """Return the weights of a model or of an adapter."""
     [file] = folder.glob("*model.safetensors")
     return dict(load_file(file))
 

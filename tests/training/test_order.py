@@ -152,7 +152,7 @@ def test_rows_are_dealt_by_length_where_the_split_changes_no_gradient(
 
 
 def test_lengths_are_those_of_the_padded_rows() -> None:
-    """Of a pair the longer half counts, with the prompt that both have."""
+    """For a pair, the length is the prompt plus the longer answer."""
     from datasets import Dataset
 
     assert lengths_of(Dataset.from_dict({"input_ids": [[1, 2, 3], [1]], "labels": [[1], [1]]})).tolist() == [

@@ -105,7 +105,9 @@ def test_a_merged_model_says_what_base_and_adapter_say(
     assert not hasattr(whole.config, "quantization_config")
     assert error < (0.05 if quantised else 1e-4)
     assert error < moved / 10, "the adapter has moved the model by far more than merging did"
-    final = AutoModelForCausalLM.from_pretrained(trained.final)  # of a tiny base, which nobody else has
+    final = AutoModelForCausalLM.from_pretrained(
+        trained.final
+    )  # merged, because the tiny base exists only in the run
     assert (logits(final, ids()) - logits(whole, ids())).abs().max() == 0
 
 
@@ -137,7 +139,7 @@ def test_an_adapter_names_the_base_that_it_was_trained_on(small: Small, tmp_path
 
 
 def test_another_base_is_refused(small: Small, tmp_path: Path) -> None:
-    """The weights of the base have changed since: the sum would be nobody's model."""
+    """The base's weights have changed since the training, so the merged model would be wrong."""
     base = tmp_path / "base"
     shutil.copytree(small(SFT).final, base)
     trained = train(make_job(tmp_path / "job", SFT, *FEW, *LORA, "init=null", f"model_name_or_path={base}"))

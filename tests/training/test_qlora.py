@@ -27,7 +27,7 @@ DDP = ENGINES["ddp"]
 LOSS_TOLERANCE = 1e-3
 """Adapters in bfloat16, of other micro batches, after as many as 20 steps; losses are between 5.6 and 6.2."""
 DRIFT_TOLERANCE = 2e-4
-"""Of the mean difference: rounding has no direction, state that is lost has."""
+"""Bound of the mean difference: rounding errors cancel out, and lost state does not."""
 
 
 def job_of(work: Path, shape: dict[str, Any], *, resume_from: Path | None = None) -> Job:
@@ -41,7 +41,7 @@ def trained(work: Path, shape: dict[str, Any], *, resume_from: Path | None = Non
 
 
 def differences(before: Trained, after: Trained) -> torch.Tensor:
-    """Of the losses from the middle on."""
+    """Return the differences of the losses from the middle on."""
     losses = [steps_of(rest_of(before, HALF), "loss"), steps_of(after, "loss")]
     return torch.tensor(losses[0], dtype=torch.float64) - torch.tensor(losses[1], dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""What the Hub's packages raise, told into what may pass and what does not."""
+"""Errors of the Hub's packages are sorted into temporary and permanent ones."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from trainer.worker.failures import explained, out_of_reach
 
 
 class TransportError(Exception):
-    """As httpx, and the copy of it that the Hub's client brings, call theirs."""
+    """Named like the base class of httpx, and of the copy of httpx in the Hub's client."""
 
 
 class ReadTimeout(TransportError):
-    """One of its kinds."""
+    """A timeout, which derives from it."""
 
 
 def answered(status: int) -> Exception:
-    """As `from_pretrained` raises it: found in no cache, because the Hub answered so."""
+    """Return an error as `from_pretrained` raises it: a cache miss caused by the Hub's answer."""
     error = HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
-    return came_of(OSError("We couldn't connect"), came_of(LocalEntryNotFoundError("not cached"), error))
+    return caused_by(OSError("We couldn't connect"), caused_by(LocalEntryNotFoundError("not cached"), error))
 
 
-def came_of(error: Exception, cause: Exception) -> Exception:
+def caused_by(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error
 
 
 @pytest.mark.parametrize(
-    "error", [answered(503), answered(429), came_of(OSError(), ReadTimeout()), ConnectionError()]
+    "error", [answered(503), answered(429), caused_by(OSError(), ReadTimeout()), ConnectionError()]
 )
-def test_what_may_pass_is_recovered(error: Exception) -> None:
-    """A run that is recovered while the Hub is down would end for good otherwise."""
+def test_a_temporary_error_is_recovered(error: Exception) -> None:
+    """Otherwise a run that recovers while the Hub is down would end for good."""
     assert out_of_reach(error)
     assert isinstance(explained("org/model", error), Unavailable)
 
@@ -44,14 +44,14 @@ def test_what_may_pass_is_recovered(error: Exception) -> None:
 @pytest.mark.parametrize(
     "error", [answered(404), answered(401), OfflineModeIsEnabled(), OSError("no such file"), ValueError()]
 )
-def test_what_does_not_pass_is_the_users_to_mend(error: Exception) -> None:
-    """Missing, gated, or with no wish to ask: another try would find the same."""
+def test_a_permanent_error_is_reported_to_the_user(error: Exception) -> None:
+    """A missing or gated model, or offline mode: another try would fail too."""
     assert not out_of_reach(error)
     assert isinstance(explained("org/model", error), ModelError)
 
 
-def test_data_that_cannot_be_reached_are_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `load_dataset` says it."""
+def test_unreachable_data_are_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load_dataset` raises a `ConnectionError`."""
 
     def away(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach 'org/data' on the Hub (LocalEntryNotFoundError)")

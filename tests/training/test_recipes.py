@@ -98,7 +98,9 @@ def test_dpo_qlora_begins_with_the_sft_adapter_merged(tmp_path: Path, small: Cal
     assert trained.outcome.status == "done", trained.outcome
     assert (job.work / "merged" / "config.json").is_file()
     assert trained.of("step")[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    assert (trained.final / "model.safetensors").is_file()  # merged again: nobody else has that base
+    assert (
+        trained.final / "model.safetensors"
+    ).is_file()  # merged again, because the base exists only in the run
 
 
 @pytest.mark.parametrize("name", ["zephyr-7b/sft_full", "zephyr-7b/sft_qlora"])

@@ -1,4 +1,4 @@
-"""The log-probabilities of DPO's reference: computed once, the same as a second model's, and kept."""
+"""The log-probabilities of DPO's reference: computed once, equal to those of a second model, and cached."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.worker.supervisor_channel import Channel
 DPO = "zephyr-tiny/dpo"
 PLAIN = ("loss_type=sigmoid", "loss_weights=null", "eval_strategy=steps", "eval_steps=2")
 TOLERANCE = 5e-6
-"""Of float32 sums over some 30 tokens that are padded to other lengths."""
+"""Tolerance of float32 sums over about 30 tokens with different padding."""
 Small = Callable[..., Trained]
 
 
@@ -140,7 +140,7 @@ def test_damaged_values_are_refused(small: Small, tmp_path: Path, damage: bytes)
 
 
 def test_values_that_are_there_are_what_is_used(small: Small, tmp_path: Path) -> None:
-    """The tests above could not see a cache that nobody reads: with other values the losses are others."""
+    """The tests above would pass if the cache were ignored. Other cached values give other losses."""
     shelf = shelf_of(small(DPO, *PLAIN), tmp_path / "kept")
     path = shelf / "0000-test" / VALUES
     save_file({data: values + np.float32([1.0, 0.0]) for data, values in load_file(path).items()}, path)

@@ -1,4 +1,4 @@
-"""The worker as a process: signals before there is anything to save, and how it ends."""
+"""The worker as a process: signals before training, exit codes and outcomes."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_a_notice_before_training_ends_it_at_once(tmp_path: Path) -> None:
     assert json.loads(outcome.read_text())["status"] == "preempted"
 
 
-def test_ctrl_c_is_the_supervisors_to_answer(tmp_path: Path) -> None:
-    """A terminal sends Ctrl-C to the workers too; they wait to be told."""
+def test_ctrl_c_is_handled_by_the_supervisor(tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the workers too. They ignore it and wait for the supervisor's signal."""
     ended, outcome = starting(tmp_path, "SIGINT")
     assert ended.stdout == "went on\n"
     assert not outcome.exists()
@@ -52,8 +52,8 @@ def run_worker(file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_what_a_user_can_mend_is_an_outcome(tmp_path: Path) -> None:
-    """Wrong data end with a message and a hint in the outcome, with no traceback."""
+def test_an_error_of_the_user_is_an_outcome(tmp_path: Path) -> None:
+    """Wrong data give an outcome with message and hint, and no traceback."""
     job = make_job(tmp_path / "job", "zephyr-tiny/sft", "init=null", "model_name_or_path=org/model")
     job = job.model_copy(update={"model": "/absent"})
     file = tmp_path / "job.json"
@@ -67,7 +67,7 @@ def test_what_a_user_can_mend_is_an_outcome(tmp_path: Path) -> None:
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
-    """What nobody foresaw leaves no outcome, so that nothing mistakes it for an end."""
+    """An unexpected error writes no outcome, so the supervisor treats it as a crash."""
     job = make_job(tmp_path / "job", "zephyr-tiny/sft", *SMALL)
     (job.work / "model").write_text("a file where the model's folder is to be made")
     file = tmp_path / "job.json"
@@ -78,8 +78,8 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     assert not job.outcome.exists()
 
 
-def test_the_collector_rests_while_the_stack_is_imported() -> None:
-    """It is at work again afterwards, also where an import failed, and does not look at what was imported."""
+def test_the_garbage_collector_is_off_while_packages_are_imported() -> None:
+    """It is on again afterwards, also after a failed import, and skips the imported objects."""
     try:
         with suppress(ImportError), uncollected():
             assert not gc.isenabled()

@@ -60,7 +60,7 @@ def import_stack() -> None:
 
 
 def threads() -> set[str]:
-    """Of this process beside its first, native ones too."""
+    """Return the threads of this process besides the first, including native ones."""
     tasks = Path("/proc/self/task").iterdir()
     return {(task / "comm").read_text().strip() for task in tasks if task.name != str(os.getpid())}
 
