@@ -20,10 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from trainer.job import Job, Outcome
 from trainer.worker.reshard.checkpoint_state import WEIGHTS
-from trainer.worker.reshard.dcp_folder import MODEL, OPTIMIZER
 from trainer.worker.reshard.fill import fill
-from trainer.worker.reshard.fsdp_checkpoint import FsdpState
-from trainer.worker.reshard.optimizer_layout import target
+from trainer.worker.reshard.fsdp_checkpoint import MODEL, OPTIMIZER, FsdpState
+from trainer.worker.reshard.optimizer_layout import find_target
 from trainer.worker.supervisor_channel import Channel
 
 WIDTHS = (7, 33, 5)
@@ -87,7 +86,7 @@ def compare(folder: Path) -> list[str]:
     saved = FsdpState(folder, [[name] for name, _ in trained.model.named_parameters()])
     wrong = differences(saved, wanted)
     other = trainer_of(2)
-    fill(target(other, "fsdp2"), saved)
+    fill(find_target(other, "fsdp2"), saved)
     filled = whole(other)
     wrong += [
         f"{each} after it was filled"

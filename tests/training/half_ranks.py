@@ -21,7 +21,7 @@ from trainer.worker.engine import deepspeed_config
 from trainer.worker.reshard.checkpoint_state import CheckpointState
 from trainer.worker.reshard.deepspeed_checkpoint import ZeroState
 from trainer.worker.reshard.fill import fill
-from trainer.worker.reshard.optimizer_layout import settle, target
+from trainer.worker.reshard.optimizer_layout import find_target, finish_load
 from trainer.worker.supervisor_channel import Channel
 
 WIDTHS = (7, 33, 5)  # nothing of it is a multiple of the ranks
@@ -70,7 +70,7 @@ def step(trainer: Any, number: int) -> None:
 
 def numbers(trainer: Any, engine: str) -> dict[str, Any]:
     """All that is trained on this rank, as (name, first element): masters, moments, steps, decay."""
-    ready = target(trainer, engine)
+    ready = find_target(trainer, engine)
     decays = {name: group.settings["weight_decay"] for group in ready.groups for name in group.names}
     found: dict[str, Any] = {}
     for stepped in ready.stepped:
@@ -125,7 +125,7 @@ def into_whole(saved: CheckpointState) -> list[str]:
     model = model_of(9)
     wrapped = SimpleNamespace(optimizer=optimizer_of(model))
     trainer = SimpleNamespace(model=model, optimizer=wrapped)
-    fill(target(trainer, "single"), saved)
+    fill(find_target(trainer, "single"), saved)
     return differences(trainer, "single", saved)
 
 
@@ -143,8 +143,8 @@ def compare(job: Job, written: tuple[str, bool]) -> list[str]:
     wrong = [f"{written} to whole: {each}" for each in into_whole(saved)]
     for form in FORMS:
         other = engine_of(job, one(job, form), seed=2)
-        fill(target(other, form[0]), saved)
-        settle(other, form[0], step=STEPS, scale=None)
+        fill(find_target(other, form[0]), saved)
+        finish_load(other, form[0], step=STEPS, scale=None)
         wrong += [f"{written} to {form}: {each}" for each in differences(other, form[0], saved)]
         same = all(torch.equal(weights[name], weight) for name, weight in model_weights(other).items())
         wrong += [] if same else [f"{written} to {form}: the bf16 weights"]

@@ -275,7 +275,7 @@ SURFACE: dict[str, tuple[Name, ...]] = {
         Name("deepspeed.utils.tensor_fragment", "fragment_address", CLASS),
         Name("bitsandbytes.optim.optimizer", "__bnb_optimizer_quant_state__", TEXT),
     ),
-    "trainer/worker/reshard/dcp_folder.py": (
+    "trainer/worker/reshard/fsdp_checkpoint.py": (
         Name("torch.distributed.checkpoint.metadata", "Metadata", CLASS),
         Name("torch.distributed.checkpoint.metadata", "MetadataIndex", CLASS),
         Name("torch.distributed.checkpoint.metadata", "TensorStorageMetadata", CLASS),

@@ -12,7 +12,7 @@ from tests.training.ranks import ranks_job
 from tests.training.test_engines import SFT, needs_compiler
 from tests.training.test_reshard import LORA, assert_goes_on, trained
 from trainer.errors import UserError
-from trainer.worker.reshard.checkpoint_state import mapped
+from trainer.worker.reshard.checkpoint_state import load_mapped
 from trainer.worker.reshard.replica_checkpoint import ReplicaState
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is for Linux only")
@@ -33,7 +33,7 @@ def test_eight_bits_are_refused(tmp_path: Path) -> None:
     """Blocks of weights share a scale, and another cut has other blocks: no run goes on without its moments."""
     done = train(ranks_job(tmp_path / "work", SFT, "optim=adamw_bnb_8bit", "max_steps=1", "save_steps=1"))
     folder = done.checkpoint(1)
-    states = mapped(folder / "optimizer.pt")["state"]
+    states = load_mapped(folder / "optimizer.pt")["state"]
     order = [[str(number)] for number in range(len(states))]
     with pytest.raises(UserError, match="which is not one number for each weight"):
         ReplicaState(folder, order)

@@ -16,10 +16,10 @@ from tests.training.ranks import finish, ranks_job
 from tests.training.test_engines import needs_compiler
 from trainer.job import Outcome
 from trainer.worker.checkpoint_identity import Identity
-from trainer.worker.reshard.checkpoint_state import own_keys
-from trainer.worker.reshard.dcp_folder import INDEX, Folder
+from trainer.worker.reshard.checkpoint_state import find_element_keys
 from trainer.worker.reshard.deepspeed_checkpoint import Piece, pieces_of_stage_2, pieces_of_stage_3
-from trainer.worker.reshard.trainer_mixin import converts, seed_anew
+from trainer.worker.reshard.fsdp_checkpoint import INDEX, DcpFolder
+from trainer.worker.reshard.trainer_mixin import needs_conversion, reseed
 
 COUNTS = [12, 1, 7, 30, 2]
 
@@ -102,7 +102,7 @@ def test_an_index_runs_no_code(tmp_path: Path) -> None:
     """It is a pickle, which could."""
     (tmp_path / INDEX).write_bytes(pickle.dumps(print))
     with pytest.raises(pickle.UnpicklingError, match=r"a checkpoint's index has no builtins.print"):
-        Folder(tmp_path)
+        DcpFolder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -123,20 +123,20 @@ def test_an_index_runs_no_code(tmp_path: Path) -> None:
 )
 def test_only_another_form_is_converted(one: Identity, other: Identity, converted: bool) -> None:
     """On the same shape the engine loads its own files, bit for bit."""
-    assert converts(one, other) is converted
-    assert converts(other, one) is converted
+    assert needs_conversion(one, other) is converted
+    assert needs_conversion(other, one) is converted
 
 
 def test_numbers_of_another_form_are_known() -> None:
     """Packed states, and those with fewer numbers than weights, cannot be cut."""
     moment, step = torch.zeros(2, 3), torch.tensor(3.0)
-    assert own_keys([({"exp_avg": moment, "step": step}, 6), ({}, 9)]) == (("exp_avg",), None)
-    assert own_keys([({"state1": torch.zeros(6, dtype=torch.uint8)}, 6)]) == ((), "state1")
-    assert own_keys([({"exp_avg_sq_row": torch.zeros(2)}, 6)]) == ((), "exp_avg_sq_row")
+    assert find_element_keys([({"exp_avg": moment, "step": step}, 6), ({}, 9)]) == (("exp_avg",), None)
+    assert find_element_keys([({"state1": torch.zeros(6, dtype=torch.uint8)}, 6)]) == ((), "state1")
+    assert find_element_keys([({"exp_avg_sq_row": torch.zeros(2)}, 6)]) == ((), "exp_avg_sq_row")
 
 
 def drawn(step: int, rank: int) -> tuple[float, ...]:
-    seed_anew(42, step, rank)
+    reseed(42, step, rank)
     return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
 

@@ -16,7 +16,7 @@ from trainer.files import write_atomically
 from trainer.job import Job
 from trainer.staged import IDENTITY_FILE
 from trainer.worker.data import TokenizedDataset
-from trainer.worker.reshard.dcp_folder import INDEX, MODEL, OPTIMIZER, Folder
+from trainer.worker.reshard.fsdp_checkpoint import INDEX, MODEL, OPTIMIZER, DcpFolder
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "bitsandbytes")
@@ -117,7 +117,7 @@ def check(folder: Path, mine: Identity) -> Identity:
             *(
                 f"{part}/{file}"
                 for part in (MODEL, OPTIMIZER)
-                for file in sorted(Folder(folder / part).files)
+                for file in sorted(DcpFolder(folder / part).files)
             ),
         )
     if theirs.data != mine.data:

@@ -23,7 +23,7 @@ from trainer.staged import IDENTITY_FILE
 from trainer.worker import model_source
 from trainer.worker.failures import http_status
 from trainer.worker.model_source import Base
-from trainer.worker.reshard.dcp_folder import INDEX, MODEL, OPTIMIZER, Folder
+from trainer.worker.reshard.fsdp_checkpoint import INDEX, MODEL, OPTIMIZER, DcpFolder
 
 log = logging.getLogger("trainer.worker.publish_model")
 SHARD = "5GB"
@@ -117,7 +117,7 @@ def _deepspeed_weights(checkpoint: Path, *, trained_only: bool) -> dict[str, Any
 class _Stored(NamedTuple):
     """A tensor of a checkpoint folder; `contiguous()` reads it."""
 
-    folder: Folder
+    folder: DcpFolder
     name: str
 
     @property
@@ -138,7 +138,7 @@ def _fsdp_weights(checkpoint: Path, **_: bool) -> dict[str, Any]:
     The checkpoint of an adapter holds nothing but the adapter. FSDP writes a head that is tied to the embedding a
     second time; it is left out here.
     """
-    folder = Folder(checkpoint / MODEL)
+    folder = DcpFolder(checkpoint / MODEL)
     found = {folder.paths[name][-1]: _Stored(folder, name) for name in folder.tensors}
     if json.loads((checkpoint / "config.json").read_text()).get("tie_word_embeddings"):
         found.pop(HEAD, None)

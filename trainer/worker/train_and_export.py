@@ -109,7 +109,7 @@ def finish(trainer: Any, base: Base, job: Job, channel: Channel, about: Identity
     """
     if job.resume_from:
         theirs = checkpoint_identity.check(job.resume_from, about)
-        trainer.goes_on_from(theirs, about)
+        trainer.set_origin(theirs, about)
         # For a recipe, `eval_on_start` means the start of the run, not the start of each attempt.
         trainer.args.eval_on_start = theirs.evaluation_due
     trackers.prepare(trainer, job)

@@ -1,11 +1,14 @@
-"""A checkpoint of one engine and number of processes goes on under another: state is converted as it is restored.
+"""Resume a checkpoint under another engine or number of processes. Its state is converted while it is restored.
 
-DeepSpeed's universal checkpoints could do a part of this, after a conversion on disk. Its load of them gives all
-sub-groups one step tensor, which each counts up, and all groups the first one's weight decay (`stage3.py`,
-`load_hp_checkpoint_state_from_checkpoint_dir_stage3`, 0.19.8); nothing of it is used here.
+DeepSpeed's universal checkpoints could do a part of this, after a conversion on disk. They are not used, because their
+load has two bugs: all sub-groups share one step tensor, which each of them increments, and all groups get the weight
+decay of the first one (`stage3.py`, `load_hp_checkpoint_state_from_checkpoint_dir_stage3`, 0.19.8).
 
-    saved     what a checkpoint has, seen parameter by parameter: `parts` of DeepSpeed's, `chunks` of FSDP's, or `whole`
-    stepped   what an engine's optimizer steps, and which parameters lie where in it
-    fill      from the one into the other
-    resharded the trainer that does so in place of its own load
+    checkpoint_state       the interface: a checkpoint's state, parameter by parameter
+    deepspeed_checkpoint   the state in a checkpoint of ZeRO-2 or ZeRO-3
+    fsdp_checkpoint        the state in a checkpoint of FSDP2
+    replica_checkpoint     the state in a checkpoint of one process or DDP
+    optimizer_layout       the tensors that an engine's optimizer steps, and where each parameter is in them
+    fill                   copies a checkpoint's state into these tensors
+    trainer_mixin          makes a TRL trainer do this in place of its own load
 """

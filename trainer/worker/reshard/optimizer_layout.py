@@ -1,4 +1,4 @@
-"""What an engine's optimizer steps: which parameters, or parts of them, lie in each of its tensors."""
+"""The tensors that an engine's optimizer steps, and which slices of parameters each tensor contains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class ParameterSlice(NamedTuple):
-    """Elements `start` to `start + size` of a parameter, which lie at `offset` of a tensor."""
+    """Elements `start` to `start + size` of a parameter, which are at `offset` in a tensor."""
 
     name: str
     start: int
@@ -16,40 +16,41 @@ class ParameterSlice(NamedTuple):
 
 
 class OptimizerTensor(NamedTuple):
-    """A tensor that the optimizer steps, contiguous, or a DTensor, of which this rank has a part; what no part
-    covers pads it.
+    """A tensor that the optimizer steps: a contiguous tensor, or a DTensor of which this rank has a shard.
+
+    Elements that no slice covers are padding.
     """
 
     tensor: Any
     first: str
-    """A parameter that lies in it, on this rank or another: all in one tensor are stepped alike."""
+    """A parameter in this tensor, on this rank or another. All parameters of a tensor have the same step."""
     parts: list[ParameterSlice]
 
 
 class Group(NamedTuple):
-    """A group of the optimizer that has parameters."""
+    """An optimizer group that has parameters."""
 
     settings: dict[str, Any]
-    """Torch's `param_group`."""
+    """torch's `param_group`."""
     names: list[str]
 
 
 class Target(NamedTuple):
-    """An engine's optimizer, ready to be filled."""
+    """An engine's optimizer, prepared but without state."""
 
     optimizer: Any
-    """Torch's, or one of its kind, under whatever wraps it."""
+    """The innermost optimizer: torch's, or one with the same interface."""
     groups: list[Group]
     stepped: list[OptimizerTensor]
 
     @property
     def names(self) -> list[str]:
-        """Of all that is trained, in the optimizer's order, which is the same under every engine."""
+        """All trained parameters in the optimizer's order, which is the same under every engine."""
         return [name for group in self.groups for name in group.names]
 
 
-def target(trainer: Any, engine: str) -> Target:
-    """Of a trainer whose model and optimizer are prepared."""
+def find_target(trainer: Any, engine: str) -> Target:
+    """Return the target of a trainer whose model and optimizer are prepared."""
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
     if engine == "zero3":
         return _stage_3(trainer.deepspeed.optimizer, names)
@@ -69,18 +70,18 @@ def _all_of(weight: Any, name: str) -> list[ParameterSlice]:
 
 
 def _rows(weight: Any, name: str) -> list[ParameterSlice]:
-    """Of a weight that FSDP 2 cut: the rows that this rank has, if it has any."""
+    """Return the slice of a weight that this rank has under FSDP2, which shards by rows; an empty list if it has none."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     if tuple(shape[1:]) != tuple(weight.shape[1:]):
-        raise RuntimeError(f"{name} is not cut by rows: {weight.placements}")
+        raise RuntimeError(f"{name} is not sharded by rows: {weight.placements}")
     size = math.prod(shape)
     return [ParameterSlice(name, offset[0] * math.prod(shape[1:]), size, 0)] if size else []
 
 
 def _stage_3(zero: Any, names: dict[Any, str]) -> Target:
-    """`zero` is a `DeepSpeedZeroOptimizer_Stage3`."""
+    """Return the target of a `DeepSpeedZeroOptimizer_Stage3`, which splits every parameter over the ranks."""
     import torch.distributed as dist
 
     rank = dist.get_rank(zero.dp_process_group)
@@ -103,7 +104,7 @@ def _stage_3(zero: Any, names: dict[Any, str]) -> Target:
 
 
 def _stage_2(zero: Any, names: dict[Any, str]) -> Target:
-    """`zero` is a `DeepSpeedZeroOptimizer`, of which every group is one tensor over all ranks."""
+    """Return the target of a `DeepSpeedZeroOptimizer`, whose groups are one tensor each over all ranks."""
     import torch.distributed as dist
 
     stepped = []
@@ -119,13 +120,16 @@ def _stage_2(zero: Any, names: dict[Any, str]) -> Target:
 
 
 def _within(name: str, at: int, count: int, begin: int, size: int) -> ParameterSlice | None:
-    """What of a parameter, which lies at `at` of the whole, is in the `size` elements from `begin` on."""
+    """Return the slice of a parameter within the `size` elements from `begin` on; None if it has none there.
+
+    The parameter has `count` elements, and is at `at` in the concatenation of all ranks.
+    """
     first, last = max(at, begin), min(at + count, begin + size)
     return ParameterSlice(name, first - at, last - first, first - begin) if first < last else None
 
 
-def settle(trainer: Any, engine: str, *, step: int, scale: float | None) -> None:
-    """Once all of the optimizer's tensors are filled: bring the weights that the model computes with up to them."""
+def finish_load(trainer: Any, engine: str, *, step: int, scale: float | None) -> None:
+    """Update the model's own weights, the loss scale and DeepSpeed's counters, after the optimizer's tensors were filled."""
     if engine not in ("zero2", "zero3"):
         scaler = trainer.accelerator.scaler
         if scaler is not None and scale is not None:
@@ -137,13 +141,13 @@ def settle(trainer: Any, engine: str, *, step: int, scale: float | None) -> None
     if engine == "zero2":
         zero.update_lp_params()
     else:
-        _settle_stage_3(zero)
-    counts = trainer.deepspeed  # names its next checkpoint by the step that it counts
+        _finish_stage_3(zero)
+    counts = trainer.deepspeed  # DeepSpeed names its checkpoints by its own count of steps
     counts.global_steps, counts.global_samples = step, step * counts.train_batch_size()
 
 
-def _settle_stage_3(zero: Any) -> None:
-    """As DeepSpeed ends its own load of a checkpoint: here with nothing to load but what is there already."""
+def _finish_stage_3(zero: Any) -> None:
+    """Finish the load as DeepSpeed finishes its own, by loading the tensors that are already in place."""
     import torch.distributed as dist
 
     zero.checkpoint_event_prologue()
