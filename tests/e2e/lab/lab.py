@@ -26,8 +26,8 @@ from tests.harness import ROOT, wait_until
 from tests.servers.ports import free_ports
 from tests.servers.rclone import RCLONE
 
-GPUS = 64
-"""Eight jobs of eight GPUs at a time, so that no job waits for another."""
+GPUS = 32
+"""Four jobs of eight GPUs at a time."""
 BUCKET = "checkpoints"
 BIN = Path("/usr/local/bin")
 TRAINER = ROOT / ".venv-trainer" / "bin" / "python"
