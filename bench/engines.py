@@ -1,4 +1,4 @@
-"""FSDP 2 beside ZeRO 3, and both beside DDP, on two processes of this machine: `.venv-trainer/bin/python -m bench.engines`.
+"""Compare FSDP2, ZeRO-3 and DDP with two processes on this machine: `.venv-trainer/bin/python -m bench.engines`.
 
 The same run under each, in turn, several times over: seconds and CPU seconds of a step, a rank's memory, a save, a
 restore by as many processes and by one. A restore's time is what preparing takes with a checkpoint beyond what it takes
@@ -41,12 +41,12 @@ RECIPE = (
 )
 HERE = Shape(accelerator=None, count=0, memory_gib=None, cores=1, host_memory_gib=64.0, node="bench")
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Glibc gives back what is freed: else memory that was needed once would count as needed."""
+"""Makes glibc return freed memory to the system. Otherwise memory that was needed once would count as used."""
 MIB = 2**20
 
 
 class Ran(NamedTuple):
-    """One run, of all its ranks."""
+    """One run, with all of its ranks."""
 
     lines: list[dict[str, Any]]
     ranks: list[dict[str, Any]]
@@ -58,12 +58,12 @@ class Ran(NamedTuple):
         return statistics.median(self.of("step", "step_s")[WARM:])
 
     def cpu_s(self) -> float:
-        """Of all ranks; saves are outliers, which a median does not see."""
+        """The median step over all ranks, which ignores the outliers that saves are."""
         each = [statistics.median(_differences(rank["cpu_s"])[WARM:]) for rank in self.ranks]
         return sum(each)
 
     def peak_mib(self) -> float:
-        """The fuller rank, beyond what it had before the model was loaded."""
+        """The memory of the rank with the most, minus what it had before the model was loaded."""
         return max(rank["peak_mib"] - rank["before_mib"] for rank in self.ranks)
 
     def prepared_s(self) -> float:
@@ -106,7 +106,7 @@ def run(job: Job) -> Ran:
 
 
 class Bench:
-    """All that was run, by engine; folders go as soon as they are not needed."""
+    """The runs by engine. Folders are deleted as soon as they are not needed."""
 
     def __init__(self, scratch: Path, tiny: str) -> None:
         self._scratch, self._tiny, self._count = scratch, tiny, 0
@@ -123,12 +123,12 @@ class Bench:
             self.kept[engine] = job.staging / f"checkpoint-{SAVE}"
 
     def prepare(self, engine: str, ranks: int) -> None:
-        """Without the checkpoint and with it, one after the other."""
+        """Measure a start without the checkpoint, then one with it."""
         bare, full = (self._left(engine, ranks, folder) for folder in (None, self.kept[engine]))
         self.restored.setdefault((engine, ranks), []).append(full - bare)
 
     def _left(self, engine: str, ranks: int, folder: Path | None) -> float:
-        """Seconds to prepare, in a run that ends with it."""
+        """Return the seconds of the preparation, in a run that ends after it."""
         os.environ[LEAVES] = "1"
         job = self._job(engine, ranks, folder)
         took = run(job).prepared_s()
@@ -144,7 +144,7 @@ class Bench:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """`median (least to most)`."""
+    """Return the text `median (least to most)`."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
@@ -179,23 +179,25 @@ def main() -> None:
     parser.add_argument("--restores", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=320)
     parser.add_argument("--layers", type=int, default=6)
-    said = parser.parse_args()
+    options = parser.parse_args()
     tiny = (
-        f"{{hidden_size: {said.hidden}, intermediate_size: {said.hidden * 7 // 2}, num_hidden_layers: {said.layers}, "
+        f"{{hidden_size: {options.hidden}, intermediate_size: {options.hidden * 7 // 2}, num_hidden_layers: {options.layers}, "
         "num_attention_heads: 8, num_key_value_heads: 2, vocab_size: 2000}"
     )
     os.environ |= RETURNED
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch), tiny)
-        for _ in range(said.repeats):
+        for _ in range(options.repeats):
             for engine in ENGINES:
                 bench.train(engine)
-        for _ in range(said.restores):
+        for _ in range(options.restores):
             for ranks in (RANKS, 1):
                 for engine in ENGINES:
                     bench.prepare(engine, ranks)
         started = next(line for line in bench.whole["ddp"][0].lines if line["kind"] == "started")
-        print(f"{started['parameters'] / 1e6:.1f} million parameters, {STEPS} steps, {said.repeats} times\n")
+        print(
+            f"{started['parameters'] / 1e6:.1f} million parameters, {STEPS} steps, {options.repeats} times\n"
+        )
         print(tables(bench))
 
 

@@ -1,4 +1,4 @@
-"""A rank of `bench/engines.py`: the trainer's own, with a watch on its preparation, its steps and its memory."""
+"""A rank of `bench/engines.py`: the trainer's own rank, with measurements of preparation, steps and memory."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import Any
 
 LEAVES = "BENCH_LEAVES"
-"""In the environment: end as soon as the checkpoint is restored."""
+"""Environment variable: exit as soon as the checkpoint is restored."""
 PROCESS = Path("/proc/self")
 
 
 def kib(name: str) -> int:
-    """`VmRSS`, or since the last `reset` `VmHWM`."""
+    """Return `VmRSS`, or `VmHWM`, the peak since the last `reset`."""
     lines = (PROCESS / "status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def reset() -> None:
-    """The peak begins anew (`man 5 proc_pid_clear_refs`)."""
+    """Reset the peak (`man 5 proc_pid_clear_refs`)."""
     (PROCESS / "clear_refs").write_text("5")
 
 
 class Watch:
-    """Puts itself around what a training calls; writes `measured-RANK.json` beside the job."""
+    """Wraps the calls of a training, and writes `measured-RANK.json` next to the job."""
 
     def __init__(self, folder: Path) -> None:
         self._into = folder / f"measured-{os.environ.get('RANK', '0')}.json"

@@ -1,4 +1,4 @@
-"""Predicted against published: `python bench/estimate.py` prints the table of `bench/estimate.md`.
+"""Compare predicted with published times: `python bench/estimate.py` prints the table of `bench/estimate.md`.
 
 Needs the contract modules only: neither torch nor a GPU.
 """
@@ -18,7 +18,7 @@ from trainer.estimate.batch import count_evaluations  # noqa: E402
 
 
 def predict(run: Published) -> tuple[float, Estimate]:
-    """The value in the run's own unit, and all of the estimate."""
+    """Return the value in the run's own unit, and the whole estimate."""
     found = estimate(
         run.recipe, run.architecture, run.layout, run.shape, run.workload,
         stack=run.stack, network_gbps=run.network_gbps, in_order=False,

@@ -1,4 +1,4 @@
-"""How long the trainer's image takes, from nothing and after a change, and how large it is: `python bench/image.py`.
+"""Measure the build time of the trainer's image, from scratch and after a change, and its size: `python bench/image.py`.
 
 On a machine with no Docker engine, as root on Debian: podman by chroot, a plain Debian made from its packages,
 torch without CUDA, a registry on loopback. All of it is gone afterwards.
@@ -40,14 +40,14 @@ def measure(site: Site) -> None:
         site.registry("registry"),
         "--push",
     ]
-    told = timed(site, "built and pushed", options)
+    report = timed(site, "built and pushed", options)
     timed(site, "nothing changed", options)
     with (site.checkout / "trainer" / "errors.py").open("a") as file:
         file.write("# changed\n")
     timed(site, "a trainer file changed", options)
-    for layer in told["layers"]:
+    for layer in report["layers"]:
         print(f"{size(layer['size_bytes']):>10}  {step_of(layer['step'])}")
-    print(f"{size(sum(layer['size_bytes'] for layer in told['layers'])):>10}  in all")
+    print(f"{size(sum(layer['size_bytes'] for layer in report['layers'])):>10}  in all")
 
 
 def timed(site: Site, what: str, options: list[str]) -> dict[str, list[dict[str, str]]]:
@@ -60,7 +60,7 @@ def timed(site: Site, what: str, options: list[str]) -> dict[str, list[dict[str,
 
 
 def step_of(step: str) -> str:
-    """The end of a step says what it installs; the rest is the same in all."""
+    """Return the end of a step, which names what it installs. The rest is the same in all steps."""
     words = step.replace("/bin/sh -c", "").replace("#(nop)", "").split()
     return " ".join(words)[-80:]
 

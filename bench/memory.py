@@ -1,4 +1,4 @@
-"""Predicted peaks of training steps against torch's memory tracker, at the width of 7B, with no weight in memory.
+"""Compare the predicted peaks of training steps with torch's memory tracker, at the width of 7B, with no weight in memory.
 
     .venv-trainer/bin/python bench/memory.py            # a table for each part, in Markdown; some minutes
     .venv-trainer/bin/python bench/memory.py --case 3   # one case by itself
@@ -42,7 +42,7 @@ class Step(NamedTuple):
     length: int = 1024
     optim: str = "adamw_torch_fused"
     ranks: int = 1
-    """Of FSDP 2, of which the first is followed; 1 is a single process."""
+    """Ranks of FSDP2, of which the first is measured; 1 is a single process."""
 
 
 CASES = (
@@ -85,7 +85,7 @@ def recipe_of(step: Step) -> Recipe:
 
 
 def case_of(step: Step) -> Case:
-    """What is predicted; full models only, as the tracker knows no frozen weights."""
+    """Return the predicted case. Only full training, because the tracker does not support frozen weights."""
     whole = mistral()
     architecture = Architecture(**{**whole.model_dump(), "num_hidden_layers": step.layers})
     layout = Layout.model_validate(
@@ -135,7 +135,7 @@ def optimizer_of(step: Step, model: Any) -> Any:
 
 
 def mesh_of(step: Step) -> Any:
-    """Of so many ranks, which are not there: what they send takes no time, and its memory."""
+    """Set up a process group of this many simulated ranks: communication takes memory and no time."""
     if step.ranks == 1:
         return None
     import torch.distributed as dist
@@ -147,7 +147,7 @@ def mesh_of(step: Step) -> Any:
 
 
 def cut(model: Any, mesh: Any) -> Any:
-    """As Accelerate cuts it (`fsdp2_prepare_model`): each layer, and the embedding. Its third kind of unit, the last norm
+    """Shard the model as Accelerate does (`fsdp2_prepare_model`): each layer, and the embedding. Its third kind of unit, the last norm
     with the head, is the rest here, as the tracker knows none of several modules: both stay gathered until the backward
     pass has passed them.
     """
@@ -162,7 +162,7 @@ def cut(model: Any, mesh: Any) -> Any:
 
 
 def stand_in_for_triton() -> None:
-    """What the kernels do on a GPU, as far as memory goes: nothing."""
+    """Replace a kernel that needs no memory on a GPU."""
     from trl.kernels import chunked_logprob
 
     chunked_logprob._forward_tile = lambda *_, **__: None  # noqa: SLF001
@@ -171,7 +171,7 @@ def stand_in_for_triton() -> None:
 
 
 def measure(step: Step) -> tuple[float, dict[str, float]]:
-    """GiB at the peak of two steps of two micro batches each, and of what."""
+    """Return the peak GiB of two steps of two micro batches each, by kind of tensor."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -212,7 +212,7 @@ def measure(step: Step) -> tuple[float, dict[str, float]]:
 
 
 def one_step(step: Step, model: Any, reference: Any, ids: Any) -> None:
-    """A micro batch in TRL's order: the policy's forward pass, the reference's, the backward pass."""
+    """Run a micro batch in TRL's order: the policy's forward pass, the reference's, the backward pass."""
     import torch
 
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.mixed and step.ranks == 1):
@@ -240,7 +240,7 @@ def row(number: int) -> str:
 
 
 def deepspeed_rows() -> list[str]:
-    """Model states by DeepSpeed's own estimator and by ours, GiB a GPU, of 7B on eight."""
+    """Print the model states of 7B on eight GPUs in GiB per GPU, by DeepSpeed's own estimator and by ours."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     whole = mistral()

@@ -1,6 +1,6 @@
 """Published training runs, as recipes, layouts and shapes: what `bench/estimate.py` is checked against.
 
-Each has its document. What a document does not say is said to be assumed.
+Each run has its document. Values that are not in the document are marked as assumed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LLAMA_70B = Architecture(
 
 
 def mpt(name: str, hidden: int, layers: int) -> Architecture:
-    """An MPT, whose inner layer of 4 x hidden has no gate: here a gated one with as many weights."""
+    """Return an MPT model. Its inner layer of 4 x hidden has no gate, so a gated layer with as many weights stands for it."""
     return Architecture(
         name=name, model_type="llama", hidden_size=hidden, intermediate_size=round(8 * hidden / 3),
         num_hidden_layers=layers, num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128,
@@ -51,7 +51,7 @@ QWEN_SIZES = {
 
 
 def qwen(size: str, length: int, seconds: float, *, count: int = 1, sets: bool = False) -> Published:
-    """A row of Qwen's table: LoRA (r 64, all projections), one sequence a GPU, accumulation 8, A100-80GB; s/it."""
+    """Return a row of Qwen's table: LoRA (r 64, all projections), one sequence a GPU, accumulation 8, A100-80GB; s/it."""
     hidden, layers, inner = QWEN_SIZES[size]
     model = Architecture(
         name=size, model_type="llama", hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
@@ -74,7 +74,7 @@ def qwen(size: str, length: int, seconds: float, *, count: int = 1, sets: bool =
 
 
 class Published(NamedTuple):
-    """A run that somebody timed."""
+    """A published run with its time."""
 
     name: str
     source: str
@@ -88,7 +88,7 @@ class Published(NamedTuple):
     stack: Stack | None = None
     network_gbps: float | None = None
     sets: bool = False
-    """Whether a factor was set by it."""
+    """Whether it was used to set a factor."""
     note: str = ""
 
 
@@ -122,7 +122,7 @@ MPT_SIZES = {"1b": (2048, 24), "3b": (2560, 32), "7b": (4096, 32), "13b": (5120,
 def foundry(
     size: str, gpus: tuple[str, int], seq: tuple[int, int, int], rate: float, **more: Any
 ) -> Published:
-    """A row of llm-foundry's tables: (sequence length, micro batch, accumulation), tokens/s/GPU."""
+    """Return a row of llm-foundry's tables: (sequence length, micro batch, accumulation), tokens/s/GPU."""
     length, micro, accumulation = seq
     name, count = gpus
     nodes = max(1, count // 8)
@@ -146,7 +146,7 @@ def foundry(
 def torchtune(
     name: str, on: Shape, rate: float, architecture: Architecture, *, sets: bool = False, **model: Any
 ) -> Published:
-    """A row of torchtune's table: batch 2, packed to 2048, compiled; tokens/s of all GPUs."""
+    """Return a row of torchtune's table: batch 2, packed to 2048, compiled; tokens/s of all GPUs."""
     count = on.count
     return Published(
         name=f"torchtune {name}",
@@ -164,9 +164,7 @@ def torchtune(
 
 
 ALL_LINEAR = {"use_peft": True, "lora_target_modules": "all-linear"}
-FEEDBACK = Workload(
-    rows=61135, tokens=952, test_rows=2000, source="what `known_workload` says of UltraFeedback"
-)
+FEEDBACK = Workload(rows=61135, tokens=952, test_rows=2000, source="`known_workload` of UltraFeedback")
 DPO = {"max_length": 1024, "eval_strategy": "steps", "eval_steps": 100}
 
 TIMED: tuple[Published, ...] = (
@@ -282,7 +280,7 @@ TIMED: tuple[Published, ...] = (
 
 
 def evaluation_of(name: str, seconds: float) -> Published:
-    """One evaluation within a run, as its file of results has it."""
+    """Return one evaluation within a run, from its results file."""
     run = next(each for each in TIMED if each.name.startswith(name))
     return run._replace(name=f"{name}: an evaluation", unit="s of evaluation", value=seconds, sets=False)
 

@@ -1,4 +1,4 @@
-"""From a lost machine to the next step, and whose time it is: `python -m bench.recovery [--times N]`.
+"""Measure the time from a lost machine to the next step, and where it is spent: `python -m bench.recovery [--times N]`.
 
 A managed job on the laboratory of the tests (`tests/e2e/lab`): a real SkyPilot over a real Slurm of this one machine.
 Each time every process of the node is killed, and Slurm ends the job, as it does for a lost node.
@@ -28,12 +28,12 @@ from trainer.events import Event
 SAVE_STEPS = 20
 ENDLESS = ("max_steps=100000", f"save_steps={SAVE_STEPS}", "eval_strategy=no", "logging_steps=1")
 BEYOND = 10
-"""Steps after which the machine goes, counted from the first of the attempt."""
+"""Steps of the attempt after which the machine is lost."""
 IMPORTS = "from trl import DPOConfig, DPOTrainer"
 
 
 class Recovery(NamedTuple):
-    """Seconds, one after the other."""
+    """The seconds of each phase, in order."""
 
     noticed: float
     """Until SkyPilot has asked for another machine."""
@@ -42,11 +42,11 @@ class Recovery(NamedTuple):
     claimed: float
     """The supervisor starts, reads the recipe, plans, claims the run."""
     restored: float
-    """The checkpoint is chosen, fetched and verified."""
+    """The checkpoint is chosen, downloaded and verified."""
     loaded: float
     """The worker imports torch and TRL, loads model, data and optimizer."""
     stepped: float
-    """The first step is told."""
+    """The first step is trained and reported."""
 
 
 WORDS = {
@@ -58,7 +58,7 @@ WORDS = {
     "stepped": "first step",
 }
 OURS = ("claimed", "restored")
-"""What the same job without us would not spend."""
+"""The phases that the same job without our code would not have."""
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def first_step(job: Job, attempt: int) -> int:
 
 
 def supervisor(job: Job) -> float | None:
-    """When the supervisor of the run was started, unix time; None while there is none."""
+    """Return the unix time at which the run's supervisor started; None while there is none."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             line = process.cmdline()
@@ -120,7 +120,7 @@ def at(events: list[Event], kind: str) -> float:
 
 
 def imports() -> float:
-    """Seconds of a fresh process with what any program that trains with TRL imports."""
+    """Return the seconds of a fresh process that imports what every program with TRL imports."""
     start = time.perf_counter()
     subprocess.run([TRAINER, "-c", IMPORTS], check=True, capture_output=True)
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What it costs to bring a checkpoint of ZeRO 3 into another form: `.venv-trainer/bin/python bench/reshard.py`.
+"""Measure the cost of converting a ZeRO-3 checkpoint for another engine or number of ranks: `.venv-trainer/bin/python bench/reshard.py`.
 
 The parts of 2 ranks, written as DeepSpeed writes them, of a model with Mistral's layers made narrower. Each case is a
 process of its own that fills an engine's tensors from them: time, and the memory that it had at its highest beyond
@@ -30,7 +30,7 @@ SUB_GROUP = 20_000_000
 
 
 def shapes(width: int, layers: int) -> dict[str, torch.Size]:
-    """Names as Mistral has them; its numbers, with `width` for the hidden size."""
+    """Return Mistral's parameter names and shapes, with `width` as the hidden size."""
     inner, vocabulary, keys = width * 7 // 2, 32_000, width // 4
     found = {"model.embed_tokens.weight": (vocabulary, width)}
     for layer in range(layers):
@@ -49,7 +49,7 @@ def shapes(width: int, layers: int) -> dict[str, torch.Size]:
 
 
 def sub_groups(named: dict[str, torch.Size]) -> list[dict[str, torch.Size]]:
-    """As DeepSpeed fills them, up to `SUB_GROUP` elements of a rank."""
+    """Return the sub-groups as DeepSpeed fills them, up to `SUB_GROUP` elements per rank."""
     groups: list[dict[str, torch.Size]] = [{}]
     for name, shape in named.items():
         if sum(each.numel() for each in groups[-1].values()) >= SUB_GROUP * RANKS:
@@ -59,7 +59,7 @@ def sub_groups(named: dict[str, torch.Size]) -> list[dict[str, torch.Size]]:
 
 
 def write(folder: Path, groups: list[dict[str, torch.Size]]) -> int:
-    """A checkpoint; its bytes."""
+    """Write a checkpoint and return its bytes."""
     parts = folder / "global_step1"
     parts.mkdir(parents=True)
     (folder / "latest").write_text("global_step1")
@@ -78,7 +78,7 @@ def write(folder: Path, groups: list[dict[str, torch.Size]]) -> int:
 
 
 def engine(groups: list[dict[str, torch.Size]], rank: int, ranks: int) -> Target:
-    """What ZeRO 3's `rank` of `ranks` steps; of one rank, what a single process does."""
+    """Return what `rank` of `ranks` steps under ZeRO-3, or what a single process steps if there is one rank."""
     stepped = []
     for number, group in enumerate(groups):
         counts = [shape.numel() for shape in group.values()]
@@ -96,7 +96,7 @@ def engine(groups: list[dict[str, torch.Size]], rank: int, ranks: int) -> Target
 
 
 def anonymous() -> int:
-    """Bytes of this process's own memory; mapped files are the system's to drop."""
+    """Return the bytes of this process's own memory, without mapped files, which the system may drop."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -104,7 +104,7 @@ def anonymous() -> int:
 
 
 class Highest:
-    """Looks at this process's memory each time that something is copied into the engine."""
+    """Measures this process's memory after each copy into the engine."""
 
     def __init__(self, saved: ZeroState) -> None:
         self.keys, self.rates, self.loss_scale = saved.keys, saved.rates, saved.loss_scale
@@ -117,7 +117,7 @@ class Highest:
 
 
 def convert(folder: Path, groups: list[dict[str, torch.Size]], rank: int, ranks: int, answers: Any) -> None:
-    """One case, in a process of its own."""
+    """Measure one case in its own process."""
     torch.set_num_threads(1)
     theirs = Identity.model_construct(engine="zero3", world_size=RANKS)
     ready = engine(groups, rank, ranks)
@@ -145,16 +145,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))  # noqa: S108 (memory, on purpose)
     parser.add_argument("--repeats", type=int, default=3)
-    said = parser.parse_args()
-    groups = sub_groups(shapes(said.width, said.layers))
+    options = parser.parse_args()
+    groups = sub_groups(shapes(options.width, options.layers))
     count = sum(shape.numel() for group in groups for shape in group.values())
-    with tempfile.TemporaryDirectory(dir=said.folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         size = write(Path(scratch), groups)
         print(
             f"{count / 1e6:.0f} million parameters, {size / 1e9:.2f} GB in {RANKS} parts, {len(groups)} sub-groups"
         )
         for ranks in (1, 2, 4, 8):
-            runs = [measured(Path(scratch), groups, 0, ranks) for _ in range(said.repeats)]
+            runs = [measured(Path(scratch), groups, 0, ranks) for _ in range(options.repeats)]
             best = min(runs, key=lambda run: float(run["s"]))
             rate = best["bytes"] / best["s"]
             seven = BYTES * MISTRAL_7B / ranks

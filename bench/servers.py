@@ -1,4 +1,4 @@
-"""An S3 server for benchmarks: `rclone serve s3` over a folder, with keys that only this process knows."""
+"""An S3 server for benchmarks: `rclone serve s3` over a folder, with random keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOUNT_CACHED = (
 
 
 def touch_memory(folder: Path, mib: int) -> None:
-    """Use as much tmpfs as what follows will, and free it.
+    """Fill and free as much tmpfs as the benchmark will use.
 
     A virtual machine's host takes pages back that were free for a while and gives them again one by one:
     1.3 s for 1 GiB of tmpfs here, against 0.32 s for pages that were just in use.
@@ -37,7 +37,7 @@ def touch_memory(folder: Path, mib: int) -> None:
 
 @contextmanager
 def mounted(root: Path, *, rclone: str = RCLONE) -> Iterator[Path]:
-    """A bucket mounted as SkyPilot's MOUNT_CACHED does, from a server over the same machine's tmpfs."""
+    """Mount a bucket as SkyPilot's MOUNT_CACHED does, from a server over this machine's tmpfs."""
     target, cache = root / "mounted", root / "mount-cache"
     target.mkdir()
     (root / "served" / "bench").mkdir(parents=True)
@@ -53,7 +53,7 @@ def mounted(root: Path, *, rclone: str = RCLONE) -> Iterator[Path]:
 
 @contextmanager
 def rclone_s3(folder: Path, *, rclone: str = RCLONE) -> Iterator[dict[str, str]]:
-    """Serve each folder in `folder` as a bucket; gives the environment that its clients need."""
+    """Serve each folder in `folder` as a bucket, and yield the environment for its clients."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -72,7 +72,7 @@ def rclone_s3(folder: Path, *, rclone: str = RCLONE) -> Iterator[dict[str, str]]
 
 
 def _client(endpoint: str, key: str, secret: str) -> dict[str, str]:
-    """For obstore and the AWS CLI, and a remote named `s3` for rclone."""
+    """Return the environment for obstore and the AWS CLI, with a remote named `s3` for rclone."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": key,

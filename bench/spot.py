@@ -1,4 +1,4 @@
-"""Expected against replayed: `python bench/spot.py FOLDER` prints the tables of `bench/spot.md`.
+"""Compare expected with replayed spot runs: `python bench/spot.py FOLDER` prints the tables of `bench/spot.md`.
 
 FOLDER holds traces as https://github.com/skypilot-org/spot-traces has them: `{"metadata": {"gap_seconds": ...},
 "data": [machines that could be had at each tick]}`. A run is replayed from many offsets of a trace, which is taken
@@ -23,11 +23,11 @@ from launcher.plan.spot import HOUR_S, best_interval, spot_expectation  # noqa: 
 OFFSETS = 200
 LENGTHS_H = (4.0, 12.0, 48.0)
 SAVE_S, UPLOAD_S, RESTORE_S, LOAD_S = 5.0, 100.0, 105.0, 400.0
-"""Of full DPO of a 7B model on 8 GPUs, roughly: 100 GB at 1 GB/s."""
+"""Seconds of an upload for full DPO of a 7B model on 8 GPUs, roughly: 100 GB at 1 GB/s."""
 
 
 class Trace(NamedTuple):
-    """When a machine could be had: seconds of starts and ends, in order, on a ring."""
+    """The times at which a machine was available: ordered seconds of starts and ends, repeated in a loop."""
 
     name: str
     length_s: float
@@ -39,7 +39,7 @@ class Trace(NamedTuple):
 
     @property
     def per_h(self) -> float:
-        """Preemptions in an hour of a held machine."""
+        """Preemptions per hour of a held machine."""
         return len(self.ups) / (self.up_s / HOUR_S)
 
     @property
@@ -49,7 +49,7 @@ class Trace(NamedTuple):
 
     @property
     def first_wait_h(self) -> float:
-        """Mean wait from a random moment: long gaps are met more often than short ones."""
+        """Mean wait from a random moment, which falls into long gaps more often than into short ones."""
         downs = [after - end for (_, end), (after, _) in zip(self.ups, self.ups[1:], strict=False)]
         downs.append(self.ups[0][0] + self.length_s - self.ups[-1][1])
         return sum(down**2 for down in downs) / 2 / self.length_s / HOUR_S
@@ -64,7 +64,7 @@ class Replay(NamedTuple):
 
 
 def read(path: Path, root: Path) -> Trace | None:
-    """A trace, for as many machines as it ever had at once; None if it was never lost."""
+    """Read a trace for the most machines that it had at once; None if no machine was ever lost."""
     data = json.loads(path.read_text())
     gap, counts = float(data["metadata"]["gap_seconds"]), data["data"]
     most = max(counts)
@@ -82,7 +82,7 @@ def read(path: Path, root: Path) -> Trace | None:
 
 
 def replay(trace: Trace, offset_s: float, work_s: float, interval_s: float) -> Replay:
-    """A run that begins at a moment of a trace, save by save and loss by loss; no expectation in it."""
+    """Replay a run from a moment of a trace, save by save and loss by loss, without any expectation."""
     now, paid, done, lost = offset_s, 0.0, 0.0, 0
     start_s = LOAD_S
     while True:
@@ -96,7 +96,7 @@ def replay(trace: Trace, offset_s: float, work_s: float, interval_s: float) -> R
 
 
 def attempt(room_s: float, done: float, work_s: float, interval_s: float) -> tuple[float | None, float]:
-    """What a machine that lasts for `room_s` after its start gets done: seconds to the end, or None; work committed."""
+    """Return the seconds to the end of the run, or None, and the committed work of a machine that lasts `room_s` seconds."""
     now, committed = 0.0, done
     while True:
         step = min(interval_s, work_s - done)
@@ -109,7 +109,7 @@ def attempt(room_s: float, done: float, work_s: float, interval_s: float) -> tup
 
 
 def next_up(trace: Trace, now: float) -> tuple[float, float]:
-    """When a machine is held from, at `now` or later, and until when."""
+    """Return from when, at `now` or later, and until when a machine is held."""
     lap, at = divmod(now, trace.length_s)
     ends = [end for _, end in trace.ups]
     if ends[-1] > trace.length_s and at < ends[-1] - trace.length_s:

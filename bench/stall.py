@@ -1,4 +1,4 @@
-"""How long training stands still for one checkpoint: `.venv-trainer/bin/python bench/stall.py`.
+"""Measure how long training waits for one checkpoint: `.venv-trainer/bin/python bench/stall.py`.
 
 A model's weights and AdamW's two moments, written as Transformers' Trainer writes them. `copy` is the
 limit: the same bytes, from memory to tmpfs, and nothing else. Ours is what the callback waits for: the
@@ -32,7 +32,7 @@ MOUNTED = "Trainer's save to a bucket mounted as MOUNT_CACHED"
 
 
 def state(mib: int) -> tuple[Tensors, dict[str, object]]:
-    """Weights and an optimizer's state that are `mib` together, all float32."""
+    """Return weights and optimizer state of `mib` MiB together, all float32."""
     count = mib * 2**20 // 4 // 3 // LAYERS
     weights = {f"layers.{layer}.weight": torch.randn(count) for layer in range(LAYERS)}
     moments = {
@@ -42,14 +42,14 @@ def state(mib: int) -> tuple[Tensors, dict[str, object]]:
 
 
 def save(folder: Path, weights: Tensors, optimizer: dict[str, object]) -> None:
-    """As Trainer does: safetensors for the model, torch.save for the optimizer."""
+    """Save as Trainer does: safetensors for the model, torch.save for the optimizer."""
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors")
     torch.save(optimizer, folder / "optimizer.pt")
 
 
 def copy(folder: Path, weights: Tensors, optimizer: dict[str, object]) -> None:
-    """One file after another, from the tensors' own memory."""
+    """Write one file after another, from the tensors' own memory."""
     folder.mkdir(parents=True)
     moments = optimizer["state"]
     assert isinstance(moments, dict)  # noqa: S101 (made above)
@@ -72,7 +72,7 @@ def stage(folder: Path, weights: Tensors, optimizer: dict[str, object]) -> None:
 
 
 def asynchronous(folder: Path, weights: Tensors, optimizer: dict[str, object]) -> Future[object]:
-    """The call returns when the state is staged in memory; the write goes on."""
+    """Return when the state is staged in memory. The write continues in the background."""
     writing = dcp.async_save({"model": weights, "optimizer": optimizer}, checkpoint_id=folder)
     assert isinstance(writing, Future)  # noqa: S101 (dcp's other answer is not asked for)
     return writing
@@ -89,7 +89,7 @@ def cases(tmpfs: Path, disk: Path, mount: Path | None) -> dict[str, tuple[Callab
 
 
 def stall_s(call: Callable[..., object], folder: Path, *arguments: object) -> float:
-    """Seconds until training could go on; what then still runs is waited for and removed."""
+    """Return the seconds until training could continue. Then wait for the rest, and delete it."""
     began = time.perf_counter()
     going_on = call(folder, *arguments)
     seconds = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""How long a laptop command takes to answer: `python bench/startup.py`.
+"""Measure how long a laptop command takes to answer: `python bench/startup.py`.
 
 Median of fresh processes, beside the peers that it must not load: `import sky`, and a bare `import click`.
 """
@@ -22,7 +22,7 @@ RUNS = 7
 
 
 def seconds(arguments: list[str]) -> float:
-    """Wall time of one fresh Python process."""
+    """Return the wall time of one fresh Python process."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Steps and tokens a second of our trainer beside TRL's own scripts: `.venv-trainer/bin/python bench/train.py dpo`.
+"""Compare the steps and tokens per second of our trainer with TRL's own scripts: `.venv-trainer/bin/python bench/train.py dpo`.
 
 Same model, rows, order of rows, global batch and settings (the alignment-handbook's); each case is a fresh process, the
 cases take turns, medians over all rounds. Prints Markdown and writes the loss curves as `bench/train-dpo.png`.
@@ -25,7 +25,7 @@ HANDBOOK = {
     "dpo": {"beta": 0.01, "loss_type": "sigmoid"},
     "sft": {},
 }
-"""https://github.com/huggingface/alignment-handbook/tree/f0ffa0d/recipes/zephyr-7b-beta; what both have in common below."""
+"""https://github.com/huggingface/alignment-handbook/tree/f0ffa0d/recipes/zephyr-7b-beta; the settings of both sides are below."""
 LORA = {
     "use_peft": True, "load_in_4bit": True, "lora_r": 128, "lora_alpha": 128, "lora_dropout": 0.05,
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -33,7 +33,7 @@ LORA = {
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """The handbook's settings first; then one thing after the other."""
+    """Return the cases: the handbook's settings first, then one change at a time."""
     kept, recomputed = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
     second = {"precompute_ref_log_probs": False}
     found = [Case("TRL, the handbook's settings", "trl", recomputed)]
@@ -56,7 +56,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def common(options: argparse.Namespace) -> dict[str, Any]:
-    """What both sides are told alike. Rows are in their order in the file, so that losses can be compared."""
+    """Return the settings that both sides share. Rows stay in file order, so that losses can be compared."""
     half = options.device == "cuda"
     return {
         **HANDBOOK[options.method],
@@ -77,22 +77,22 @@ def common(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def dtype(options: argparse.Namespace) -> str:
-    """Of the weights: those that are all trained are float32 under autocast, as ours are on one GPU whatever is said."""
+    """Return the dtype of the weights. Fully trained weights are float32 under autocast, as ours always are on one GPU."""
     return "bfloat16" if options.qlora else "float32"
 
 
 def run(case: Case, options: argparse.Namespace, model: Path, rows: Path, folder: Path) -> Trained:
     settings = {**common(options), "model_name_or_path": str(model), **case.settings}
     if case.side == "trl":
-        told = {
+        own = {
             "datasets": [{"path": "json", "data_files": str(rows), "split": "train"}],
             "per_device_train_batch_size": options.micro_batch,
             "gradient_accumulation_steps": options.batch // options.micro_batch,
             "logging_strategy": "steps", "save_steps": options.steps, "eval_strategy": "no", "report_to": "none",
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
         }  # fmt: skip
-        return train_sides.trl(options.method, settings | told, folder, device=options.device)
-    told = {
+        return train_sides.trl(options.method, settings | own, folder, device=options.device)
+    own = {
         "method": options.method,
         "dataset_mixture": {"datasets": [{"id": str(rows)}]},
         "global_batch_size": options.batch,
@@ -100,7 +100,7 @@ def run(case: Case, options: argparse.Namespace, model: Path, rows: Path, folder
         "save_steps": 10**6,
         **({"micro_batch_size": options.micro_batch} if case.plain or options.device == "cpu" else {}),
     }
-    return train_sides.ours(settings | told, folder, device=options.device, plain=case.plain)
+    return train_sides.ours(settings | own, folder, device=options.device, plain=case.plain)
 
 
 def parse() -> argparse.Namespace:
@@ -112,7 +112,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=16, help="global: sequences or pairs")
-    parser.add_argument("--micro-batch", type=int, default=4, help="on cuda ours takes what the fit says")
+    parser.add_argument(
+        "--micro-batch", type=int, default=4, help="on cuda our side takes the fit's micro batch"
+    )
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60, help="after these no other round is begun")

@@ -1,4 +1,4 @@
-"""What both sides of `bench/train.py` train: chats or pairs as long as UltraFeedback's, and a model of any width."""
+"""Make what both sides of `bench/train.py` train: chats or pairs as long as UltraFeedback's, and a model of any width."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 from trainer.worker.synthetic import facts
 
 SPREAD = 0.56
-"""Standard deviation of a length over its mean: of UltraFeedback's answers (`trainer/estimate/workload.py`)."""
+"""Standard deviation of a length over its mean, for UltraFeedback's answers (`trainer/estimate/workload.py`)."""
 TOKENS_PER_SENTENCE = 9
-"""About, in the tokenizer that is made of them."""
+"""Approximate value in the tokenizer that is made of the rows."""
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-"""Zephyr's without the newline after each end: TRL trains on the last of them, and we do not."""
+"""Zephyr's template without the newline after each end: TRL trains on the last newline, and we do not."""
 QUESTIONS = 0.3
-"""Of a sequence, the share that is its prompt: 616 of 1878 bytes in UltraFeedback, likewise."""
+"""Part of a sequence that is its prompt: 616 of 1878 bytes in UltraFeedback."""
 
 
 class Size(NamedTuple):
-    """Of the model: Mistral's shape, random weights."""
+    """The size of the model, which has Mistral's architecture and random weights."""
 
     hidden: int
     layers: int
@@ -51,7 +51,7 @@ class Size(NamedTuple):
 
 
 def rows(method: str, count: int, *, tokens: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Questions and their answers of the generated facts, many to a row; a pair's worse half answers them wrong.
+    """Return questions and answers about the generated facts, many per row. A pair's worse half has wrong answers.
 
     Args:
         method: sft or dpo.
@@ -69,8 +69,10 @@ def _row(method: str, choice: random.Random, sentences: float) -> dict[str, Any]
     prompt = " ".join(choice.choice(fact.questions).format(*fact.subject) for fact in asked)
 
     def answer(*, right: bool) -> list[dict[str, str]]:
-        said = (asked[number % len(asked)] for number in range(_length(choice, sentences * (1 - QUESTIONS))))
-        text = " ".join(fact.right if right else choice.choice(fact.wrong) for fact in said)
+        statements = (
+            asked[number % len(asked)] for number in range(_length(choice, sentences * (1 - QUESTIONS)))
+        )
+        text = " ".join(fact.right if right else choice.choice(fact.wrong) for fact in statements)
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
     if method == "sft":
@@ -79,27 +81,27 @@ def _row(method: str, choice: random.Random, sentences: float) -> dict[str, Any]
 
 
 def _length(choice: random.Random, mean: float) -> int:
-    """Log-normal of that mean, with `SPREAD`."""
+    """Draw from a log-normal distribution with this mean and `SPREAD`."""
     variance = math.log(1 + SPREAD**2)
     return max(1, round(choice.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance))))
 
 
 def read(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first rows of a JSON Lines file with `messages`, or with `chosen` and `rejected` as whole chats."""
+    """Return the first rows of a JSON Lines file with `messages`, or with `chosen` and `rejected` as whole chats."""
     lines = path.read_text().splitlines()[:count]
     wanted = ("messages", "chosen", "rejected")
     return [{name: row[name] for name in wanted if name in row} for row in map(json.loads, lines)]
 
 
 def write(folder: Path, data: list[dict[str, Any]]) -> Path:
-    """`train.jsonl` in a folder of its own, which both sides can read."""
+    """Write `train.jsonl` into its own folder, which both sides can read."""
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     return folder / "train.jsonl"
 
 
 def make_model(into: Path, data: list[dict[str, Any]], size: Size, *, length: int, dtype: str) -> int:
-    """A tokenizer of the rows' text, and random weights; how many weights there are."""
+    """Write a tokenizer made of the rows' text and random weights, and return the number of weights."""
     import torch
     from transformers import MistralForCausalLM
 
@@ -115,7 +117,7 @@ def make_model(into: Path, data: list[dict[str, Any]], size: Size, *, length: in
 
 
 def lengths(method: str, data: list[dict[str, Any]], model: Path, limit: int) -> list[list[int]]:
-    """Tokens of each row's sequences: of a chat, or of both halves of a pair."""
+    """Return the tokens of each row's sequences: one for a chat, two for a pair."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -1,4 +1,4 @@
-"""Loss curves of all cases on top of each other, and how far each is from the first."""
+"""Plot the loss curves of all cases, and the distance of each from the first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ DPI = 80
 
 
 def plot(curves: dict[str, list[float]], path: Path) -> None:
-    """One picture: the curves above, their distance from the first on a logarithmic scale below."""
+    """Draw the curves above, and their distance from the first on a logarithmic scale below."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""The two sides of `bench/train.py`: `python -m trainer run` and TRL's own scripts, each as a user starts it."""
+"""Run the two sides of `bench/train.py`: `python -m trainer run` and TRL's own scripts, as a user starts them."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ SUPERVISOR = re.compile(r"supervisor's CPU: ([\d.]+)")
 
 
 class Trained(NamedTuple):
-    """What one training took."""
+    """The measured times of one training."""
 
     losses: list[float]
     step_s: list[float]
-    """Without the first step, which the time before it cannot be told from."""
+    """Seconds of the steps, without the first, which cannot be separated from the time before it."""
     reference_s: float
-    """Of the pass that computes the reference's log-probabilities; 0 without one."""
+    """Seconds of the pass that computes the reference's log-probabilities; 0 without one."""
     wall_s: float
-    """Of the whole command."""
+    """Seconds of the whole command."""
     step_cpu_s: list[float]
-    """CPU seconds of the training process, likewise; what others do on the machine is hardly in it."""
+    """CPU seconds of the training process for the same steps, which other processes hardly change."""
     reference_cpu_s: float
     times: Mapping[str, float] = MappingProxyType({})
-    """Seconds in all that ours adds to the steps, by what they went to."""
+    """Total seconds that our code adds to the steps, by purpose."""
     supervisor: float = 0.0
-    """CPU seconds of it for each second of the run."""
+    """CPU seconds of the supervisor per second of the run."""
 
 
 class Moment(NamedTuple):
-    """Two clocks."""
+    """A wall clock and a CPU clock."""
 
     wall_s: float
     cpu_s: float
-    """That the command has used until then."""
+    """CPU seconds that the command has used so far."""
 
 
 def _cpu_s(pid: int) -> float:
@@ -59,7 +59,7 @@ def _cpu_s(pid: int) -> float:
 
 
 def environment(device: str, home: Path) -> dict[str, str]:
-    """Caches in a folder of this case, so that nobody finds what another has computed; no way to the Hub."""
+    """Return an environment with caches in a folder of this case, so that no case reuses another's results, and no Hub."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     cache = {"HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     root = str(Path(__file__).resolve().parent.parent)
@@ -67,7 +67,7 @@ def environment(device: str, home: Path) -> dict[str, str]:
 
 
 def trl(method: str, settings: Mapping[str, Any], folder: Path, *, device: str) -> Trained:
-    """`trl/scripts/{method}.py --config FILE`; its steps are timed by when their lines arrive."""
+    """Run `trl/scripts/{method}.py --config FILE`, and time its steps by the arrival of their lines."""
     import trl as package
 
     folder.mkdir(parents=True)
@@ -92,7 +92,7 @@ def trl(method: str, settings: Mapping[str, Any], folder: Path, *, device: str) 
 
 
 def ours(recipe: Mapping[str, Any], folder: Path, *, device: str, plain: bool) -> Trained:
-    """What `python -m trainer run FILE` does, with a stopwatch in it; the run's events say how long its steps were."""
+    """Run what `python -m trainer run FILE` runs, with a stopwatch. The run's events have the times of its steps."""
     folder.mkdir(parents=True)
     file, bucket, times = folder / "recipe.yaml", folder / "bucket", folder / "times.json"
     file.write_text(yaml.safe_dump(dict(recipe)))
@@ -117,7 +117,7 @@ def ours(recipe: Mapping[str, Any], folder: Path, *, device: str, plain: bool) -
 
 
 def _lines(command: list[str], environ: dict[str, str], log: Path) -> Iterator[tuple[Moment, str]]:
-    """What a command says, each line (or state of a progress bar) with the moment it arrived in; all of it goes to a log.
+    """Yield the lines (or progress bar states) of a command with their times of arrival, and write all of them to a log.
 
     Raises:
         RuntimeError: it failed.

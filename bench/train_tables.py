@@ -1,4 +1,4 @@
-"""What `bench/train.py` makes of its cases' rounds: tables in Markdown."""
+"""Format the rounds of the cases of `bench/train.py` as Markdown tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WARM_UP = 2
 
 
 class Case(NamedTuple):
-    """One row of the table; what it has of its own."""
+    """One row of the table, with its own settings."""
 
     name: str
     side: str
@@ -31,7 +31,7 @@ class Measured:
 
     @property
     def wall_s(self) -> list[float]:
-        """Of each timed step."""
+        """Return the seconds of each timed step."""
         return [second for each in self.rounds for second in each.step_s[WARM_UP - 1 :]]
 
     @property
@@ -39,17 +39,17 @@ class Measured:
         return [second for each in self.rounds for second in each.step_cpu_s[WARM_UP - 1 :]]
 
     def reference_s(self, *, cpu: bool) -> float:
-        """Of the pass before the steps."""
+        """Return the seconds of the pass before the steps."""
         return statistics.median(each.reference_cpu_s if cpu else each.reference_s for each in self.rounds)
 
     def epoch_s(self, steps: int, *, cpu: bool) -> float:
-        """Steps differ by their rows, so their mean counts; of the rounds, the median."""
+        """Return the median over rounds of the mean step. Steps have different rows, so their mean is used."""
         rounds = [(each.step_cpu_s if cpu else each.step_s)[WARM_UP - 1 :] for each in self.rounds]
         return self.reference_s(cpu=cpu) + steps * statistics.median(map(statistics.fmean, rounds))
 
 
 def table(measured: list[Measured], options: argparse.Namespace, tokens: int) -> None:
-    """By the seconds of the CPU where that is what trains: others on the machine change them least."""
+    """Return the time of a step, in CPU seconds if the CPU trains: other processes disturb those least."""
     cpu = options.device == "cpu"
     unit = "CPU s" if cpu else "s"
     print(
@@ -70,7 +70,7 @@ def _spread(seconds: list[float]) -> str:
 
 
 def losses(measured: list[Measured]) -> None:
-    """Each case's curve against the first's; and whether its rounds agree among themselves."""
+    """Compare each case's loss curve with the first case's, and the rounds of a case with each other."""
     first = measured[0].rounds[0].losses
     print(
         "\n| losses against the first's | largest difference | mean drift | rounds equal |\n|---|--:|--:|---|"
@@ -85,7 +85,7 @@ def losses(measured: list[Measured]) -> None:
 
 
 def padding(lengths: list[int], options: argparse.Namespace) -> None:
-    """Positions that the collators make of each global batch: rows as they come, and by length."""
+    """Count the positions that the collators make of each global batch: in file order, and sorted by length."""
 
     def computed(order: Callable[[list[int]], list[int]]) -> int:
         batches = (lengths[at : at + options.batch] for at in range(0, len(lengths), options.batch))
@@ -105,7 +105,7 @@ def padding(lengths: list[int], options: argparse.Namespace) -> None:
 
 
 def overhead(measured: list[Measured], options: argparse.Namespace) -> None:
-    """What our runs with the stopwatch spent beside the model's work."""
+    """Format what our timed runs spent outside the model's work."""
     watched = [each for case in measured for each in case.rounds if each.times]
     cpu = options.device == "cpu"
     step_s = statistics.median(

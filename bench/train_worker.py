@@ -1,4 +1,4 @@
-"""Our run with a stopwatch in it: what of each step is ours and not the model's. Used by `bench/train.py`.
+"""Run our trainer with a stopwatch that measures our own part of each step, not the model's. Used by `bench/train.py`.
 
 `python bench/train_worker.py RECIPE BUCKET WORK` supervises a run whose worker is this module; `-m bench.train_worker
 JOB` is that worker. $BENCH_PLAIN makes it deal rows to micro batches in plain order, not by length.
@@ -42,7 +42,7 @@ def timed_items(times: Times, name: str, items: Callable[..., Iterator[Any]]) ->
 
 
 def watch(times: Times) -> None:
-    """Put the stopwatch around all that we add to a step."""
+    """Wrap everything that we add to a step with the stopwatch."""
     from trainer.worker import sampling
     from trainer.worker.callback import Progress, TrainedTokens
     from trainer.worker.supervisor_channel import Channel
@@ -61,19 +61,19 @@ class Clocks(NamedTuple):
     """CPU seconds of the worker, all its threads."""
 
     steps: list[float]
-    """At the end of each."""
+    """Times at the end of each step."""
     reference: list[float]
-    """Of each pass that computed reference log-probabilities."""
+    """Seconds of each pass that computed reference log-probabilities."""
 
 
 def watch_cpu(clocks: Clocks) -> None:
     from trainer.worker.callback import Progress
     from trainer.worker.reference_logps import Reference
 
-    told, computed = Progress.on_log, Reference._compute  # noqa: SLF001
+    original_on_log, computed = Progress.on_log, Reference._compute  # noqa: SLF001
 
     def on_log(self: Any, *arguments: Any, logs: dict[str, Any] | None = None, **named: Any) -> None:
-        told(self, *arguments, logs=logs, **named)
+        original_on_log(self, *arguments, logs=logs, **named)
         if "loss" in (logs or {}):
             clocks.steps.append(time.process_time())
 
@@ -103,7 +103,7 @@ def work() -> None:
 
 
 def supervise(recipe: str, bucket: str, scratch: str) -> int:
-    """As `python -m trainer run` does, and says at the end what it took of the CPU itself."""
+    """Do what `python -m trainer run` does, and print at the end how much CPU time the supervisor used."""
     import logging
 
     from trainer.recipe import load

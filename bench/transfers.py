@@ -1,4 +1,4 @@
-"""One transfer in a process of its own, so that its CPU time and peak memory are its own.
+"""Run one transfer in its own process, which separates its CPU time and its peak memory.
 
 `python bench/transfers.py PEER up|down FOLDER URI`: prints the wall and CPU seconds as its last line. What is timed
 is the transfer: a supervisor has long since started.
@@ -21,7 +21,7 @@ AT_ONCE = 16
 PART_BYTES = 16 * 2**20
 CHECKPOINT = "checkpoint-1"
 Spent = tuple[float, float]
-"""Seconds of the clock and of the CPU."""
+"""Wall seconds and CPU seconds."""
 
 
 def now() -> Spent:
@@ -34,7 +34,7 @@ def since(began: Spent) -> Spent:
 
 
 def ours(way: str, folder: Path, uri: str) -> Spent:
-    """commit() and restore(), as the supervisor calls them."""
+    """Call commit() and restore() as the supervisor does."""
     from trainer.bucket import open_run
     from trainer.bucket.attempts import claim
     from trainer.bucket.commit import commit
@@ -52,7 +52,7 @@ def ours(way: str, folder: Path, uri: str) -> Spent:
 
 
 def limit(way: str, folder: Path, uri: str, *, parts: bool = False) -> Spent:
-    """PUT from memory, GET into memory, nothing else: no file is read or written while the clock runs."""
+    """PUT from memory and GET into memory. No file is read or written while the clock runs."""
     store = S3Store.from_url(uri, client_options={"allow_http": True})
     if way == "down":
         keys = [meta["path"] for page in obstore.list(store) for meta in page]
@@ -74,7 +74,7 @@ def _puts(store: S3Store, bodies: dict[str, bytes], *, parts: bool) -> list[Call
 
 
 def _gets(store: S3Store, keys: list[str]) -> list[Callable[[], Awaitable[object]]]:
-    """Whole objects: obstore does not accept how `rclone serve s3` answers to ranges."""
+    """Transfer whole objects, because obstore does not accept the range answers of `rclone serve s3`."""
 
     async def get(key: str) -> object:
         return await (await obstore.get_async(store, key)).bytes_async()

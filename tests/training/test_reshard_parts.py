@@ -99,9 +99,9 @@ def test_rows_of_float32_weights_go_where_they_lie(tmp_path: Path) -> None:
 
 
 def test_an_index_runs_no_code(tmp_path: Path) -> None:
-    """It is a pickle, which could."""
+    """The index is a pickle, which could run code. Classes that it does not need are rejected."""
     (tmp_path / INDEX).write_bytes(pickle.dumps(print))
-    with pytest.raises(pickle.UnpicklingError, match=r"a checkpoint's index has no builtins.print"):
+    with pytest.raises(pickle.UnpicklingError, match=r"a checkpoint's index must not contain builtins.print"):
         DcpFolder(tmp_path)
 
 
