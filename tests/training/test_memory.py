@@ -184,7 +184,7 @@ def predicted(tiny: Tiny, *, padded: bool = False) -> float:
 def test_saved_activations_are_as_predicted(
     kind: str, dtype: str, attention: str, checkpointing: bool
 ) -> None:
-    """What autograd keeps of a forward pass, for every kind of model, precision and attention."""
+    """The count equals what autograd saves in a forward pass, for every model, precision and attention."""
     model = tiny(kind, dtype, attention=attention, checkpointing=checkpointing)
     assert predicted(model) == pytest.approx(saved_bytes(model), rel=WITHIN)
 
@@ -359,7 +359,7 @@ def test_the_worker_loads_what_memory_counts(
 
 
 def test_the_worker_follows_the_fit_where_the_recipe_is_silent(tmp_path: Path) -> None:
-    """Activation checkpointing and attention; what the recipe says itself is left to TRL."""
+    """The fit sets activation checkpointing and attention. TRL reads the recipe's own settings."""
     from trainer.fit import Fit
     from trainer.job import Job
     from trainer.worker.arguments import _fitted

@@ -45,7 +45,7 @@ def gathered(pieces: list[Piece], flats: list[torch.Tensor]) -> list[float]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 40])
 def test_pieces_of_stage_3_are_where_deepspeed_cuts(ranks: int) -> None:
-    """Each parameter is padded to a multiple of the ranks and cut; also one with less elements than ranks."""
+    """Each parameter is padded to a multiple of the ranks and split, even one with fewer elements than ranks."""
     weights = [torch.arange(count, dtype=torch.float64) + 100 * number for number, count in enumerate(COUNTS)]
     padded = [torch.nn.functional.pad(weight, (0, -len(weight) % ranks), value=-1) for weight in weights]
     flats = [torch.cat([weight.chunk(ranks)[rank] for weight in padded]) for rank in range(ranks)]
@@ -57,7 +57,7 @@ def test_pieces_of_stage_3_are_where_deepspeed_cuts(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 40])
 @pytest.mark.parametrize("alignment", [1, 4])
 def test_pieces_of_stage_2_are_where_deepspeed_cuts(ranks: int, alignment: int) -> None:
-    """A group is laid out with every parameter aligned, padded at its end, and cut in equal partitions."""
+    """A group's parameters are aligned, concatenated, padded at the end, and split into equal partitions."""
     weights = [torch.arange(count, dtype=torch.float64) + 100 * number for number, count in enumerate(COUNTS)]
     paddings = [*(-count % alignment for count in COUNTS[:-1]), 0]
     laid = [
@@ -78,9 +78,10 @@ def _starts(pieces: list[Piece]) -> list[int]:
 
 @needs_compiler
 def test_float32_masters_of_bf16_weights_go_into_every_form(tmp_path: Path) -> None:
-    """ZeRO 2 and 3, with the optimizer offloaded and not, on 2 ranks, each into each and into float32 weights: no bit of
-    masters and moments is lost, every tensor has its own count of steps, every group its own decay, and the weights in
-    bf16 are those that were trained.
+    """ZeRO-2 and ZeRO-3 on 2 ranks, with and without offload, convert into each other and into float32 weights.
+
+    Masters and moments are equal bit for bit. Every tensor has its own step, every group its own weight decay, and the
+    bf16 weights are those that were trained.
     """
     job = ranks_job(tmp_path / "work", "zephyr-tiny/sft", processes=2, engine="zero3", micro_batch=4)
     code = finish(forks.workers(job, "tests.training.half_ranks"))

@@ -61,7 +61,7 @@ def test_a_mixture_s_mean_is_by_rows() -> None:
 
 
 def test_the_generated_data_are_as_large_as_they_are_said_to_be() -> None:
-    """What the contract says of the generated data is what the generator makes."""
+    """The table's rows and tokens of the generated data match the generator."""
     for name, make in DATA.items():
         assert {split: len(make(split)) for split in ("train", "test")} == KNOWN[name].rows
 
@@ -72,7 +72,7 @@ def test_shipped_recipes_that_name_a_known_data_set_are_known() -> None:
 
 
 def test_a_file_s_tokens_are_a_guess_and_it_says_so() -> None:
-    """Four bytes a token, half of a pair's bytes to each of its sequences."""
+    """Tokens are guessed at four bytes each, with half of a pair's bytes for each sequence."""
     found = counted_workload(recipe(), rows=100, size_bytes=100 * 1600)
     assert found.tokens == pytest.approx(400, rel=0.02)
     assert "guessed at" in found.source

@@ -1,4 +1,4 @@
-"""The fit: the fastest layout that memory holds, the global batch exact, and a refusal that names the way out."""
+"""Tests of the fit: the fastest layout that fits into memory, with the exact global batch; errors name what would fit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def recipe(batch: int, micro: int | None = None) -> Recipe:
 
 
 def dpo(*, offload: Any = None, batch: int = 64, **keys: Any) -> Recipe:
-    """Zephyr's full DPO, as the handbook has it, with other keys."""
+    """Return the handbook's full DPO of Zephyr, with changed keys."""
     of_model = ("dtype", "use_peft", "load_in_4bit", "use_bnb_nested_quant", "attn_implementation")
     model = {"dtype": "bfloat16"} | {
         key: value for key, value in keys.items() if key in of_model or key.startswith("lora_")
@@ -79,7 +79,7 @@ def shape(
 
 
 def test_a_cpu_takes_the_whole_batch_with_all_its_cores() -> None:
-    """Without a GPU there is one process; without the model's numbers its memory is said not to be known."""
+    """Without a GPU there is one process. Without an architecture, a reason states that memory is not predicted."""
     assert fit(recipe(12), shape(cores=2), None) == Fit(
         processes=1,
         micro_batch=6,
@@ -101,7 +101,7 @@ def test_a_cpu_takes_the_whole_batch_with_all_its_cores() -> None:
 
 
 def test_a_cpu_s_memory_is_predicted_where_the_model_is_known() -> None:
-    """It changes nothing of how the recipe runs but whether activations are computed twice."""
+    """The architecture changes only the prediction, and whether activations are recomputed."""
     known, unknown = fit(recipe(12), shape(), SMALL), fit(recipe(12), shape(), None)
     same = {"host": known.host, "reasons": known.reasons, "activation_checkpointing": False}
     assert known == unknown.model_copy(update=same)
@@ -110,7 +110,7 @@ def test_a_cpu_s_memory_is_predicted_where_the_model_is_known() -> None:
 
 
 def test_a_cpu_keeps_activations_where_there_is_room() -> None:
-    """Up to half of its memory, and only if the recipe leaves it to the fit."""
+    """Activations may take half of the memory, and only if the recipe does not set checkpointing."""
     kept = fit(recipe(12), shape(), SMALL)
     assert "no activation checkpointing: all activations fit" in kept.reasons
     small = shape(host_gib=1.9 * kept.host.gib)
@@ -122,13 +122,13 @@ def test_a_cpu_keeps_activations_where_there_is_room() -> None:
 
 
 def test_a_model_too_large_for_a_cpu_is_refused() -> None:
-    """A run that the system would kill is not begun."""
+    """A run that would exceed the machine's memory is refused."""
     with pytest.raises(NoFit, match=r"needs .* GiB of memory; cpu"):
         fit(dpo(bf16=False), shape(host_gib=24.0), architecture())
 
 
 def test_gpus_share_the_batch_and_the_cores() -> None:
-    """Each GPU has a process, and each process its part."""
+    """Each GPU has one process, with an equal part of batch and cores."""
     planned = fit(recipe(128), shape(8, cores=96), SMALL)
     assert (planned.processes, planned.micro_batch * planned.accumulation, planned.threads) == (8, 16, 12)
     assert not planned.use_cpu
@@ -144,7 +144,7 @@ def test_gpus_share_the_batch_and_the_cores() -> None:
 def test_the_global_batch_is_exact_on_any_shape_that_fits(
     batch: int, count: int, cores: int, nodes: int
 ) -> None:
-    """A shape changes the split and never the batch; a refusal is for uneven shares only."""
+    """A shape changes the split and never the batch. Only uneven shares are refused."""
     nodes = nodes if count else 1
     try:
         planned = fit(recipe(batch), shape(count, cores, nodes=nodes), SMALL)
@@ -160,7 +160,7 @@ def test_the_global_batch_is_exact_on_any_shape_that_fits(
 @settings(deadline=None)
 @given(micro=st.integers(1, 32), parts=st.integers(1, 16), count=st.sampled_from([0, 1, 2, 4, 8]))
 def test_a_wish_for_the_micro_batch_is_never_exceeded(micro: int, parts: int, count: int) -> None:
-    """It is what memory holds; with more GPUs a process may have less to do."""
+    """A recipe's micro batch that fits is used as it is."""
     batch = micro * parts * max(count, 1)
     planned = fit(recipe(batch, micro), shape(count), SMALL)
     assert planned.micro_batch == micro
@@ -168,14 +168,14 @@ def test_a_wish_for_the_micro_batch_is_never_exceeded(micro: int, parts: int, co
 
 
 def test_a_wish_too_large_for_a_share_gives_way() -> None:
-    """The same recipe runs on one GPU and on eight."""
+    """A micro batch above a process's share is reduced to the share."""
     planned = fit(recipe(16, 16), shape(8), SMALL)
     assert (planned.micro_batch, planned.accumulation) == (2, 1)
     assert "micro batch 2: the whole share of a process" in planned.reasons
 
 
 def test_an_uneven_share_names_the_nearest_that_works() -> None:
-    """The way out is more or fewer GPUs; another batch is another model."""
+    """The hint names the nearest GPU counts, and the nearest batches, which change the training."""
     with pytest.raises(NoFit) as caught:
         fit(recipe(128), shape(3), SMALL)
     assert caught.value.message == (
@@ -187,19 +187,19 @@ def test_an_uneven_share_names_the_nearest_that_works() -> None:
 
 
 def test_more_gpus_than_samples_do_not_fit() -> None:
-    """A GPU without a sample has nothing to do."""
+    """More GPUs than rows in the batch are refused."""
     with pytest.raises(NoFit, match="take 4 GPUs, or change the training: `global_batch_size=8`"):
         fit(recipe(4), shape(8), SMALL)
 
 
 def test_a_gpu_needs_the_model_s_numbers() -> None:
-    """Money is not spent on what may not fit."""
+    """A fit on a GPU needs a known architecture."""
     with pytest.raises(NoFit, match=r"the architecture of the model .* is unknown"):
         fit(dpo(), shape(8), None)
 
 
 def test_sequences_of_any_length_need_any_memory() -> None:
-    """A limit is asked for rather than guessed."""
+    """A recipe without a maximum length is rejected."""
     with pytest.raises(RecipeError, match="max_length: null"):
         fit(dpo(max_length=None), shape(8), architecture())
 
@@ -208,7 +208,7 @@ def test_sequences_of_any_length_need_any_memory() -> None:
 
 
 def test_full_dpo_of_7b_needs_no_offload_on_eight_of_80_gb() -> None:
-    """Zephyr's own shape."""
+    """Eight GPUs of 80 GB hold Zephyr's full DPO without offload."""
     planned = fit(dpo(), shape(8, 96), architecture())
     assert planned.engine in ("zero2", "zero3")
     assert not planned.offload_optimizer
@@ -248,13 +248,13 @@ def test_notus_own_setting_is_had_on_request() -> None:
 
 
 def test_a_recipe_may_forbid_offload() -> None:
-    """It is then said that leaving it out would do."""
+    """The hint is to leave out `offload: none`."""
     with pytest.raises(NoFit, match="leave out `offload: none`"):
         fit(dpo(offload="none"), shape(4, 48, "A100", 680.0), architecture())
 
 
 def test_a_host_too_small_for_what_is_offloaded_is_refused() -> None:
-    """Host memory counts as much as the GPU's."""
+    """An offload that exceeds the host's memory is refused."""
     with pytest.raises(NoFit, match="of each host's memory"):
         fit(dpo(offload="all"), shape(8, 96, "A100", 128.0), architecture())
 
@@ -296,20 +296,20 @@ def test_a_refusal_has_what_is_needed_what_is_there_and_what_would_do() -> None:
 
 
 def test_a_refusal_names_how_many_of_the_same_would_do() -> None:
-    """More GPUs hold less each."""
+    """The hint names the count of the same GPU that would fit."""
     with pytest.raises(NoFit, match="take RTX5090:1 or L4:2, or leave"):
         fit(dpo(use_peft=True, offload="none"), shape(1, 8, "L4", 512.0), architecture("Qwen/Qwen2.5-14B"))
 
 
 def test_a_request_for_checkpointing_is_kept() -> None:
-    """On or off, by the new name or the old."""
+    """The recipe's checkpointing is used, by its new key or its old key."""
     on = fit(dpo(gradient_checkpointing=True), shape(8, 96), architecture())
     off = fit(dpo(activation_checkpointing=False), shape(8, 96), architecture())
     assert (on.activation_checkpointing, off.activation_checkpointing) == (True, False)
 
 
 def test_a_request_for_an_attention_is_kept() -> None:
-    """FlashAttention gives way on a GPU that cannot run it."""
+    """The recipe's attention is used, except FlashAttention on a GPU that cannot run it."""
     asked = fit(dpo(attn_implementation="sdpa"), shape(8, 96), architecture())
     assert asked.attention == "sdpa"
     old = fit(

@@ -17,7 +17,7 @@ def named(engine: str, **keys: Any) -> Recipe:
 
 
 def test_an_engine_is_had_on_request() -> None:
-    """FSDP 2 cuts what ZeRO 3 cuts; the reason is the recipe, and the plan says the engine's name."""
+    """FSDP2 shards what ZeRO-3 shards. The reason names the recipe's key and the engine."""
     planned = fit(named("fsdp2"), shape(8, 96), architecture())
     assert (planned.engine, planned.offload_optimizer, planned.parameter_shards) == ("fsdp2", False, 8)
     assert planned.words().startswith("FSDP2, micro batch")
@@ -25,7 +25,7 @@ def test_an_engine_is_had_on_request() -> None:
 
 
 def test_silence_takes_zero_3_where_parameters_are_cut() -> None:
-    """Nothing that was measured speaks for the other; one constant says which."""
+    """Without `engine` ZeRO-3 is the default, because no measurement favours FSDP2."""
     second = fit(dpo(precompute_ref_log_probs=False), shape(8, 96, "A100", 680.0), architecture())
     assert second.engine == "zero3"
 
@@ -58,7 +58,7 @@ def test_fsdp_steps_no_optimizer_of_bitsandbytes() -> None:
 
 
 def test_the_cpu_has_the_named_engine_too() -> None:
-    """So that it can be tried on a laptop; it is said."""
+    """FSDP2 can be tried on a laptop, and the reason names it."""
     planned = fit(recipe(8).model_copy(update={"engine": "fsdp2"}), shape(0), None)
     assert (planned.engine, planned.words()) == ("fsdp2", "CPU, FSDP2, micro batch 8 x 1")
     assert "FSDP2: set by the recipe (`engine: fsdp2`)" in planned.reasons

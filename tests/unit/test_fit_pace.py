@@ -97,7 +97,7 @@ def test_a_slow_network_makes_fewer_and_larger_micro_batches() -> None:
 
 
 def test_the_reasons_say_what_the_others_would_take() -> None:
-    """Seconds of the choice are fewer than those of each that is named with it, but for what `WORTH` decides."""
+    """The chosen layout has fewer seconds than the alternatives in its reason, unless `WORTH` decides."""
     planned = fit(dpo(), shape(8, 96), architecture())
     micro = next(reason for reason in planned.reasons if reason.startswith("micro batch"))
     assert "predicted, " in micro
@@ -118,20 +118,20 @@ def test_a_faster_engine_than_the_simplest_says_by_how_much() -> None:
 
 
 def test_a_micro_batch_that_is_named_is_not_made_smaller_for_speed() -> None:
-    """One GPU takes pairs singly by itself, and four at a time where the recipe says so."""
+    """A `micro_batch_size` of the recipe is used, although the fit alone would choose a smaller one."""
     on = shape(1, 8, "A100-80GB", 200.0)
     wanted = qlora().model_copy(update={"micro_batch_size": 2})
     assert fit(wanted, on, architecture()).micro_batch == 2
 
 
 def test_a_gpu_outside_the_table_has_a_fit() -> None:
-    """Nothing is known of its speed, and a run on it is still begun."""
+    """A GPU of unknown speed still has a fit."""
     unknown = shape(8, 96).model_copy(update={"accelerator": "B999", "memory_gib": 80.0})
     assert fit(dpo(), unknown, architecture()).engine == "zero2"
 
 
 def test_whether_the_data_lie_here_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A laptop that has counted the rows and a node that has yet to read them choose the same."""
+    """A laptop that has counted the rows and a node that has not read them choose the same fit."""
     monkeypatch.chdir(tmp_path)
     wanted = dpo().model_copy(update={"dataset_mixture": Mixture(datasets=(DataSource(id="pairs.jsonl"),))})
     before = fit(wanted, shape(8, 96), architecture())

@@ -1,4 +1,4 @@
-"""What holds of every fit: of recipes, models and memories that nobody has chosen."""
+"""Properties of every fit, tested with generated recipes, models and memory sizes."""
 
 from __future__ import annotations
 

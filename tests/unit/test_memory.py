@@ -1,4 +1,6 @@
-"""Memory, term by term: what papers say of 7B comes out, and what is cut, moved or quantised is so in its term only."""
+"""Tests of the memory terms: they match published numbers for 7B, and sharding, offload or quantisation changes only the
+terms that it should.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def layout(engine: str = "zero3", **changes: Any) -> Layout:
 
 
 def gpu(what: Recipe, how: Layout) -> dict[str, float]:
-    """Billions of bytes by term."""
+    """Return billions of bytes on a GPU, by term."""
     return {each.name: each.gib * GIB / 1e9 for each in predict_usage(what, mistral(), how)[0].terms}
 
 
@@ -70,8 +72,8 @@ def test_zero_3_cuts_sixteen_bytes_for_each_weight() -> None:
 
 
 def test_fsdp_2_cuts_the_same_sixteen_bytes() -> None:
-    """Float32 weights that are their own masters, float32 gradients and AdamW's two numbers, where ZeRO 3 has 2 + 2 + 12;
-    on their way are layers in bf16, and no buckets of a fixed size.
+    """FSDP2 has float32 weights that are their own masters, float32 gradients and AdamW's two values; ZeRO-3 has 2 + 2 + 12
+    bytes. FSDP2 gathers layers in bf16, and has no buckets of a fixed size.
     """
     terms, theirs = gpu(recipe(), layout("fsdp2")), gpu(recipe(), layout("zero3"))
     assert terms["parameters"] == pytest.approx(4 * BILLIONS / 8)
@@ -86,7 +88,7 @@ def test_fsdp_2_cuts_the_same_sixteen_bytes() -> None:
 
 
 def test_fsdp_2_cuts_an_adapter_too() -> None:
-    """The frozen base in the recipe's dtype, the adapter in float32, both over all GPUs."""
+    """The frozen base is in the recipe's dtype, the adapter in float32, and both are sharded over all GPUs."""
     lora = recipe(model={"use_peft": True, "lora_r": 8})
     terms, whole = gpu(lora, layout("fsdp2")), gpu(lora, layout("ddp"))
     assert terms["parameters"] == pytest.approx(whole["parameters"] / 8)
@@ -95,7 +97,7 @@ def test_fsdp_2_cuts_an_adapter_too() -> None:
 
 
 def test_zero_2_keeps_whole_parameters() -> None:
-    """And TRL a whole reference beside them."""
+    """ZeRO-2 does not shard the parameters, and TRL does not shard the reference."""
     terms = gpu(recipe(), layout("zero2"))
     assert terms["parameters"] == terms["reference"] == pytest.approx(2 * BILLIONS)
     assert terms["gradients"] + terms["masters"] + terms["optimizer"] == pytest.approx(14 * BILLIONS / 8)
@@ -103,7 +105,7 @@ def test_zero_2_keeps_whole_parameters() -> None:
 
 
 def test_mixed_precision_without_zero_is_in_float32() -> None:
-    """4 of weights, 4 of gradients, 8 of states; DDP has the gradients twice. The reference is as it is loaded."""
+    """Bytes per weight: 4 of weights, 4 of gradients, 8 of states. DDP has the gradients twice. The reference has its loaded dtype."""
     single = gpu(recipe(), layout("single"))
     assert (single["parameters"], single["gradients"], single["optimizer"]) == pytest.approx(
         (4 * BILLIONS, 4 * BILLIONS, 8 * BILLIONS)
@@ -114,7 +116,7 @@ def test_mixed_precision_without_zero_is_in_float32() -> None:
 
 
 def test_bf16_without_mixed_precision_is_bf16_throughout() -> None:
-    """As the recipe says: 2 + 2 + 4 bytes."""
+    """Without mixed precision a bf16 recipe takes 2 + 2 + 4 bytes per weight."""
     terms = gpu(recipe(bf16=False), layout("single"))
     total = terms["parameters"] + terms["gradients"] + terms["optimizer"]
     assert total == pytest.approx(8 * BILLIONS)
@@ -132,13 +134,13 @@ def test_bf16_without_mixed_precision_is_bf16_throughout() -> None:
     ],
 )
 def test_an_optimizer_has_its_states(optim: str, each: float) -> None:
-    """Eight-bit ones with a float32 scale for each block of 256; one that nobody knows counts for more than most."""
+    """Eight-bit states have a float32 scale per block of 256. An unknown optimizer counts as larger than most."""
     terms = gpu(recipe(optim=optim), layout("single"))
     assert terms.get("optimizer", 0.0) == pytest.approx(each * BILLIONS)
 
 
 def test_offloading_moves_the_optimizer_to_the_host() -> None:
-    """Masters and states, 12 bytes for each weight, and gradients in float32 and bf16, pinned and so rounded up."""
+    """The host holds 12 bytes of masters and states per weight, and float32 and bf16 gradients, rounded up because pinned."""
     how = layout("zero3", offload_optimizer=True)
     terms, of_host = gpu(recipe(), how), host(recipe(), how)
     assert not {"gradients", "masters", "optimizer"} & set(terms)
@@ -149,7 +151,7 @@ def test_offloading_moves_the_optimizer_to_the_host() -> None:
 
 
 def test_offloading_everything_moves_both_models() -> None:
-    """What is left on the GPU comes and goes."""
+    """Only transient memory and small parameters stay on the GPU."""
     how = layout("zero3", offload_optimizer=True, offload_parameters=True)
     terms, of_host = gpu(recipe(), how), host(recipe(), how)
     assert terms["parameters"] < 0.01
@@ -158,7 +160,7 @@ def test_offloading_everything_moves_both_models() -> None:
 
 
 def test_nodes_share_what_is_offloaded() -> None:
-    """Two nodes of four have half each."""
+    """With two nodes of four GPUs, each node holds half."""
     one = host(recipe(), layout("zero3", offload_optimizer=True))
     two = host(recipe(), layout("zero3", offload_optimizer=True, nodes=2))
     assert two["offloaded optimizer"] == pytest.approx(one["offloaded optimizer"] / 2)
@@ -198,7 +200,7 @@ def test_an_adapter_s_targets_are_read_as_peft_reads_them(targets: Any, count: i
 
 
 def test_modules_trained_whole_are_counted() -> None:
-    """With the adapter, as PEFT keeps a copy of them."""
+    """They count as part of the adapter, because PEFT keeps a copy of them."""
     wanted = {"use_peft": True, "lora_modules_to_save": ["embed_tokens", "lm_head"]}
     lora = lora_of(recipe(model=wanted), mistral())
     assert lora is not None
@@ -214,7 +216,7 @@ def test_logits_are_never_whole() -> None:
 
 
 def test_label_smoothing_needs_whole_logits() -> None:
-    """TRL then leaves its own head."""
+    """With label smoothing TRL does not use its tiled head."""
     smooth, plain = (
         predict_usage(recipe("sft", label_smoothing_factor=each), mistral(), layout(reference="none"))[
             0
@@ -226,7 +228,7 @@ def test_label_smoothing_needs_whole_logits() -> None:
 
 
 def test_precomputed_log_probabilities_need_no_reference() -> None:
-    """Nor its parameters on their way."""
+    """Neither the reference nor its gathered parameters are counted."""
     without = gpu(recipe(), layout("zero3", reference="precomputed"))
     assert "reference" not in without
     assert without["gathered"] < gpu(recipe(), layout("zero3"))["gathered"]
@@ -256,12 +258,12 @@ def test_eager_attention_keeps_its_scores() -> None:
 
 
 def test_hosts_hold_every_process_s_models_while_they_load() -> None:
-    """Eight processes, each with a policy and a reference."""
+    """Eight processes each load a policy and a reference."""
     assert host(recipe(), layout("zero3"))["loading"] == pytest.approx(8 * 2 * 2 * BILLIONS)
 
 
 def test_loading_and_training_do_not_add_up() -> None:
-    """One is over when the other begins: the larger counts."""
+    """Loading is over before training begins, so the larger of both counts."""
     how = layout("zero3", offload_optimizer=True, offload_parameters=True)
     of_host = host(recipe(), how)
     offloaded = sum(size for name, size in of_host.items() if name.startswith("offloaded"))
@@ -276,7 +278,7 @@ def test_three_checkpoints_wait_in_memory() -> None:
 
 
 def test_every_term_says_why() -> None:
-    """A number with no reason is not believed."""
+    """Every term has a formula, and the terms add up to the total."""
     whole, cut = (layout("single"), layout("ddp")), (layout("zero2"), layout("fsdp2"))
     for how in (layout("zero3", offload_optimizer=True), *whole, *cut):
         for side in predict_usage(recipe(), mistral(), how):
@@ -297,7 +299,7 @@ def test_every_term_says_why() -> None:
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
-    """Before anything is predicted of it."""
+    """An impossible layout is rejected by validation."""
     with pytest.raises(ValidationError):
         layout(**{"engine": "zero3", **wrong})
 
