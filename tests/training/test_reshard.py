@@ -1,4 +1,4 @@
-"""Half a run under one engine and half under another is the whole run: every step, with the state that it needs."""
+"""A run that changes its engine halfway trains the same steps as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ Whole = Callable[..., Trained]
 
 
 def trained(work: Path, shape: str, *overrides: str, resume_from: Path | None = None) -> Trained:
-    """To the end, from the beginning or a checkpoint; one process without DeepSpeed is this one."""
+    """Train to the end, from the start or a checkpoint. One process without DeepSpeed runs in this process."""
     job = ranks_job(work, SFT, *LENGTH, *DECAY, *overrides, resume_from=resume_from, **SHAPES[shape])
     return train(job) if shape == "single" else run(job)
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """A run of 20 steps, undisturbed; the same words give the same run once only, also over pytest-xdist."""
+    """Return an undisturbed run of 20 steps. Equal arguments share one run, also over pytest-xdist."""
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
 
@@ -68,14 +68,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 def rest_of(one: Trained, after: int) -> Trained:
-    """As if it had begun there."""
+    """Return the part of a run after a step."""
     rest = Trained(one.job, one.outcome)
     rest.lines = [line for line in one.lines if line["kind"] != "step" or line["step"] > after]
     return rest
 
 
 def assert_goes_on(before: Trained, after: Trained, step: int = HALF) -> None:
-    """The second half takes the steps that the first one's run took: samples, losses, rates and gradients."""
+    """Assert that the resumed run has the same samples, losses, learning rates and gradients as the undisturbed run."""
     assert after.of("started")[0]["step"] == step, after.outcome
     assert_alike(rest_of(before, step), after)
     assert steps_of(after, "learning_rate") == steps_of(rest_of(before, step), "learning_rate")
@@ -107,7 +107,7 @@ SAMPLE = {
     ("fsdp2", "zero3"),
     ("ddp", "fsdp2"),
 }
-"""The pairs of `make test`: each engine's checkpoint is read once, and each engine's optimizer is filled once."""
+"""The pairs of `make test`. They read each engine's checkpoint once and fill each engine's optimizer once."""
 
 
 def named(pair: tuple[str, str]) -> Any:
@@ -118,7 +118,7 @@ def named(pair: tuple[str, str]) -> Any:
 
 @pytest.mark.parametrize(("one", "other"), map(named, PAIRS))
 def test_a_run_goes_on_in_another_form(tmp_path: Path, whole: Whole, one: str, other: str) -> None:
-    """10 steps under the one and 10 under the other are 20 under the one."""
+    """10 steps under one engine and 10 under another equal 20 steps under the first."""
     before = whole(one)
     after = trained(tmp_path / "work", other, resume_from=before.checkpoint(HALF))
     assert_goes_on(before, after)
@@ -126,7 +126,7 @@ def test_a_run_goes_on_in_another_form(tmp_path: Path, whole: Whole, one: str, o
 
 @needs_compiler
 def test_a_converted_run_is_converted_again(tmp_path: Path, whole: Whole) -> None:
-    """ZeRO 3 on 2, then 4, then 1: what was saved after a conversion is a checkpoint like any."""
+    """ZeRO-3 on 2, then 4, then 1 ranks: a checkpoint saved after a conversion can be converted again."""
     before = whole("zero3")
     on_four = trained(tmp_path / "four", "zero3 x 4", resume_from=before.checkpoint(HALF))
     assert_goes_on(before, on_four)
@@ -139,7 +139,7 @@ def test_a_converted_run_is_converted_again(tmp_path: Path, whole: Whole) -> Non
 
 @pytest.mark.thorough
 def test_fsdp_goes_on_on_any_number_of_processes(tmp_path: Path, whole: Whole) -> None:
-    """On 2, then 4, then 1, then 2: each brings what the one before has saved."""
+    """On 2, then 4, then 1, then 2 ranks, each run converts the checkpoint of the run before."""
     before = whole("fsdp2")
     folder = before.checkpoint(5)
     for step, shape in ((5, "fsdp2 x 4"), (10, "fsdp2 x 1"), (15, "fsdp2")):
@@ -150,7 +150,7 @@ def test_fsdp_goes_on_on_any_number_of_processes(tmp_path: Path, whole: Whole) -
 
 @needs_compiler
 def test_a_converted_checkpoint_of_the_last_step_is_exported(tmp_path: Path, whole: Whole) -> None:
-    """Killed during the export under ZeRO 3, a run ends on one process with the same model."""
+    """A run that is killed during its export under ZeRO-3 ends on one process with the same model."""
     from safetensors.torch import load_file
 
     before = whole("zero3")
@@ -163,7 +163,7 @@ def test_a_converted_checkpoint_of_the_last_step_is_exported(tmp_path: Path, who
 
 @pytest.mark.parametrize("shape", [pytest.param("zero3", marks=needs_compiler), "fsdp2"])
 def test_an_adapter_goes_on_in_parts_and_back(tmp_path: Path, whole: Whole, shape: str) -> None:
-    """LoRA: the optimizer has the adapter's matrices only; the base is loaded from where it was."""
+    """Under LoRA the optimizer has only the adapter's matrices, and the base is loaded from its source."""
     before = whole("single", *LORA)
     sharded = trained(tmp_path / "sharded", shape, *LORA, resume_from=before.checkpoint(HALF))
     assert_goes_on(before, sharded)
@@ -173,7 +173,7 @@ def test_an_adapter_goes_on_in_parts_and_back(tmp_path: Path, whole: Whole, shap
 
 @needs_compiler
 def test_rmsprop_goes_on_offloaded(tmp_path: Path, whole: Whole) -> None:
-    """An optimizer with one moment, which torch steps on the host."""
+    """An optimizer with one moment, which torch steps on the host, is converted."""
     before = whole("single", "optim=rmsprop")
     after = trained(
         tmp_path / "work", "zero3, optimizer", "optim=rmsprop", resume_from=before.checkpoint(HALF)
@@ -184,7 +184,7 @@ def test_rmsprop_goes_on_offloaded(tmp_path: Path, whole: Whole) -> None:
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
 @needs_compiler
 def test_a_moment_that_is_lost_would_show(tmp_path: Path, whole: Whole, key: str) -> None:
-    """The tests above can fail: with a moment or the count of steps zeroed, the losses are others."""
+    """The tests above can fail: if a moment or the step is set to zero, the losses differ."""
     before = whole("zero3")
     folder = tmp_path / "checkpoint-10"
     shutil.copytree(before.checkpoint(HALF), folder)
@@ -203,7 +203,7 @@ def test_a_moment_that_is_lost_would_show(tmp_path: Path, whole: Whole, key: str
 
 
 def test_an_optimizer_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
-    """Adafactor keeps rows and columns: another cut of them does not exist, and the message names the way out."""
+    """Adafactor's state is per row and column, so it cannot be converted. The message names the alternatives."""
     before = trained(tmp_path / "before", "single", "optim=adafactor", "max_steps=6")
     job = ranks_job(
         tmp_path / "work",

@@ -1,4 +1,4 @@
-"""Optimizers of bitsandbytes under another engine: of 32 bit they go on, of 8 bit they are refused."""
+"""bitsandbytes' optimizers under another engine: 32-bit states are converted, 8-bit states are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGED = (*LORA, "optim=paged_adamw_32bit")
 
 @needs_compiler
 def test_a_paged_optimizer_goes_on_under_zero_3_and_back(tmp_path: Path) -> None:
-    """Its moments lie a level deeper in a checkpoint than torch's; they come along, and are cut and put together."""
+    """Bitsandbytes nests its moments a level deeper than torch. They are split and joined like torch's."""
     before = trained(tmp_path / "before", "single", *PAGED)
     sharded = trained(tmp_path / "sharded", "zero3", *PAGED, resume_from=before.checkpoint(10))
     assert_goes_on(before, sharded)
@@ -30,7 +30,7 @@ def test_a_paged_optimizer_goes_on_under_zero_3_and_back(tmp_path: Path) -> None
 
 
 def test_eight_bits_are_refused(tmp_path: Path) -> None:
-    """Blocks of weights share a scale, and another cut has other blocks: no run goes on without its moments."""
+    """8-bit states have a scale per block of weights, and other shards have other blocks, so a resume is refused."""
     done = train(ranks_job(tmp_path / "work", SFT, "optim=adamw_bnb_8bit", "max_steps=1", "save_steps=1"))
     folder = done.checkpoint(1)
     states = load_mapped(folder / "optimizer.pt")["state"]

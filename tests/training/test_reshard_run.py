@@ -1,4 +1,4 @@
-"""The whole line: a machine of two processes is lost, and one process goes on from the bucket."""
+"""End to end: a machine with two processes is lost, and one process resumes from the bucket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seconds of a step: each term against a count by hand, and what more or less of anything does."""
+"""Tests of the seconds of a step: each term equals a count by hand, and changes in the right direction."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def dpo(made: Recipe | None = None, **more: Any) -> Estimate:
 
 
 def test_a_forward_pass_is_two_flops_a_weight_and_token_and_what_moves_between() -> None:
-    """The term is products, causal attention and elementwise bytes, counted here once more by hand."""
+    """The forward term is matrix products, causal attention and elementwise bytes, counted here by hand."""
     tokens, weights = 4 * 2048, 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336) + 32000 * 4096
     flops, memory = 312e12 * MATMUL_EFFICIENCY[8, 0], 2039e9 * MEMORY_EFFICIENCY
     products = 2 * weights * tokens / flops + 2 * weights / memory
@@ -78,7 +78,7 @@ def test_a_forward_pass_is_two_flops_a_weight_and_token_and_what_moves_between()
 
 
 def test_a_step_is_the_sum_of_its_terms_and_each_says_why() -> None:
-    """No second is without a term, and no term without a reason."""
+    """The terms add up to the step, and each has a reason."""
     found = dpo(recipe(eval_strategy="steps", eval_steps=100))
     assert found.step_s == pytest.approx(sum(term.seconds for term in found.terms))
     assert all(term.why and term.seconds > 0 for term in found.terms)
@@ -124,7 +124,7 @@ def test_the_reference_is_a_pass_each_step_or_once() -> None:
 
 
 def test_eager_attention_is_slower() -> None:
-    """It writes every score to memory."""
+    """Eager attention writes every score to memory, so it is slower."""
     assert dpo(attention="eager").step_s > 1.1 * dpo().step_s
 
 
@@ -177,7 +177,7 @@ def test_steps_are_whole_batches_of_an_epoch() -> None:
 
 
 def test_evaluations_and_saves_are_counted_as_the_trainer_does() -> None:
-    """By steps, by a part of the run, or by epochs."""
+    """Evaluations and saves are counted by steps, by a fraction of the run, or by epochs."""
     assert batches.count_evaluations(recipe(eval_strategy="steps", eval_steps=100), 477) == 4
     assert batches.count_evaluations(recipe(eval_strategy="steps", eval_steps=0.25), 400) == 4
     assert batches.count_evaluations(recipe(eval_strategy="epoch", num_train_epochs=3), 477) == 3
@@ -193,7 +193,7 @@ def test_a_batch_split_otherwise_has_the_same_tokens() -> None:
 @given(micro=st.sampled_from([1, 2, 4, 8]), factor=st.floats(1, 4))
 @settings(deadline=None, max_examples=30)
 def test_longer_rows_never_take_less(micro: int, factor: float) -> None:
-    """More tokens a row are more seconds a step."""
+    """More tokens per row take more seconds per step."""
     longer = PAIRS.model_copy(update={"tokens": PAIRS.tokens * factor})
     made = recipe(max_length=4096)
     short, long = (estimate(made, MISTRAL, layout(micro=micro), shape(), each) for each in (PAIRS, longer))
@@ -202,7 +202,7 @@ def test_longer_rows_never_take_less(micro: int, factor: float) -> None:
 
 @pytest.mark.parametrize("micro", [1, 4])
 def test_twice_the_gpus_never_take_longer(micro: int) -> None:
-    """For one global batch on one node."""
+    """With one global batch on one node, more GPUs take less time per step."""
     seconds = [
         estimate(recipe(), MISTRAL, layout(count, micro), shape(count=count), PAIRS).step_s
         for count in (2, 4, 8)
@@ -211,7 +211,7 @@ def test_twice_the_gpus_never_take_longer(micro: int) -> None:
 
 
 def test_a_save_is_short_and_its_upload_long() -> None:
-    """What training waits for is a copy into memory; the network comes after, at the rate that is given."""
+    """Training waits only for the copy into memory. The upload follows at the given rate."""
     found = dpo()
     assert found.checkpoint_bytes == 14 * MISTRAL.parameters
     assert found.save_s < 10 < found.upload_s < found.restore_s
@@ -220,7 +220,7 @@ def test_a_save_is_short_and_its_upload_long() -> None:
 
 
 def test_a_machine_without_a_gpu_is_estimated_by_its_cores() -> None:
-    """A LoRA step of a 270 M model of 2 x 128 tokens takes seconds on two cores, as it was seen to."""
+    """A LoRA step of a 270 M model with 2 x 128 tokens takes seconds on two cores, as was measured."""
     gemma = Architecture(
         name="google/gemma-3-270m", model_type="gemma3_text", hidden_size=640, intermediate_size=2048,
         num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1, head_dim=256, vocab_size=262144,
@@ -233,7 +233,7 @@ def test_a_machine_without_a_gpu_is_estimated_by_its_cores() -> None:
 
 
 def test_a_gpu_that_nobody_measured_says_so() -> None:
-    """Its efficiency is the lowest, and the reason of the first term tells."""
+    """An unmeasured GPU has the lowest efficiency, and the reason of the first term states that it is unmeasured."""
     l4, a100 = (
         estimate(recipe(model=ALL_LINEAR), MISTRAL, layout(1, 1), shape(name, 1), PAIRS)
         for name in ("L4", "A100")
@@ -243,6 +243,6 @@ def test_a_gpu_that_nobody_measured_says_so() -> None:
 
 
 def test_an_unknown_gpu_is_refused_by_name() -> None:
-    """A GPU outside the table is no CPU: the error names the nearest."""
+    """A GPU outside the table is an error that names the nearest known GPU."""
     with pytest.raises(UserError, match="A100-8OGB"):
         estimate(recipe(), MISTRAL, layout(), shape("A100-8OGB"), PAIRS)

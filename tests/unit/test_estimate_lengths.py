@@ -1,4 +1,4 @@
-"""Padding: of rows that meet by chance, and of those that are dealt by length, against drawn ones."""
+"""Tests of padding, for rows in random order and rows sorted by length, compared with drawn lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH = 128
 
 
 def drawn(mean: float, spread: float, limit: int) -> float:
-    """A length, as texts have them: above nothing, some of them long, cut at the limit."""
+    """Draw a length like those of texts: positive, some of them long, truncated at the limit."""
     return min(float(limit), random.gammavariate(1 / spread**2, mean * spread**2))
 
 
@@ -41,7 +41,7 @@ def test_what_is_dealt_by_length_is_padded_as_drawn_batches_are(
 def test_a_sorted_batch_has_its_rows_mean_and_stays_below_the_limit(
     mean: float, spread: float, count: int, limit: int
 ) -> None:
-    """Nothing is lost by the order: the lengths fall from the longest on, and their mean is what it was."""
+    """Sorted lengths decrease, and keep their mean."""
     lengths = expect_lengths(mean, spread, count, limit)
     assert list(lengths) == sorted(lengths, reverse=True)
     assert fmean(lengths) == pytest.approx(min(mean, limit), rel=1e-6)
@@ -84,7 +84,7 @@ def test_order_saves_padding_most_where_a_step_has_many_parts() -> None:
 
 
 def test_the_longer_half_of_a_pair_is_what_both_are_padded_to() -> None:
-    """Longer than the mean of both where lengths differ, and never beyond the limit."""
+    """The longer half exceeds the mean if lengths differ, and never exceeds the limit."""
     assert expect_longer_half(500, 0.56, 1024) > 500
     assert expect_longer_half(500, 0.0, 1024) == 500
     assert expect_longer_half(1000, 0.56, 1024) == 1024
