@@ -90,7 +90,10 @@ def test_a_reference_of_zero_3_is_that_of_ddp_and_of_one_process(tmp_path: Path)
     assert told == [(PAIRS, PAIRS), (PAIRS, 0), (PAIRS, 0)]
     assert shelf(checkpoints) == kept, "the cache was written again"
     words = [event["message"] for event in view.events("log")]
-    assert any("was brought from zero3 on 2 processes to ddp on 2 processes:" in each for each in words)
+    assert any(
+        "converted the checkpoint's state from zero3 on 2 processes to ddp on 2 processes:" in each
+        for each in words
+    )
     assert_undisturbed(view, recipe)
 
 

@@ -79,7 +79,7 @@ def assert_goes_on(before: Trained, after: Trained, step: int = HALF) -> None:
     assert after.of("started")[0]["step"] == step, after.outcome
     assert_alike(rest_of(before, step), after)
     assert steps_of(after, "learning_rate") == steps_of(rest_of(before, step), "learning_rate")
-    assert any("was brought from" in line["message"] for line in after.of("log"))
+    assert any("converted the checkpoint's state from" in line["message"] for line in after.of("log"))
 
 
 PAIRS = [
@@ -216,8 +216,5 @@ def test_an_optimizer_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     )
     refused = run(job)
     assert refused.outcome.status == "user_error"
-    assert (
-        "the optimizer keeps `exp_avg_sq_row`, which is not one number for each weight"
-        in refused.outcome.message
-    )
+    assert "the optimizer's state `exp_avg_sq_row` is not one value per weight" in refused.outcome.message
     assert "as many GPUs of the same kind" in (refused.outcome.hint or "")

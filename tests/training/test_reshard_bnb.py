@@ -35,7 +35,7 @@ def test_eight_bits_are_refused(tmp_path: Path) -> None:
     folder = done.checkpoint(1)
     states = load_mapped(folder / "optimizer.pt")["state"]
     order = [[str(number)] for number in range(len(states))]
-    with pytest.raises(UserError, match="which is not one number for each weight"):
+    with pytest.raises(UserError, match="is not one value per weight"):
         ReplicaState(folder, order)
     assert torch.uint8 in {
         each.dtype for state in states.values() for hidden in state.values() if isinstance(hidden, dict)

@@ -59,4 +59,7 @@ def test_a_run_that_loses_two_processes_ends_on_one(tmp_path: Path) -> None:
             assert each["samples"] == told[0]["samples"]
             assert each["loss"] == pytest.approx(told[0]["loss"], abs=LOSS_TOLERANCE)
     words = [event["message"] for event in view.events("log")]
-    assert any("was brought from zero3 on 2 processes to single on 1 process:" in each for each in words)
+    assert any(
+        "converted the checkpoint's state from zero3 on 2 processes to single on 1 process:" in each
+        for each in words
+    )
