@@ -5,6 +5,7 @@ Slow imports are inside the functions, so that `--help` is fast.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import sys
@@ -29,6 +30,7 @@ from trainer.errors import ExitCode, UserError
 if TYPE_CHECKING:
     from launcher.cloud.protocol import Cloud, JobStatus
     from launcher.registry.submitted import StartedRun
+    from launcher.runs.run import RunHistory
     from launcher.submit.status import RowDict
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -170,14 +172,19 @@ def cancel(cloud: Cloud | None, run: str, checkpoints: str | None) -> int:
         click.echo(f"{run} is not running: {status.raw_status if status else 'SkyPilot has no job of it'}")
         return ExitCode.DONE
     click.echo(f"cancelling {run} ({status.label}): it saves, uploads and commits first")
-    # The log of a local run goes to stdout; SkyPilot's own messages go to stderr.
-    to_stderr = record.kind != "local"
-    reader = place_of(record).reader()
-    left = follow.cancel(status, backend, reader, lambda line: click.echo(line, err=to_stderr))
-    # Slurm's cluster ends with its job; others stay up.
-    if record.kind == "cluster" and status_of(record, terminal.state_folder(), cloud):
-        click.echo(f"its cluster is still up and costs money: `launcher down {run}` gives it back")
-    step = f"step {max(left.commits)}" if left.commits else "the beginning: nothing was committed yet"
+    place = place_of(record)
+    step = "the newest commit"
+    if record.kind == "local":
+        follow.cancel_local(status, backend, click.echo)
+        # The run is cancelled even if its bucket cannot be read from here.
+        with contextlib.suppress(UserError):
+            step = _newest_step(place.reader().read())
+    else:
+        left = follow.cancel(status, backend, place.reader(), lambda line: click.echo(line, err=True))
+        # Slurm's cluster ends with its job; others stay up.
+        if record.kind == "cluster" and status_of(record, terminal.state_folder(), cloud):
+            click.echo(f"its cluster is still up and costs money: `launcher down {run}` gives it back")
+        step = _newest_step(left)
     click.echo(f"cancelled; the command that submitted it resumes from {step}")
     return ExitCode.DONE
 
@@ -210,6 +217,10 @@ def _find(
     record = find.find(state, run, address)
     backend = find.backend_of(record.kind, state, cloud)
     return record, backend, find_job(backend, record.name, record.kind)
+
+
+def _newest_step(run: RunHistory) -> str:
+    return f"step {max(run.commits)}" if run.commits else "the beginning: nothing was committed yet"
 
 
 def _cells(row: RowDict) -> list[str]:

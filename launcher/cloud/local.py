@@ -91,11 +91,14 @@ class LocalMachine:
                 return
 
     def cancel(self, status: JobStatus, say: Say) -> None:  # noqa: ARG002 (the protocol's signature)
-        """Send SIGTERM, and record the cancellation, so that no follower restarts the job."""
+        """Record the cancellation, so that no follower restarts the job, and send SIGTERM if it is still running.
+
+        The job may have been lost while the user was asked; it must not be restarted then either.
+        """
         home = self._home(status.name)
         self._logs.setdefault(status.name, LogTail(home.log))
+        home.set_cancelled(True)
         if supervisor := self._supervisor(home):
-            home.set_cancelled(True)
             supervisor.terminate()
 
     def down(self, name: str, say: Say) -> None:

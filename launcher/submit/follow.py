@@ -273,20 +273,22 @@ def cancel(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> RunHistory:
-    """Cancel the job and wait until the run has saved its work; return the run as it is then.
+    """Cancel SkyPilot's job and wait until the run has saved its work; return the run as it is then.
 
     Raises:
         UserError: the backend refuses, or the bucket cannot be read.
     """
     backend.cancel(status, say)
-    if backend.polls:
-        # The log of a local job ends when the job does.
-        backend.logs(status, say, follow=True)
-        return reader.read()
     until = clock() + (GRACE_S if status.kind == "cluster" else GONE_S)
     while not _over(status, backend, reader.read()) and clock() < until:
         sleep(CANCEL_POLL_S)
     return reader.read()
+
+
+def cancel_local(status: JobStatus, backend: Cloud, say: Say) -> None:
+    """Cancel a local job and show its log until it ends. This does not need the bucket, which may be out of reach."""
+    backend.cancel(status, say)
+    backend.logs(status, say, follow=True)
 
 
 def _over(status: JobStatus, backend: Cloud, run: RunHistory) -> bool:

@@ -20,8 +20,8 @@ from launcher.settings import VARIABLES
 from tests.fakes import trainer_program
 from tests.fakes.runs import attempt_events, write_commit, write_events
 from tests.harness import ROOT
-from trainer.bucket import open_run
-from trainer.errors import ExitCode
+from trainer.bucket import Bucket, open_run
+from trainer.errors import BucketError, ExitCode
 from trainer.recipe import default_run_id, load
 
 RECIPE = "zephyr-tiny/dpo"
@@ -236,6 +236,21 @@ def test_cancel_waits_until_it_is_saved(launcher: Type, at_work: Home, tmp_path:
     assert process.attach(at_work) is None
     assert (tmp_path / "runs" / "a-run" / "commits" / "step-00000007.json").exists()
     assert "is not running" in launcher("cancel", "a-run").out
+
+
+def test_cancel_does_not_need_the_bucket(
+    launcher: Type, at_work: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal without the bucket's credentials can cancel a local run."""
+
+    def refuse(address: str, run_id: str) -> Bucket:
+        raise BucketError(f"cannot open {address}/{run_id}: 403", hint="set AWS_PROFILE")
+
+    monkeypatch.setattr("launcher.registry.find.open_run", refuse)
+    answer = launcher("cancel", "a-run")
+    assert answer.code == 0
+    assert process.attach(at_work) is None
+    assert "resumes from the newest commit" in answer.out
 
 
 def test_logs_prints_the_supervisors_output(launcher: Type, at_work: Home) -> None:

@@ -283,6 +283,20 @@ def test_ctrl_c_while_asking_cancels(site: Site) -> None:
     assert ending.how == "cancelled"
 
 
+def test_a_run_that_is_lost_while_the_user_cancels_is_not_recovered(site: Site) -> None:
+    """The supervisor is killed during the question. The answer `cancel` still counts."""
+
+    def cancel_too_late() -> Answer:
+        supervisor = process.attach(site.home)
+        assert supervisor
+        assert supervisor.lose()
+        return "cancel"
+
+    ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGINT]), ask=cancel_too_late)
+    assert (ending.how, ending.exit_code) == ("cancelled", 75)
+    assert len(site.read().attempts) == 1
+
+
 def test_a_user_who_continues_loses_nothing(site: Site) -> None:
     """The run continues, and a later answer still counts."""
     answers: list[Answer] = ["continue", "cancel"]
