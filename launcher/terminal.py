@@ -28,7 +28,7 @@ def state_folder() -> Path:
 
 
 def take_any_text(stream: IO[str]) -> None:
-    """Print a question mark for characters that the locale's encoding lacks; a report has arrows and bars."""
+    """Make the stream print a question mark for characters that the locale's encoding lacks, such as a report's bars."""
     if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
         stream.reconfigure(errors="replace")
 

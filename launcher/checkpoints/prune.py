@@ -208,7 +208,7 @@ def _read_recipe(bucket: Bucket, data: bytes) -> Recipe:
         return Recipe.model_validate(json.loads(data)["recipe"])
     except (ValueError, KeyError, TypeError, ValidationError):
         raise UserError(
-            f"{bucket.uri}/{RUN_KEY} cannot be read, so it is unknown which reference that run needs",
+            f"{bucket.uri}/{RUN_KEY} cannot be read: the cached reference that this run needs is therefore unknown",
             hint="use the version that wrote it, or delete the run if it will not be continued",
         ) from None
 

@@ -120,7 +120,12 @@ def _rows(infra: str, catalog: Any) -> tuple[CatalogRow, ...]:
     infos = [info for group in listed.values() for info in group]
     rows = [row for info in infos if (row := _row(infra, info))]
     if len(rows) < len(infos):
-        log.debug("%s: %d of %d entries are not whole machines", infra, len(infos) - len(rows), len(infos))
+        log.debug(
+            "%s: ignored %d of %d catalog entries: they lack a size or a price, or have only a share of a GPU",
+            infra,
+            len(infos) - len(rows),
+            len(infos),
+        )
     return tuple(rows + (_other_hosts(rows, catalog) if infra == "gcp" else []))
 
 
@@ -346,7 +351,11 @@ def _asking(doing: str) -> Iterator[Any]:
 
 
 def _task(sky: Any, config: Mapping[str, Any], secrets: Mapping[str, str]) -> Any:
-    """Return SkyPilot's task. It changes the config that it reads, and keeps its text, so secrets are passed apart."""
+    """Return SkyPilot's task.
+
+    SkyPilot changes the config that it reads, so it gets a copy. It also stores the config as text, so secrets are not in
+    the config, but are passed separately.
+    """
     return sky.Task.from_yaml_config(
         copy.deepcopy(dict(config)), secrets_overrides=list(secrets.items()) or None
     )

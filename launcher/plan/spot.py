@@ -105,9 +105,10 @@ class _Held(NamedTuple):
 def market(infra: str, accelerator: str | None, *, count: int = 1, zones: int = 1) -> Market:
     """Return the preemption rate and the wait of a cloud's spot machines.
 
-    Without a published measurement the numbers are those of the pooled V100s, and `source` has the reason. The wait is
-    divided by the number of zones, as if each zone became free independently. Several nodes count as preempted
-    together: four V100s of one zone were preempted 0.12 times per hour, less often than single ones (same traces).
+    If nobody has published a measurement, the numbers are those of all measured V100s together, and `source` says so. The
+    wait is divided by the number of zones. This assumes that machines become free independently in each zone. The rate
+    does not grow with the number of nodes, because the nodes of one zone are usually preempted together: in these
+    traces, groups of four V100s were preempted 0.12 times per hour, less often than single V100s.
     """
     for name in (f"{accelerator}:{count}", str(accelerator)):
         if found := MARKETS.get((infra, name)):

@@ -40,7 +40,7 @@ MARKS = {"done": "✓", "lost": "✕", "preempted": "◆", "failed": "!", "super
 BAR, TOP, BOTTOM = 20.0, 2.0, 44.0
 """Pixels of the timeline: a bar's height, and the margins above and below all lanes."""
 WIDE_PX = 600
-"""From this width on, the names of the timeline's lanes stand left of the bars; below it, above them."""
+"""In a timeline of at least this width the names of the lanes are left of the bars; in a narrower one they are above them."""
 SHARE_CHARACTER_PX = 7.0
 """Width of a character on a bar of shares or memory."""
 LABEL_CHARACTER_PX = 6.6

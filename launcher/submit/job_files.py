@@ -55,7 +55,10 @@ def find(source: str | None, *, folder: Path = JOBS) -> JobFile:
 
 
 def find_local(source: str | None, *, folder: Path = JOBS) -> JobFile:
-    """Return what a name means on this machine, which needs no task: a recipe's name or file goes before a task's."""
+    """Return the job file for a run on this machine, which needs no task.
+
+    If both a recipe and a task have the name, the recipe is used. If only a task has it, the task's recipe is used.
+    """
     source = source or DEFAULT
     known = recipe_names()
     is_recipe = source in known or any(name.endswith(f"/{source}") for name in known)

@@ -77,7 +77,7 @@ def _running(job: Submission, context: SubmitContext) -> JobStatus | None:
     others = [record for record in submitted.submissions(context.state) if record.name == launch.name]
     if mine is None and others:
         raise UserError(
-            f"{status.describe()} is running a run of this name in {others[0].checkpoints}",
+            f"{status.describe()} belongs to a run of the same name in another bucket, {others[0].checkpoints}",
             hint="choose another `--name`",
         )
     context.view.note(f"run {launch.run_id} is already running, as {status.describe()}: following it")

@@ -180,7 +180,7 @@ def login(image: str | None, environ: Mapping[str, str]) -> dict[str, str]:
 def price_variables(
     row: PlanRow, candidates: Sequence[Candidate], offers: Iterable[Offer], *, nodes: int
 ) -> dict[str, str]:
-    """Return the variables from which the trainer learns its price, in whichever place SkyPilot starts it."""
+    """Return the variables from which the trainer learns its price. They have a price for each place where it may start."""
     return {
         PRICES: _json(list(_prices(candidates, offers, nodes=nodes))),
         PLAN: _json(_promised(row)),
@@ -229,7 +229,7 @@ def _prices(
 
 
 def _promised(row: PlanRow) -> Mapping[str, Any]:
-    """Return the numbers of the chosen row that a report later compares with what happened."""
+    """Return the plan's predictions for the chosen row. A report later compares them with the measured numbers."""
     return {
         "hours": round(row.hours, 4),
         "usd": round(row.usd, 4),

@@ -76,7 +76,7 @@ def _place(record: StartedRun | None, options: Mapping[str, Any]) -> dict[str, A
 
 
 def _recipe_file(record: Mapping[str, Any], run_id: str, state: Path, mounts: Mapping[str, str]) -> Path:
-    """Write the recipe of `run.json` to a file. It keeps its name, by which its task is found."""
+    """Write the recipe of `run.json` to a file. The recipe keeps its name, because the name decides which task is used."""
     recipe = _as_here(Recipe.model_validate(record["recipe"]), mounts)
     folder, _, stem = recipe.name.rpartition("/")
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", word) or "-" for word in (run_id, folder or "recipe", stem)]

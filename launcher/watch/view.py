@@ -25,7 +25,7 @@ ROWS = 30
 LEAST_ROWS, MOST_ROWS = 6, 32
 """Fewest rows of one curve with its title, and most rows of all curves together."""
 SIDE_BY_SIDE = 100
-"""From this width in characters on, the curves stand side by side."""
+"""In a terminal of at least this width in characters the curves are drawn side by side."""
 STYLES = {"running": "green", "done": "green", "failed": "red", "preempted": "yellow", "recovering": "yellow"}
 COLUMNS = ("attempt", "where", "market", ">$/h", ">time", ">$", ">steps", "end")
 NO_EVENTS = "no events yet"

@@ -126,8 +126,9 @@ def test_pairs_have_the_columns_of_argillas(caplog: pytest.LogCaptureFixture) ->
     ]
     assert (len(pairs), pairs[0], list(pairs[:1])) == (1, next(iter(pairs)), list(pairs))
     told = (
-        "raw (train): 1 pairs of 3 rows by the mean of the ratings; left out: 1 x all answers rated alike, "
-        "1 x fewer than two rated answers; 5 ratings are not numbers from 0 to 5 and do not count"
+        "raw (train): built 1 pairs from 3 rows, by the mean rating of each answer; rows without a pair: "
+        "1 x all answers rated alike, 1 x fewer than two rated answers; "
+        "ignored 5 ratings that are not numbers from 0 to 5"
     )
     assert caplog.messages == [told]
 

@@ -83,7 +83,7 @@ def test_notus_trains_on_our_own_pairs(tmp_path: Path) -> None:
     trained = train(make_job(tmp_path / "work", "notus-7b/dpo_full", *SMALL, *STEPS, "init=tiny", *ours))
     assert trained.outcome.status == "done"
     told = [line["message"] for line in trained.of("log")]
-    assert any("raw.jsonl (train): 12 pairs of 12 rows by the mean of the ratings" in line for line in told)
+    assert any("raw.jsonl (train): built 12 pairs from 12 rows" in line for line in told)
 
 
 def test_dpo_qlora_begins_with_the_sft_adapter_merged(tmp_path: Path, small: Callable[..., Trained]) -> None:

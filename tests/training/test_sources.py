@@ -136,7 +136,7 @@ def test_a_test_split_is_held_back(tmp_path: Path) -> None:
         rows = read(recipe({"id": path}, test_split_size=size))
         assert len(rows.test) == count
         assert sorted(names(rows.train) + names(rows.test)) == list("abcdefghij")
-    with pytest.raises(DataError, match="leaves nothing"):
+    with pytest.raises(DataError, match="leaves no training rows or no test rows"):
         read(recipe({"id": path}, test_split_size=10))
 
 

@@ -205,7 +205,7 @@ def test_another_number_of_threads_is_told(tmp_path: Path, small: Small) -> None
     job = make_job(tmp_path / "resumed", SFT, *SMALL, resume_from=small(SFT).checkpoint(2))
     again = train(job.model_copy(update={"fit": job.fit.model_copy(update={"threads": 2})}))
     assert again.outcome.status == "done"
-    assert any("threads was 1 and is 2" in line["message"] for line in again.of("log"))
+    assert any("threads changed from 1 to 2" in line["message"] for line in again.of("log"))
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,7 @@ class Outdated(NamedTuple):
     bytes: int
     """Total size of those files."""
     folders: tuple[str, ...] = ()
-    """If the bucket is a folder: its subfolders without a manifest. Killed uploads leave files in them that no listing
-    shows."""
+    """Subfolders without a manifest, if the bucket is a folder. Killed uploads leave files in them that no listing shows."""
 
 
 def prune(bucket: Bucket, attempt: Attempt, keep: int, *, rejected: Collection[int] = ()) -> list[int]:

@@ -16,7 +16,7 @@ from trainer.recipe import Recipe
 TRAINER_EPOCHS = 3.0
 """The default `num_train_epochs` of TrainingArguments (https://huggingface.co/docs/transformers)."""
 LONGER_HALF = 0.15
-"""By how many standard deviations the longer half of a pair exceeds the mean of both halves. Measured on 199 pairs of
+"""The difference between the longer half of a pair and the mean of both halves, in standard deviations. Measured on 199 pairs of
 LLaMA-Factory's dpo_en_demo, bytes / 4.2: 0.13 to 0.21 (truncated to 2048, 1024 and 512). Independent halves would have
 0.56, but both contain the same prompt."""
 SHORTEST = 0.05

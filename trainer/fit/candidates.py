@@ -159,8 +159,9 @@ def time_layouts(
 def rank(timed: TimedLayout) -> tuple[int, float, int]:
     """Return the sort key of a layout: less offload first, then fewer seconds, then the smaller micro batch.
 
-    `WORTH` and `ENGINE_WORTH` increase the seconds, so that near ties go to less memory and to the simpler engine. The
-    key does not depend on the memory of the shape, so more memory never makes a fit worse.
+    `WORTH` and `ENGINE_WORTH` increase the seconds. If two layouts are almost equally fast, the one that needs less memory
+    or has the simpler engine is therefore chosen. The key does not depend on how much memory the machine has, so a machine
+    with more memory never gets a worse layout.
     """
     layout = timed.layout
     offloaded = layout.offload_optimizer + layout.offload_parameters

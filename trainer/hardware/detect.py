@@ -19,7 +19,7 @@ QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv
 MAKERS = ("NVIDIA", "Tesla", "GeForce", "Quadro")
 """Words of a GPU's name that SkyPilot's names omit."""
 LARGER = {"A100": (60, "-80GB"), "V100": (20, "-32GB")}
-"""For names of two boards: the GiB above which it is the larger board, and that board's suffix."""
+"""Two boards share each of these names. A board with more than this memory in GiB is the larger one, and gets the suffix."""
 PCIE_BOARDS = ("A100", "A100-80GB", "H100")
 """SkyPilot uses these names also for the SXM boards, which are faster or better connected."""
 
@@ -96,7 +96,8 @@ def _gpus(listing: str) -> list[_Gpu]:
 def _visible(gpus: list[_Gpu], devices: str | None) -> list[_Gpu]:
     """Return the GPUs that CUDA shows for `$CUDA_VISIBLE_DEVICES`.
 
-    An entry is an index or the start of a UUID. CUDA stops at the first entry that matches no GPU.
+    An entry is an index or the start of a UUID. CUDA ignores the first entry that does not match exactly one GPU, and all
+    entries after it.
     """
     if devices is None:
         return gpus

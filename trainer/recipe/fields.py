@@ -117,7 +117,10 @@ def _lenient(value: Any, name: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return nested values in a form that JSON can hold, with text such as `1e-6` as a number; raise ValueError if impossible."""
+    """Return nested values in a form that JSON can represent; raise ValueError if there is none.
+
+    Text such as `1e-6` becomes a number, because YAML reads it as text.
+    """
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ValueError("the keys of a mapping must be text")

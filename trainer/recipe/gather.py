@@ -111,7 +111,7 @@ def _without_overridden(file: Keys, line: Keys) -> tuple[Keys, list[str]]:
 
 
 def _assigned(value: object) -> str:
-    """Return a value as it follows its key in a message; nothing for values too long to show."""
+    """Return the text `: value` that follows a key in a message. Empty for a mapping or list, which may be too long."""
     return "" if isinstance(value, dict | list) else f": {show(value)}"
 
 

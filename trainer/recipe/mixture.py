@@ -173,9 +173,10 @@ def _sorted(splits: Any, source: str) -> tuple[list[str], list[str]]:
 
 
 def _split(mixture: dict[str, Any], trains: list[str], tests: list[str]) -> list[str]:
-    """Replace every source by one per split. Test splits are used whole; a single file has no splits.
+    """Replace each data set by one entry for each split. Return notes for the user.
 
-    Return notes for the user.
+    A data set that is a single file has no splits, so its entry stays unchanged. All rows of a test split are used, even if
+    the data set has a weight.
     """
     whole = [entry for entry in mixture["datasets"] if is_file(str(entry["id"]))]
     parts = [entry for entry in mixture["datasets"] if not is_file(str(entry["id"]))]

@@ -230,7 +230,7 @@ class Reporter:
         log.warning("%s: saving, uploading and committing, then this attempt ends", source)
 
     def save_s(self) -> float:
-        """Return the most seconds that a save may take from now on, including an upload in progress. 0 if unknown."""
+        """Return the seconds to reserve for a save and its upload, with a margin. 0 until an upload has been measured."""
         save = self._history.save()
         return (save.seconds + save.upload_s) / SAFE_SHARE if save else 0.0
 
@@ -258,7 +258,10 @@ class Reporter:
 
     def preempted(self, message: str) -> None:
         self._events.add("preempted", message=message)
-        log.warning("preempted %s; the same command resumes from the newest commit", message)
+        log.warning(
+            "this attempt was preempted %s; run the same command again to resume from the newest commit",
+            message,
+        )
 
     def superseded(self, error: Superseded) -> None:
         self._events.add("superseded", message=error.message)

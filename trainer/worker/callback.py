@@ -306,13 +306,13 @@ class StepTimer:
         """Seconds of all steps, including data loading and the loss."""
 
     def step(self) -> float:
-        """End a step; return the seconds since the last step, evaluation or save ended."""
+        """Record the end of a step; return the seconds since the last step, evaluation or save ended."""
         took = self.other()
         self.train_s += took
         return took
 
     def other(self) -> float:
-        """End anything else than a step; return the seconds since the last step, evaluation or save ended."""
+        """Record the end of an evaluation or a save; return the seconds since the last step, evaluation or save ended."""
         now = self._clock()
         took, self._since = now - self._since, now
         return took

@@ -174,7 +174,7 @@ def _warn_if_inexact(theirs: Identity, mine: Identity) -> None:
         before, now = getattr(theirs, name), getattr(mine, name)
         if before != now and not (name in LATER and not before):
             log.warning(
-                "%s was %s and is %s: the run resumes, but its results may differ in the last bits",
+                "%s changed from %s to %s: the run resumes, but its results may differ slightly because of rounding",
                 name,
                 before,
                 now,
@@ -182,7 +182,7 @@ def _warn_if_inexact(theirs: Identity, mine: Identity) -> None:
 
 
 def at_last_step(folder: Path) -> bool:
-    """Return whether the checkpoint is the one of the last step, so that only the export is missing."""
+    """Return whether the checkpoint was saved at the last step, so that only the export remains."""
     state = _state(folder)
     return bool(state["global_step"] >= state["max_steps"] > 0)
 

@@ -116,14 +116,14 @@ def for_dpo(rows: Sequence[Row], tokenizer: Tokenizer, recipe: Recipe, name: str
 
 
 def sft_row(encoded: _Encoded, learned: Sequence[tuple[int, int]], *, cut: slice) -> TokenRow:
-    """Return the ids and labels of a row; raise `Malformed` if `cut` leaves no token to learn."""
+    """Return the ids and labels of a row; raise `Malformed` if none of the tokens in `cut` is learned."""
     ids = np.array(encoded.ids, dtype=np.int32)
     labels = np.full_like(ids, IGNORED)
     for start, end in learned:
         tokens = slice(_first_token(encoded, start), _first_token(encoded, end))
         labels[tokens] = ids[tokens]
     if not (labels[cut] != IGNORED).any():
-        raise Malformed("nothing to learn within max_length")
+        raise Malformed("no token to learn within max_length")
     return {"input_ids": ids[cut], "labels": labels[cut]}
 
 

@@ -59,7 +59,9 @@ def check(model: Any) -> None:
     units = sum(isinstance(each, FSDPModule) for each in model.modules())
     layers = model.config.get_text_config().num_hidden_layers
     if units <= layers:
-        raise RuntimeError(f"FSDP 2 split the model into {units} units, but it has {layers} layers")
+        raise RuntimeError(
+            f"FSDP 2 made {units} units of the model, but must make more than {layers}, one for each layer and one for the rest"
+        )
 
 
 def gathered(model: Any, *, trained_only: bool) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def _adapter_name(name: str) -> str:
 
 
 def _dtype(checkpoint: Path) -> str:
-    """Return the dtype that the model was trained in; the checkpoint's parts are float32 masters."""
+    """Return the dtype that the model was trained in. The weights in the checkpoint are float32 master weights."""
     config = json.loads((checkpoint / "config.json").read_text())
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
@@ -173,7 +173,7 @@ def _add_generation_config(into: Path) -> None:
     try:
         GenerationConfig.from_model_config(AutoConfig.from_pretrained(into)).save_pretrained(into)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{into} has no config that Transformers knows: {error}") from error
+        raise ModelError(f"Transformers cannot read the model config in {into}: {error}") from error
 
 
 def _name_base(folder: Path, job: Job) -> None:

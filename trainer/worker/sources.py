@@ -114,7 +114,9 @@ def _split(rows: Mixed, mixture: Mixture) -> tuple[Mixed, Mixed]:
     size = mixture.test_split_size or 0
     held = size if isinstance(size, int) else int(len(rows) * size)
     if not 0 < held < len(rows):
-        raise DataError(f"test_split_size={size} leaves one split of {len(rows)} rows empty")
+        raise DataError(
+            f"test_split_size={size} leaves no training rows or no test rows: the data have {len(rows)} rows"
+        )
     order = random.Random(mixture.seed).sample(range(len(rows)), len(rows))
     return Mixed([rows], [(0, row) for row in order[held:]]), Mixed(
         [rows], [(0, row) for row in order[:held]]

@@ -23,7 +23,7 @@ PER_PROCESS_TOTALS = (
 
 
 def prepare(trainer: Any, job: Job) -> None:
-    """Replace Transformers' callbacks by ours; call this before `train()`."""
+    """Replace Transformers' callbacks for TensorBoard and W&B by ours; call this before `train()`."""
     start = checkpoint_identity.step(job.resume_from) if job.resume_from else 0
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(_TensorBoard(job, start))
@@ -43,7 +43,7 @@ def run_id(job: Job) -> str:
 
 
 class _TensorBoard(TensorBoardCallback):
-    """Each attempt writes a file, which hides the points of earlier files for the steps that it repeats."""
+    """Each attempt writes its own file. TensorBoard then hides the points that earlier files have for the steps of this attempt."""
 
     def __init__(self, job: Job, start: int) -> None:
         super().__init__()

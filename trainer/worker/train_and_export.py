@@ -119,7 +119,7 @@ def finish(trainer: Any, base: Base, job: Job, channel: Channel, about: Identity
     torch.serialization.set_crc32_options(compute_crc32=False)
     if job.resume_from and checkpoint_identity.at_last_step(job.resume_from):
         channel.training_begins()
-        log.info("the checkpoint is the one of the last step: only the export is missing")
+        log.info("training was finished when this checkpoint was saved: only the export of the model remains")
         # train() would take one more step. This is the loader that train() uses, so the weights are the same.
         step = checkpoint_identity.step(job.resume_from)
         engine.load_only(trainer, job.resume_from, job.fit, steps=step)

@@ -38,12 +38,12 @@ UNRATED = "fewer than two rated answers"
 
 
 class Rated(NamedTuple):
-    """The score of an answer."""
+    """The mean rating of an answer."""
 
     mean: float | None
     """0 to 5; None if no rating is a number."""
     unreadable: int
-    """The number of ratings that do not count."""
+    """The number of ratings that are ignored, because they are not numbers from 0 to 5."""
 
 
 class Pick(NamedTuple):
@@ -151,7 +151,7 @@ def _report(name: str, picks: Sequence[Pick], left_out: Counter[str], unreadable
     if not picks:
         raise DataError(f"{name}: none of {rows} rows has a pair: {why}")
     log.info(
-        "%s: %d pairs of %d rows by the mean of the ratings; left out: %s; %d ratings are not numbers from 0 to %d "
-        "and do not count",
+        "%s: built %d pairs from %d rows, by the mean rating of each answer; rows without a pair: %s; "
+        "ignored %d ratings that are not numbers from 0 to %d",
         name, len(picks), rows, why, unreadable, HIGHEST_RATING,
     )  # fmt: skip
