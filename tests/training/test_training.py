@@ -213,7 +213,7 @@ def test_another_number_of_threads_is_told(tmp_path: Path, small: Small) -> None
     [
         (
             {"device": "NVIDIA A100", "packages": "torch 1"},
-            ["device was NVIDIA A100", "packages was torch 1"],
+            ["device changed from NVIDIA A100", "packages changed from torch 1"],
         ),
         ({"device": "", "packages": ""}, []),
     ],
@@ -229,7 +229,7 @@ def test_what_rounds_otherwise_is_told(
     assert said["device"].startswith("a CPU with")
     (copy / "aeolus.json").write_text(json.dumps({**said, **written}))
     again = train(make_job(tmp_path / "resumed", SFT, *SMALL, resume_from=copy))
-    lines = [line["message"] for line in again.of("log") if " was " in line["message"]]
+    lines = [line["message"] for line in again.of("log") if " changed from " in line["message"]]
     assert [line.partition(" and is ")[0] for line in lines] == told
 
 

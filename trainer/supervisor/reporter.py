@@ -230,7 +230,10 @@ class Reporter:
         log.warning("%s: saving, uploading and committing, then this attempt ends", source)
 
     def save_s(self) -> float:
-        """Return the seconds to reserve for a save and its upload, with a margin. 0 until an upload has been measured."""
+        """Return the seconds to reserve for a save, with a margin. 0 until an upload has been measured.
+
+        An upload may be in progress already, so that the time of two uploads is included.
+        """
         save = self._history.save()
         return (save.seconds + save.upload_s) / SAFE_SHARE if save else 0.0
 

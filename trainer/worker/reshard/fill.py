@@ -102,7 +102,9 @@ def _set_rates(target: Target, rates: tuple[float, ...]) -> None:
     """
     if len(target.groups) != len(rates):  # DeepSpeed merges the groups of torch's Adagrad
         if len(set(rates)) != 1:
-            raise RuntimeError(f"{len(rates)} different learning rates for {len(target.groups)} groups")
+            raise RuntimeError(
+                f"the checkpoint has {len(rates)} different learning rates, but the optimizer has {len(target.groups)} groups"
+            )
         rates = rates[:1] * len(target.groups)
     for group, rate in zip(target.groups, rates, strict=True):
         group.settings["lr"] = rate

@@ -132,7 +132,9 @@ def load_schedule(folder: Path, groups: int) -> dict[str, Any]:
     for key, value in state.items():
         if isinstance(value, list) and len(value) != groups:
             if any(each != value[0] for each in value):
-                raise RuntimeError(f"the scheduler's {key} is {value}, for {groups} groups")
+                raise RuntimeError(
+                    f"the checkpoint's scheduler has {key} = {value}, but the optimizer has {groups} groups"
+                )
             state[key] = value[:1] * groups
     return state
 
