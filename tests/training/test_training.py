@@ -230,7 +230,7 @@ def test_what_rounds_otherwise_is_told(
     (copy / "aeolus.json").write_text(json.dumps({**said, **written}))
     again = train(make_job(tmp_path / "resumed", SFT, *SMALL, resume_from=copy))
     lines = [line["message"] for line in again.of("log") if " changed from " in line["message"]]
-    assert [line.partition(" and is ")[0] for line in lines] == told
+    assert [line.partition(" to ")[0] for line in lines] == told
 
 
 def test_saves_wait_for_the_upload(small: Small) -> None:
@@ -350,7 +350,7 @@ def test_an_sft_model_goes_on_to_dpo(small: Small) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"load_best_model_at_end": True}, "checkpoints leave the machine"),
+        ({"load_best_model_at_end": True}, "checkpoints are removed from the machine"),
         ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
         ({"optim": "nonsense"}, "nonsense"),
         ({"no_such_setting": 1}, "no_such_setting"),
