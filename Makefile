@@ -3,8 +3,10 @@ SHELL := /bin/bash
 LAUNCHER := .venv/bin/python
 TRAINER := .venv-trainer/bin/python
 DEMO := runs
-# Unit tests of what the node runs. They run in the trainer's environment too, because its packages differ.
-NODE_UNITS := $(shell grep -LE '^ *(from|import) launcher' tests/unit/test_*.py)
+# Unit tests that also run in the trainer's environment: they parse options with click or meet the training packages.
+# Of what the other unit tests import, both environments pin the same versions (tests/unit/test_install.py).
+NODE_UNITS := $(addprefix tests/unit/test_, $(addsuffix .py, engine files fit_engines job limits method overrides \
+  parent_death price recipe recipes run_command staging synthetic team workers))
 SAMPLE := -m "not thorough"
 LABS := .labs.log
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -36,3 +37,27 @@ def test_the_uv_that_skypilot_installs_is_taken(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "venv --quiet --allow-existing --python 3.11 mine" in (tmp_path / "home" / "asked").read_text()
     assert not (tmp_path / ".tools").exists()
+
+
+def test_both_environments_pin_the_same_versions_but_of_click() -> None:
+    """Unit tests that need neither click nor the training packages therefore run in one environment only."""
+    pins = [
+        dict(
+            re.findall(
+                r"^([a-z0-9._-]+)==([^\s;]+)", (ROOT / "requirements" / name).read_text(), re.MULTILINE
+            )
+        )
+        for name in ("launcher.txt", "trainer.txt")
+    ]
+    shared = (
+        "click",
+        "obstore",
+        "psutil",
+        "pydantic",
+        "pyyaml",
+        "rich",
+        "xxhash",
+        "requests",
+        "platformdirs",
+    )
+    assert [name for name in shared if pins[0][name] != pins[1][name]] == ["click"]
