@@ -40,9 +40,10 @@ test-all: setup  ## the same with every combination of engines, methods and task
 tests:  # The labs of tests/e2e mostly wait, so they begin first and run beside the others.
 	@echo "tests/e2e runs in the background; its output follows the other tests'"
 	@$(LAUNCHER) -m pytest tests/e2e -n 3 $(SAMPLE) > $(LABS) 2>&1 & labs=$$!; failed=0; \
+	$(TRAINER) -m tests.training.compile > /dev/null 2>&1 & compiled=$$!; \
 	$(LAUNCHER) -m pytest tests/unit tests/faults -n 2 $(SAMPLE) || failed=1; \
 	$(TRAINER) -m pytest $(NODE_UNITS) -n 2 $(SAMPLE) || failed=1; \
-	$(TRAINER) -m pytest tests/training -n 2 $(SAMPLE) || failed=1; \
+	wait $$compiled; $(TRAINER) -m pytest tests/training -n 2 $(SAMPLE) || failed=1; \
 	wait $$labs || failed=1; cat $(LABS); exit $$failed
 
 test-quick: setup  ## unit tests, and one run from end to end that loses its machine; under 3 minutes

@@ -25,8 +25,8 @@ SIZES = (
     "eval_strategy=no",
     "learning_rate=5.0e-3",
 )
-SLOW_S = 240.0
-"""A start, with its imports, on a core that others use too."""
+SLOW_S = 480.0
+"""Seconds for a start with its imports, and for DeepSpeed to compile, on a core that others use too."""
 
 
 def ranks_job(work: Path, name: str, *overrides: str, resume_from: Path | None = None, **fit: Any) -> Job:
