@@ -285,14 +285,16 @@ def test_ctrl_c_while_asking_cancels(site: Site) -> None:
 
 def test_a_run_that_is_lost_while_the_user_cancels_is_not_recovered(site: Site) -> None:
     """The supervisor is killed during the question. The answer `cancel` still counts."""
+    machine = LocalMachine(site.state)
 
     def cancel_too_late() -> Answer:
-        supervisor = process.attach(site.home)
-        assert supervisor
-        assert supervisor.lose()
+        status = find(machine, site.home.path.name, "local")
+        assert status
+        assert machine.kill(status)
         return "cancel"
 
-    ending = site.follow(site.job(stall="7"), Interrupts(site, 7, [signal.SIGINT]), ask=cancel_too_late)
+    view = Interrupts(site, 7, [signal.SIGINT])
+    ending = site.follow(site.job(stall="7"), view, ask=cancel_too_late, machine=machine)
     assert (ending.how, ending.exit_code) == ("cancelled", 75)
     assert len(site.read().attempts) == 1
 
