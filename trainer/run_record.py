@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,6 +12,7 @@ from trainer.bucket.layout import RUN_KEY, events_key
 from trainer.errors import RecipeError
 from trainer.events import Event, of_kind, parse
 from trainer.recipe import Recipe
+from trainer.release import own_version
 
 
 class RunRecord(BaseModel):
@@ -40,7 +40,7 @@ def write_or_compare(bucket: Bucket, run_id: str, recipe: Recipe, notes: tuple[s
         recipe=recipe,
         recipe_digest=recipe.digest(),
         notes=notes,
-        versions={"aeolus": _own_version(), "python": platform.python_version()},
+        versions={"aeolus": own_version(), "python": platform.python_version()},
     )
     if bucket.create(RUN_KEY, mine.model_dump_json(indent=2).encode()):
         return
@@ -97,10 +97,3 @@ def events_before(bucket: Bucket, attempt: int) -> list[list[Event]]:
 
 def _read_events(bucket: Bucket, attempt: int) -> list[Event]:
     return parse(bucket.get_or_none(events_key(attempt)) or b"")
-
-
-def _own_version() -> str:
-    try:
-        return version("aeolus")
-    except PackageNotFoundError:
-        return "source"

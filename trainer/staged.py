@@ -13,6 +13,11 @@ from trainer.files import write_atomically
 STAGED_SUFFIX = ".staged"
 IDENTITY_FILE = "aeolus.json"
 """The file of a checkpoint that identifies its model, data and package versions."""
+TRAINER_STATE_FILE = "trainer_state.json"
+"""The file of a checkpoint with Transformers' counters, such as the step."""
+CHECKPOINT_FORMAT = 2
+"""The format of the checkpoints that this release writes; it reads all formats up to this one. 1: the files of each
+engine's library. 2: see `trainer.worker.checkpoint`."""
 
 
 class Staged(BaseModel):
@@ -23,6 +28,8 @@ class Staged(BaseModel):
     folder: str
     """Name of the folder beside the marker."""
     step: int
+    format: int = 1
+    """Format of a checkpoint's files, see `CHECKPOINT_FORMAT`; a model and a reference have only format 1."""
     kind: Literal["checkpoint", "final", "reference"] = "checkpoint"
     """`reference`: log-probabilities of DPO's reference, which outlive the run. A later one replaces an earlier one."""
     stall_s: float = 0.0

@@ -32,6 +32,7 @@ from trainer.bucket.layout import (
 from trainer.bucket.manifest import File, Manifest, files_prefix, read, sizes
 from trainer.bucket.store import Bucket
 from trainer.errors import Superseded, Unavailable
+from trainer.release import own_version
 from trainer.staged import Staged
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,8 @@ def commit(  # noqa: PLR0913 (what is saved, for which run, and two callbacks)
         kind="final" if staged.kind == "final" else "checkpoint",
         created=datetime.now(UTC),
         recipe=recipe_digest,
+        format=staged.format,
+        release=own_version(),
         details=staged.details,
         files=merged((ours, others())),
     )

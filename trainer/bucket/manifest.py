@@ -33,6 +33,8 @@ from trainer.bucket.layout import (
     upload_prefix,
 )
 from trainer.bucket.store import Bucket
+from trainer.errors import UserError
+from trainer.staged import CHECKPOINT_FORMAT
 
 WEIGHTS = (".safetensors", ".bin")
 NO_WEIGHTS = "training_args.bin"  # Transformers stores the machine's paths in it
@@ -69,6 +71,10 @@ class Manifest(BaseModel):
     attempt: int
     step: int
     kind: Literal["checkpoint", "final"]
+    format: int = 1
+    """Format of a checkpoint's files, see `trainer.staged.CHECKPOINT_FORMAT`. Release 0.1 did not write it."""
+    release: str = ""
+    """The release of this package that wrote the files; empty before format 2."""
     created: datetime
     recipe: str
     """Digest of the recipe."""
@@ -91,6 +97,19 @@ class Manifest(BaseModel):
         return FINAL_COMMIT_KEY if self.kind == "final" else commit_key(self.step)
 
     @property
+    def is_known(self) -> bool:
+        """Whether this release can read the files."""
+        return self.format <= CHECKPOINT_FORMAT
+
+    def refuse_unknown(self) -> None:
+        """Raise `UserError` if the files have a format that this release cannot read."""
+        if not self.is_known:
+            raise UserError(
+                f"{self.key} has checkpoint format {self.format}, but this release reads formats up to {CHECKPOINT_FORMAT}",
+                hint=f"install release {self.release or 'that wrote it'} or a later one",
+            )
+
+    @property
     def weights_digest(self) -> str:
         """A hex digest of the checksums of all weight files: equal if and only if the weights are equal."""
         lines = sorted(
@@ -104,6 +123,8 @@ class Manifest(BaseModel):
         """Return which file is missing or has another size, given the sizes of the bucket's objects; None if all match."""
         if not self.files:
             return f"{self.key} names no files"
+        if not self.is_known:
+            return f"{self.key} has the unknown format {self.format} of release {self.release}"
         for file in self.files:
             key = self.prefix + file.path
             if key not in sizes:

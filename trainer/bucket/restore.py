@@ -66,12 +66,15 @@ def restore(
 
     Raises:
         BucketError, Unavailable: the store cannot be read. No checkpoint was rejected for that.
+        UserError: the newest checkpoint has the format of a later release. An older one is not used, because the run
+            would lose steps and overwrite newer checkpoints.
     """
     began = time.monotonic()
     for manifest in commits(bucket):
         if isinstance(manifest, Unreadable):
             reject(manifest.step, manifest.reason)
             continue
+        manifest.refuse_unknown()
         if fault := manifest.fault(sizes(bucket, manifest.prefix)):
             reject(manifest.step, fault)
             continue
@@ -101,6 +104,7 @@ def restore_named(
             else f"{commit_key(step)} is missing, or belongs to another attempt"
         )
         raise CorruptCheckpoint(f"attempt {attempt} committed no step {step} that can be read: {found}")
+    manifest.refuse_unknown()
     return _restore_manifest(bucket, manifest, into, began, progress)
 
 

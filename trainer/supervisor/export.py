@@ -73,6 +73,7 @@ def export(uri: str, request: ExportRequest) -> Path:
     recipe = run_record.read(bucket).recipe
     with tempfile.TemporaryDirectory(prefix="aeolus-export-") as scratch:
         task = _publish_job(bucket, manifest, recipe, request, into=into, work=Path(scratch))
+        manifest.refuse_unknown()
         log.info("%s of %s: %.1f MB", _name(manifest), bucket.uri, manifest.size / 1e6)
         fetch(bucket, manifest, task.source)
         _run_publisher(python, task)

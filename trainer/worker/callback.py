@@ -18,10 +18,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from trainer.files import write_atomically
 from trainer.job import Job
-from trainer.staged import STAGED_SUFFIX, Staged, mark_staged
-from trainer.worker import checkpoint_identity, engine
+from trainer.staged import CHECKPOINT_FORMAT, STAGED_SUFFIX, Staged, mark_staged
+from trainer.worker import engine
 from trainer.worker.arguments import device_has_bf16
-from trainer.worker.checkpoint_identity import Identity
+from trainer.worker.checkpoint import identity
+from trainer.worker.checkpoint.identity import Identity
 from trainer.worker.supervisor_channel import Channel
 
 GIB = 2**30
@@ -133,7 +134,7 @@ class Progress(TrainerCallback):
         stall_s = time.perf_counter() - self._since
         size = 0
         if state.is_world_process_zero:
-            checkpoint_identity.write(self._job.staging / folder, self._about)
+            identity.write(self._job.staging / folder, self._about)
             if self._config:
                 file = self._job.staging / folder / f"{engine.config_name(self._job.fit)}.json"
                 write_atomically(file, json.dumps(self._config, indent=2))
@@ -143,7 +144,13 @@ class Progress(TrainerCallback):
             details = self._about.model_dump(mode="json") | self._engine()
             mark_staged(
                 self._job.staging,
-                Staged(folder=folder, step=state.global_step, stall_s=stall_s, details=details),
+                Staged(
+                    folder=folder,
+                    step=state.global_step,
+                    format=CHECKPOINT_FORMAT,
+                    stall_s=stall_s,
+                    details=details,
+                ),
             )
         self._channel.say("saved", step=state.global_step, bytes=size, stall_s=stall_s)
         self._timer.other()

@@ -22,18 +22,15 @@ from trainer.worker import (
     train_and_export,
 )
 from trainer.worker.arguments import training_arguments
-from trainer.worker.checkpoint_identity import identity
-from trainer.worker.engine import ShardedCheckpointMixin
+from trainer.worker.checkpoint.identity import identity
+from trainer.worker.checkpoint.trainer_mixin import CheckpointMixin
 from trainer.worker.reference_logps import Reference
-from trainer.worker.reshard.trainer_mixin import ReshardingMixin
 from trainer.worker.sampling import DeterministicOrderMixin
 from trainer.worker.supervisor_channel import Channel
 from trainer.worker.train_and_export import InterruptibleEvaluation
 
 
-class PreparedDPOTrainer(
-    DeterministicOrderMixin, ShardedCheckpointMixin, ReshardingMixin, InterruptibleEvaluation, DPOTrainer
-):
+class PreparedDPOTrainer(DeterministicOrderMixin, CheckpointMixin, InterruptibleEvaluation, DPOTrainer):
     """A `DPOTrainer` for tokenized data, with our order of samples, and with the same loss on every split of the batch.
 
     TRL 1.16 always tokenizes: it has no prompt length, and silently drops pairs. `SFTTrainer` leaves tokenized data

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,66 +173,6 @@ def whole_weights(trainer: Any, fit: Fit) -> dict[str, Any] | None:
     )
     unset_hf_deepspeed_config()  # models that are loaded after this are not partitioned
     return gathered or {}
-
-
-def load_only(trainer: Any, folder: Path, fit: Fit, *, steps: int) -> None:
-    """Load the weights of a run's last checkpoint, of step `steps`, into the trainer's model, without training."""
-    if fit.is_sharded or trainer.converted:
-        # The beginning of `train()`: a sharded model is only loaded together with its engine.
-        trainer._prepare_for_training(steps, trainer.get_train_dataloader(), str(folder))  # noqa: SLF001
-    else:
-        trainer._load_from_checkpoint(str(folder))  # noqa: SLF001
-
-
-class ShardedCheckpointMixin:
-    """A mixin for a TRL trainer: a checkpoint of DeepSpeed or FSDP holds the ranks' parts, and no separate model."""
-
-    def _prepare_for_training(self: Any, max_steps: int, loader: Any, folder: str | None) -> Any:
-        """Prepare as Transformers does, but map DeepSpeed's files while they are loaded, and check FSDP's sharding."""
-        # A conversion maps the files itself.
-        maps = folder and self.is_deepspeed_enabled and not self.converted
-        with load_with_mmap() if maps else nullcontext():
-            prepared = super()._prepare_for_training(max_steps, loader, folder)  # type: ignore[misc]
-        if maps:
-            own_memory(self.deepspeed.optimizer.optimizer)
-        if self.args.fsdp:
-            fsdp.check(self.model)
-        return prepared
-
-    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write only configs and tokenizer at a checkpoint, because the parts are saved with the optimizer."""
-        if not (_internal_call and (self.is_deepspeed_enabled or self.is_fsdp_enabled)):
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        elif self.args.should_save:
-            for config in [self.model.config, *getattr(self.model, "peft_config", {}).values()]:
-                config.save_pretrained(output_dir)
-            self.processing_class.save_pretrained(output_dir)
-
-
-@contextmanager
-def load_with_mmap() -> Iterator[None]:
-    """Make `torch.load` of a path map the file, so that the kernel can evict its pages."""
-    from torch.utils.serialization import config
-
-    before = config.load.mmap
-    config.load.mmap = True
-    try:
-        yield
-    finally:
-        config.load.mmap = before
-
-
-def own_memory(optimizer: Any) -> None:
-    """Copy optimizer states on the host from mapped files to memory, one tensor at a time.
-
-    A file on tmpfs would stay allocated as long as a mapped state is used. States on a GPU were copied already.
-    """
-    import torch
-
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.device.type == "cpu":
-                state[name] = value.clone()
 
 
 def _zero2() -> dict[str, Any]:

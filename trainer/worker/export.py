@@ -15,7 +15,7 @@ from trainer.staged import Staged, mark_staged
 from trainer.worker import failures
 from trainer.worker import model as models
 from trainer.worker.chat_template import Tokenizer
-from trainer.worker.checkpoint_identity import Identity
+from trainer.worker.checkpoint.identity import Identity
 from trainer.worker.model_source import Base
 
 log = logging.getLogger(__name__)

@@ -1,39 +1,50 @@
 """Turns a committed checkpoint into a model for others: `python -m trainer.worker.publish_model PUBLISH_JSON`.
 
-It combines the parts that an engine's ranks wrote, merges an adapter if requested, and uploads the model to the Hub.
-It runs on the CPU, and reads weights through memory maps, so it needs little memory.
+It joins the slices that the ranks wrote, merges an adapter if requested, and uploads the model to the Hub. It runs on
+the CPU without an engine, and reads weights through memory maps, so it needs the memory of one file of the model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainer.errors import ModelError, UserError
 from trainer.files import write_atomically
 from trainer.job import Job, Outcome, Publish
-from trainer.staged import IDENTITY_FILE
+from trainer.staged import IDENTITY_FILE, TRAINER_STATE_FILE
 from trainer.worker import model_source
+from trainer.worker.checkpoint.format import (
+    INDEX_FILE,
+    RANK_FILES,
+    SCALARS_FILE,
+    is_format_2,
+    open_format_2,
+)
+from trainer.worker.checkpoint.format_1 import FORMAT_1_FILES, open_format_1
+from trainer.worker.checkpoint.identity import Identity
+from trainer.worker.checkpoint.state import SavedParameter
 from trainer.worker.failures import http_status
 from trainer.worker.model_source import Base
-from trainer.worker.reshard.fsdp_checkpoint import INDEX, MODEL, OPTIMIZER, DcpFolder
 
 log = logging.getLogger("trainer.worker.publish_model")
 SHARD = "5GB"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEAD = "lm_head.weight"
 CHECKPOINT_ONLY = (
-    "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin", IDENTITY_FILE,
-    "deepspeed.json", "latest", "global_step*", "fsdp.json", MODEL, OPTIMIZER, "zero_to_*.py", "*.partial", "README.md",
+    INDEX_FILE, SCALARS_FILE, RANK_FILES, TRAINER_STATE_FILE, IDENTITY_FILE, "deepspeed.json", "fsdp.json",
+    *FORMAT_1_FILES, "*.partial", "README.md",
 )  # fmt: skip
 """Files of a checkpoint that do not belong to a model."""
+Weights = dict[str, SavedParameter]
 
 
 def publish(task: Publish) -> None:
@@ -58,111 +69,98 @@ def publish(task: Publish) -> None:
 
 
 def consolidate(checkpoint: Path, into: Path) -> None:
-    """Write the model or adapter of a checkpoint of any engine, with its tokenizer and configs.
+    """Write the model or adapter of a checkpoint of any format and engine, with its tokenizer and configs.
 
     Raises:
         UserError: the checkpoint has no weights in a known format.
     """
     shutil.copytree(checkpoint, into, ignore=shutil.ignore_patterns(*CHECKPOINT_ONLY), dirs_exist_ok=True)
-    if (checkpoint / "latest").is_file():
-        _write_weights(checkpoint, into, _deepspeed_weights)
-    elif (checkpoint / MODEL / INDEX).is_file():
-        _write_weights(checkpoint, into, _fsdp_weights)
+    if weights := read_weights(checkpoint):
+        _write_weights(weights, into)
     elif not any(into.glob("*.safetensors")):
         raise UserError(f"the checkpoint {checkpoint.name} holds no weights as safetensors")
     if not (into / ADAPTER_CONFIG).is_file():
         _add_generation_config(into)
 
 
-def _write_weights(checkpoint: Path, into: Path, read_lazily: Callable[..., dict[str, Any]]) -> None:
-    """Write the weights as safetensors, one file at a time; `read_lazily` maps the files that the ranks wrote."""
+def read_weights(checkpoint: Path) -> Weights:
+    """Return the weights by name, without reading them; empty if the folder holds a model's own files.
+
+    Of tied weights only the first name is returned.
+    """
+    if is_format_2(checkpoint):
+        return dict(open_format_2(checkpoint).parameters)
+    path = checkpoint / IDENTITY_FILE
+    origin = Identity.model_validate_json(path.read_text()) if path.is_file() else None
+    if origin is None or origin.engine in ("single", "ddp"):
+        return {}
+    weights = dict(open_format_1(checkpoint, origin.engine, origin.world_size).parameters)
+    config = json.loads((checkpoint / "config.json").read_text())
+    if config.get("tie_word_embeddings") and origin.engine == "fsdp2":  # it wrote a tied head a second time
+        weights.pop(HEAD, None)
+    if (checkpoint / ADAPTER_CONFIG).is_file():
+        return weights
+    # The files have float32 masters of a model that was trained in another dtype.
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return {name: replace(weight, dtype=dtype) for name, weight in weights.items()}
+
+
+def _write_weights(weights: Weights, into: Path) -> None:
+    """Write the weights as safetensors, one file at a time."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards  # type: ignore[import-not-found,unused-ignore]
     from safetensors.torch import save_file  # type: ignore[import-not-found,unused-ignore]
 
-    adapter = (checkpoint / ADAPTER_CONFIG).is_file()
-    weights = read_lazily(checkpoint, trained_only=adapter)
-    dtype = getattr(torch, _dtype(checkpoint)) if not adapter else None
+    adapter = (into / ADAPTER_CONFIG).is_file()
     if adapter:
         weights = {_adapter_name(name): weight for name, weight in weights.items()}
     # Tensors without data, of the final shapes and dtypes, decide which file each weight goes to.
     like = {
-        name: torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
+        name: torch.empty(weight.shape, dtype=weight.export_dtype, device="meta")
         for name, weight in weights.items()
     }
     pattern = ADAPTER if adapter else "model{suffix}.safetensors"
     plan = split_torch_state_dict_into_shards(
         like, filename_pattern=pattern, max_shard_size="1TB" if adapter else SHARD
     )
+    as_published = _same if adapter else _conversion_of(into)
+    files: dict[str, str] = {}
     for file, names in plan.filename_to_tensors.items():
-        tensors = {name: weights[name].contiguous().to(dtype or weights[name].dtype) for name in names}
+        tensors = as_published({name: weights[name].weights() for name in names})
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, into / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(tensors, file)
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        index = {"metadata": plan.metadata, "weight_map": files}
         (into / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _deepspeed_weights(checkpoint: Path, *, trained_only: bool) -> dict[str, Any]:
-    """Return lazy tensors by name; `contiguous()` reads one. Of tied weights only the first name is returned."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    os.environ["TQDM_DISABLE"] = "1"
-    with contextlib.redirect_stdout(None):
-        found = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint), exclude_frozen_parameters=trained_only, lazy_mode=True
-        )
-    return dict(_without_tied(found.items()))
+def _same(tensors: dict[str, Any]) -> dict[str, Any]:
+    return tensors
 
 
-class _Stored(NamedTuple):
-    """A tensor of a checkpoint folder; `contiguous()` reads it."""
+def _conversion_of(folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return the function from a model's weights in memory to those in its files.
 
-    folder: DcpFolder
-    name: str
-
-    @property
-    def shape(self) -> Any:
-        return self.folder.tensors[self.name].size
-
-    @property
-    def dtype(self) -> Any:
-        return self.folder.tensors[self.name].properties.dtype
-
-    def contiguous(self) -> Any:
-        return self.folder.tensor(self.name)
-
-
-def _fsdp_weights(checkpoint: Path, **_: bool) -> dict[str, Any]:
-    """Return lazy tensors by name; `contiguous()` reads one.
-
-    The checkpoint of an adapter holds nothing but the adapter. FSDP writes a head that is tied to the embedding a
-    second time; it is left out here.
+    Transformers holds the weights of some models in another form than their files have, such as all experts of a layer
+    in one tensor.
     """
-    folder = DcpFolder(checkpoint / MODEL)
-    found = {folder.paths[name][-1]: _Stored(folder, name) for name in folder.tensors}
-    if json.loads((checkpoint / "config.json").read_text()).get("tie_word_embeddings"):
-        found.pop(HEAD, None)
-    return found
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
 
-
-def _without_tied(weights: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
-    """Yield each tensor once, under its first name."""
-    seen: set[int] = set()
-    for name, weight in weights:
-        if id(weight) not in seen:
-            seen.add(id(weight))
-            yield name, weight
+    config = AutoConfig.from_pretrained(folder)
+    if get_checkpoint_conversion_mapping(config.model_type) is None:
+        return _same
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return partial(revert_weight_conversion, model)
 
 
 def _adapter_name(name: str) -> str:
     """Return a weight's name as PEFT saves it: without the adapter's name and without `modules_to_save`."""
     return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
-
-
-def _dtype(checkpoint: Path) -> str:
-    """Return the dtype that the model was trained in. The weights in the checkpoint are float32 master weights."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def _add_generation_config(into: Path) -> None:

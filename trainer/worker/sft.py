@@ -7,17 +7,14 @@ from trl import SFTConfig, SFTTrainer
 from trainer.job import Job, Outcome
 from trainer.worker import chat_template, data, model, model_source, sources, train_and_export
 from trainer.worker.arguments import training_arguments
-from trainer.worker.checkpoint_identity import identity
-from trainer.worker.engine import ShardedCheckpointMixin
-from trainer.worker.reshard.trainer_mixin import ReshardingMixin
+from trainer.worker.checkpoint.identity import identity
+from trainer.worker.checkpoint.trainer_mixin import CheckpointMixin
 from trainer.worker.sampling import DeterministicOrderMixin
 from trainer.worker.supervisor_channel import Channel
 from trainer.worker.train_and_export import InterruptibleEvaluation
 
 
-class OrderedSFTTrainer(
-    DeterministicOrderMixin, ShardedCheckpointMixin, ReshardingMixin, InterruptibleEvaluation, SFTTrainer
-):
+class OrderedSFTTrainer(DeterministicOrderMixin, CheckpointMixin, InterruptibleEvaluation, SFTTrainer):
     """An `SFTTrainer` with our order of samples. It leaves data with `input_ids` and `labels` unchanged."""
 
 

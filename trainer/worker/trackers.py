@@ -10,7 +10,7 @@ import xxhash
 from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
 
 from trainer.job import Job
-from trainer.worker import checkpoint_identity
+from trainer.worker.checkpoint import identity
 
 PER_PROCESS_TOTALS = (
     "train_runtime",
@@ -24,7 +24,7 @@ PER_PROCESS_TOTALS = (
 
 def prepare(trainer: Any, job: Job) -> None:
     """Replace Transformers' callbacks for TensorBoard and W&B by ours; call this before `train()`."""
-    start = checkpoint_identity.step(job.resume_from) if job.resume_from else 0
+    start = identity.step(job.resume_from) if job.resume_from else 0
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(_TensorBoard(job, start))
     if trainer.pop_callback(WandbCallback):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
 from trainer.errors import RecipeError
 from trainer.job import Job, Outcome
-from trainer.worker import checkpoint_identity, engine, trackers
+from trainer.worker import engine, trackers
 from trainer.worker.callback import Progress
-from trainer.worker.checkpoint_identity import Identity
+from trainer.worker.checkpoint import identity
+from trainer.worker.checkpoint.identity import Identity
 from trainer.worker.data import TokenizedDataset
 from trainer.worker.export import export
 from trainer.worker.model_source import Base
@@ -108,21 +108,18 @@ def finish(trainer: Any, base: Base, job: Job, channel: Channel, about: Identity
         UserError: the checkpoint is incomplete, or belongs to another run.
     """
     if job.resume_from:
-        theirs = checkpoint_identity.check(job.resume_from, about)
-        trainer.set_origin(theirs, about)
+        trainer.origin = theirs = identity.check(job.resume_from, about)
         # For a recipe, `eval_on_start` means the start of the run, not the start of each attempt.
         trainer.args.eval_on_start = theirs.evaluation_due
+    trainer.identity = about
     trackers.prepare(trainer, job)
     trainer.progress = progress = Progress(job, channel, about, samples=len(trainer.train_dataset))
     trainer.add_callback(progress)
-    # Checksums take a third of the time of a save to tmpfs. A restore verifies the bucket's own checksums instead.
-    torch.serialization.set_crc32_options(compute_crc32=False)
-    if job.resume_from and checkpoint_identity.at_last_step(job.resume_from):
+    if job.resume_from and identity.at_last_step(job.resume_from):
         channel.training_begins()
         log.info("training was finished when this checkpoint was saved: only the export of the model remains")
-        # train() would take one more step. This is the loader that train() uses, so the weights are the same.
-        step = checkpoint_identity.step(job.resume_from)
-        engine.load_only(trainer, job.resume_from, job.fit, steps=step)
+        step = identity.step(job.resume_from)
+        trainer.load_only(job.resume_from)  # train() would take one more step
     else:
         try:
             trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)

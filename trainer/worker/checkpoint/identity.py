@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict
 from trainer.errors import DataError, ModelError, UserError
 from trainer.files import write_atomically
 from trainer.job import Job
-from trainer.staged import IDENTITY_FILE
+from trainer.staged import IDENTITY_FILE, TRAINER_STATE_FILE
+from trainer.worker.checkpoint.format import is_format_2, open_format_2
+from trainer.worker.checkpoint.format_1 import required_files
 from trainer.worker.data import TokenizedDataset
-from trainer.worker.reshard.fsdp_checkpoint import INDEX, MODEL, OPTIMIZER, DcpFolder
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "bitsandbytes")
@@ -104,22 +105,16 @@ def check(folder: Path, mine: Identity) -> Identity:
     logged.
 
     Raises:
-        UserError: a file is missing.
+        UserError: a file is missing or damaged.
         DataError: the training data changed since the start of the run.
         ModelError: the base model changed since the start of the run.
     """
-    _need(folder, IDENTITY_FILE)
+    _need(folder, IDENTITY_FILE, TRAINER_STATE_FILE)
     theirs = Identity.model_validate_json((folder / IDENTITY_FILE).read_text())
-    _need(folder, *_files(theirs))
-    if theirs.engine == "fsdp2":
-        _need(
-            folder,
-            *(
-                f"{part}/{file}"
-                for part in (MODEL, OPTIMIZER)
-                for file in sorted(DcpFolder(folder / part).files)
-            ),
-        )
+    if is_format_2(folder):
+        open_format_2(folder)
+    else:
+        _need(folder, *required_files(folder, theirs.engine, theirs.world_size))
     if theirs.data != mine.data:
         raise DataError(
             f"the training data changed: {theirs.tokens} tokens ({theirs.data}) when the run began, "
@@ -142,23 +137,6 @@ def _need(folder: Path, *names: str) -> None:
                 f"the checkpoint {folder.name} has no {name}",
                 hint="remove its commit from the bucket: the run then resumes from the previous checkpoint",
             )
-
-
-def _files(theirs: Identity) -> list[str]:
-    """Return patterns of the files that a checkpoint of an engine must have."""
-    ranks = range(theirs.world_size)
-    rng = ["rng_state.pth"] if theirs.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
-    common = ["scheduler.pt", "trainer_state.json", *rng]
-    if theirs.engine == "fsdp2":
-        return [*(f"{each}/{INDEX}" for each in (MODEL, OPTIMIZER)), *common]
-    if theirs.engine not in ("zero2", "zero3"):
-        return ["optimizer.pt", "*model*.safetensors", *common]
-    parts = [f"global_step*/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks]
-    if theirs.engine == "zero3":
-        parts += [f"global_step*/*zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks]
-    else:
-        parts.append("global_step*/mp_rank_00_model_states.pt")
-    return ["latest", *parts, *common]
 
 
 def _warn_if_inexact(theirs: Identity, mine: Identity) -> None:
@@ -192,5 +170,5 @@ def step(folder: Path) -> int:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text())
+    state: dict[str, Any] = json.loads((folder / TRAINER_STATE_FILE).read_text())
     return state

@@ -22,9 +22,13 @@ class OptimizerTensor(NamedTuple):
     """
 
     tensor: Any
-    first: str
-    """A parameter in this tensor, on this rank or another. All parameters of a tensor have the same step."""
+    names: list[str]
+    """All parameters in this tensor, on this rank or another. They have the same step."""
     parts: list[ParameterSlice]
+
+    @property
+    def first(self) -> str:
+        return self.names[0]
 
 
 class Group(NamedTuple):
@@ -61,7 +65,7 @@ def find_target(trainer: Any, engine: str) -> Target:
     groups = [Group(group, [names[each] for each in group["params"]]) for group in filled]
     trained = [each for group in filled for each in group["params"]]
     part_of = _rows if engine == "fsdp2" else _all_of
-    stepped = [OptimizerTensor(each, names[each], part_of(each, names[each])) for each in trained]
+    stepped = [OptimizerTensor(each, [names[each]], part_of(each, names[each])) for each in trained]
     return Target(optimizer, groups, stepped)
 
 
@@ -98,7 +102,7 @@ def _stage_3(zero: Any, names: dict[Any, str]) -> Target:
             if start < each.ds_numel:
                 parts.append(ParameterSlice(names[each], start, min(share, each.ds_numel - start), offset))
             offset += share
-        stepped.append(OptimizerTensor(flat, names[members[0]], parts))
+        stepped.append(OptimizerTensor(flat, [names[each] for each in members], parts))
     settings = zero.optimizer.param_groups
     return Target(zero.optimizer, [Group(settings[number], each) for number, each in groups.items()], stepped)
 
@@ -114,7 +118,7 @@ def _stage_2(zero: Any, names: dict[Any, str]) -> Target:
         parts = [
             part for each, at in laid if (part := _within(names[each], at, each.numel(), begin, flat.numel()))
         ]
-        stepped.append(OptimizerTensor(flat, names[zero.bit16_groups[number][0]], parts))
+        stepped.append(OptimizerTensor(flat, [names[each] for each in zero.bit16_groups[number]], parts))
     members = [[names[each] for each in group] for group in zero.bit16_groups]
     return Target(zero.optimizer, list(map(Group, zero.optimizer.param_groups, members)), stepped)
 
@@ -126,36 +130,3 @@ def _within(name: str, at: int, count: int, begin: int, size: int) -> ParameterS
     """
     first, last = max(at, begin), min(at + count, begin + size)
     return ParameterSlice(name, first - at, last - first, first - begin) if first < last else None
-
-
-def finish_load(trainer: Any, engine: str, *, step: int, scale: float | None) -> None:
-    """Update the model's own weights, the loss scale and DeepSpeed's counters, after the optimizer's tensors were filled."""
-    if engine not in ("zero2", "zero3"):
-        scaler = trainer.accelerator.scaler
-        if scaler is not None and scale is not None:
-            scaler.load_state_dict(scaler.state_dict() | {"scale": scale})
-        return
-    zero = trainer.deepspeed.optimizer
-    if scale is not None and zero.dynamic_loss_scale:
-        zero.loss_scaler.cur_scale = scale
-    if engine == "zero2":
-        zero.update_lp_params()
-    else:
-        _finish_stage_3(zero)
-    counts = trainer.deepspeed  # DeepSpeed names its checkpoints by its own count of steps
-    counts.global_steps, counts.global_samples = step, step * counts.train_batch_size()
-
-
-def _finish_stage_3(zero: Any) -> None:
-    """Finish the load as DeepSpeed finishes its own, by loading the tensors that are already in place."""
-    import torch.distributed as dist
-
-    zero.checkpoint_event_prologue()
-    mine = {
-        "loss_scaler": zero.loss_scaler,
-        "dynamic_loss_scale": zero.dynamic_loss_scale,
-        "overflow": False,
-        "fp32_flat_groups": zero.fp32_partitioned_groups_flat,
-    }
-    zero.load_state_dict([mine] * dist.get_world_size(zero.dp_process_group), load_optimizer_states=False)
-    zero.checkpoint_event_epilogue()
