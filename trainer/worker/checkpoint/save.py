@@ -26,7 +26,7 @@ from trainer.worker.checkpoint.format import (
     scalar_of,
     tensor_name,
 )
-from trainer.worker.checkpoint.optimizer_layout import OptimizerTensor, find_target
+from trainer.worker.checkpoint.optimizer_layout import OptimizerTensor, Target
 from trainer.worker.checkpoint.state import WEIGHTS, is_per_element, local_shard
 
 BUFFERS_FOLDER = "buffers"
@@ -46,20 +46,20 @@ class Part(NamedTuple):
 class CheckpointWriter:
     """Saves the checkpoints of one process. It is made when model and optimizer are prepared."""
 
-    def __init__(self, trainer: Any, engine: str, staging: Path) -> None:
+    def __init__(self, trainer: Any, engine: str, target: Target) -> None:
         """Create the writer.
 
         Args:
-            trainer: TRL's trainer.
+            trainer: TRL's trainer. Its `output_dir` is the folder of staged checkpoints.
             engine: `single`, `ddp`, `zero2`, `zero3` or `fsdp2`.
-            staging: the folder of staged checkpoints.
+            target: the optimizer.
         """
         self._trainer = trainer
         self._engine = engine
         self._rank: int = trainer.args.process_index
         self._ranks: int = trainer.args.world_size
-        self._target = find_target(trainer, engine)
-        self._folder = staging / BUFFERS_FOLDER
+        self._target = target
+        self._folder = Path(trainer.args.output_dir) / BUFFERS_FOLDER
         self._buffers = Buffers(self._folder, rank_file(self._rank))
 
     def write(self, folder: Path) -> None:

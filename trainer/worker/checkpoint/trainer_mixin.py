@@ -18,7 +18,7 @@ from trainer.worker.checkpoint.format import is_format_2, open_format_2
 from trainer.worker.checkpoint.format_1 import open_format_1
 from trainer.worker.checkpoint.identity import Identity, step
 from trainer.worker.checkpoint.load import Filler, finish, schedule_for
-from trainer.worker.checkpoint.optimizer_layout import find_target
+from trainer.worker.checkpoint.optimizer_layout import Target, find_target
 from trainer.worker.checkpoint.save import CheckpointWriter
 from trainer.worker.checkpoint.state import SavedState
 
@@ -51,15 +51,13 @@ class CheckpointMixin:
     """The identity of this training."""
     origin: Identity | None = None
     """The identity of the checkpoint from which the run resumes."""
-    _writer: CheckpointWriter | None = None
+    _writer: CheckpointWriter
     _random: dict[str, Any] | None = None
     """The random numbers of this process in the checkpoint; None if the run resumes with another number of processes."""
 
     def _save_checkpoint(self: Any, _model: Any, _trial: Any) -> None:
         """Write a checkpoint in our format. All ranks call this."""
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self._writer is None:
-            self._writer = CheckpointWriter(self, self.identity.engine, Path(self.args.output_dir))
         self._writer.write(folder)
         self.store_flos()
         if self.is_world_process_zero():
@@ -70,8 +68,11 @@ class CheckpointMixin:
         prepared = super()._prepare_for_training(max_steps, loader, None)  # type: ignore[misc]
         if self.args.fsdp:
             fsdp.check(self.model)
+        # FSDP2 replaces the parameters of the model during a forward pass, so they are looked up now.
+        target = find_target(self, self.identity.engine)
+        self._writer = CheckpointWriter(self, self.identity.engine, target)
         if folder is not None:
-            saved = load(self, Path(folder), self.origin, self.identity)
+            saved = load(self, target, Path(folder))
             if self.origin.world_size == self.args.world_size:
                 self._random = saved.random(self.args.process_index)
         return prepared
@@ -91,7 +92,7 @@ class CheckpointMixin:
             reseed(self.args.seed, self.state.global_step, self.args.process_index)
 
 
-def load(trainer: Any, folder: Path, origin: Identity, identity: Identity) -> SavedState:
+def load(trainer: Any, target: Target, folder: Path) -> SavedState:
     """Set a prepared trainer's weights, optimizer, schedule and loss scale, and return the checkpoint's state.
 
     Raises:
@@ -99,7 +100,7 @@ def load(trainer: Any, folder: Path, origin: Identity, identity: Identity) -> Sa
             number of processes.
     """
     began = time.monotonic()
-    target = find_target(trainer, identity.engine)
+    origin, identity = trainer.origin, trainer.identity
     if is_format_2(folder):
         saved = open_format_2(folder)
     else:
