@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from trainer.worker.checkpoint_identity import Identity
 from trainer.worker.reshard.deepspeed_checkpoint import ZeroState, pieces_of_stage_3
 from trainer.worker.reshard.fill import fill

@@ -1,21 +1,26 @@
 """Measure how long training waits for one checkpoint: `.venv-trainer/bin/python bench/stall.py`.
 
-A model's weights and AdamW's two moments, written as Transformers' Trainer writes them. `copy` is the
-limit: the same bytes, from memory to tmpfs, and nothing else. Ours is what the callback waits for: the
-Trainer's own save, but into staging on tmpfs, and the marker. All in turn, medians.
+A model's weights and AdamW's two moments. `copy` is the limit of a save into new files: the same bytes, from memory to
+tmpfs, and nothing else. Ours is what the callback waits for: the copy into a buffer on tmpfs, the two JSON files and the
+marker. `dcp.async_save` is torch's own, to files on tmpfs too. All in turn, medians. The first save of ours and of dcp,
+which has to get its memory, is listed by itself. The last column is the host memory that a save has used beyond the
+state at its peak, files on tmpfs included.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,10 +29,16 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from servers import mounted, touch_memory
 
+from trainer.files import write_atomically
 from trainer.staged import Staged, mark_staged
+from trainer.worker.checkpoint.buffers import Buffers
+from trainer.worker.checkpoint.format import INDEX_FILE, SCALARS_FILE, rank_file, tensor_name
 
 Tensors = dict[str, torch.Tensor]
 LAYERS = 12
+COPY = "copy of the same bytes to new files on tmpfs (limit)"
+OURS = "ours: copy into a buffer, JSON, marker"
+DCP = "dcp.async_save to tmpfs, until it returns"
 MOUNTED = "Trainer's save to a bucket mounted as MOUNT_CACHED"
 
 
@@ -62,13 +73,23 @@ def copy(folder: Path, weights: Tensors, optimizer: dict[str, object]) -> None:
                 file.write(memoryview(tensor.numpy()).cast("B"))
 
 
-def stage(folder: Path, weights: Tensors, optimizer: dict[str, object]) -> None:
-    torch.serialization.set_crc32_options(compute_crc32=False)  # as trainer.worker.train_and_export does
-    try:
-        save(folder, weights, optimizer)
-    finally:
-        torch.serialization.set_crc32_options(compute_crc32=True)
-    mark_staged(folder.parent, Staged(folder=folder.name, step=1))
+class Staging:
+    """Saves as `trainer.worker.checkpoint` does: into buffers that it keeps."""
+
+    def __init__(self, folder: Path) -> None:
+        self._buffers = Buffers(folder / "buffers", rank_file(0))
+
+    def __call__(self, folder: Path, weights: Tensors, optimizer: dict[str, object]) -> None:
+        folder.mkdir(parents=True)
+        tensors = {tensor_name("weights", name): tensor for name, tensor in weights.items()}
+        moments = optimizer["state"]
+        assert isinstance(moments, dict)  # noqa: S101 (made above)
+        for layer, moment in moments.items():
+            tensors |= {tensor_name(key, str(layer)): tensor for key, tensor in moment.items()}
+        self._buffers.save(tensors, folder)
+        write_atomically(folder / SCALARS_FILE, json.dumps({key: {"step": 1} for key in weights}))
+        write_atomically(folder / INDEX_FILE, json.dumps({name: [0, 1] for name in tensors}))
+        mark_staged(folder.parent, Staged(folder=folder.name, step=1))
 
 
 def asynchronous(folder: Path, weights: Tensors, optimizer: dict[str, object]) -> Future[object]:
@@ -79,13 +100,55 @@ def asynchronous(folder: Path, weights: Tensors, optimizer: dict[str, object]) -
 
 
 def cases(tmpfs: Path, disk: Path, mount: Path | None) -> dict[str, tuple[Callable[..., object], Path]]:
+    """Return what is measured, and the folder that it writes. `OURS` and `DCP` keep memory from one save to the next."""
     plain = {
-        "copy of the same bytes to tmpfs (limit)": (copy, tmpfs / "copy" / "checkpoint-1"),
-        "ours: save into staging on tmpfs, marker": (stage, tmpfs / "staging" / "checkpoint-1"),
+        COPY: (copy, tmpfs / "copy" / "checkpoint-1"),
+        OURS: (Staging(tmpfs), tmpfs / "staging" / "checkpoint-1"),
+        DCP: (asynchronous, tmpfs / "dcp"),
+        "Trainer's save to tmpfs": (save, tmpfs / "plain" / "checkpoint-1"),
         "Trainer's save to disk": (save, disk / "checkpoint-1"),
-        "dcp.async_save, until it returns": (asynchronous, disk / "dcp"),
     }
     return plain | ({MOUNTED: (save, mount / "run" / "checkpoint-1")} if mount else {})
+
+
+class Used:
+    """The largest host memory in use: this process's own, and the files on tmpfs."""
+
+    def __init__(self, tmpfs: Path) -> None:
+        self.tmpfs = tmpfs
+        self.peak = 0
+        self.ends = threading.Event()
+
+    def now(self) -> int:
+        files = sum(path.stat().st_blocks * 512 for path in _unlinked_once(self.tmpfs))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        own = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        return own * 1024 + files
+
+    def watch(self) -> None:
+        while not self.ends.wait(0.02):
+            self.peak = max(self.peak, self.now())
+
+
+def _unlinked_once(folder: Path) -> Iterator[Path]:
+    """Yield each file once, however many names it has."""
+    seen: set[int] = set()
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_ino not in seen:
+            seen.add(path.stat().st_ino)
+            yield path
+
+
+@contextmanager
+def watched(tmpfs: Path) -> Iterator[Used]:
+    used = Used(tmpfs)
+    thread = threading.Thread(target=used.watch)
+    thread.start()
+    try:
+        yield used
+    finally:
+        used.ends.set()
+        thread.join()
 
 
 def stall_s(call: Callable[..., object], folder: Path, *arguments: object) -> float:
@@ -99,6 +162,13 @@ def stall_s(call: Callable[..., object], folder: Path, *arguments: object) -> fl
     return seconds
 
 
+def memory_of(call: Callable[..., object], folder: Path, tmpfs: Path, *arguments: object) -> int:
+    """Return the bytes of host memory that a save uses beyond what was in use before the first one."""
+    with watched(tmpfs) as used:
+        stall_s(call, folder, *arguments)
+    return used.peak
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=1024)
@@ -110,13 +180,25 @@ def main() -> None:
     arguments = state(options.mib)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     found: dict[str, list[float]] = {}
+    first: dict[str, float] = {}
+    memory: dict[str, int] = {}
     with (
         tempfile.TemporaryDirectory(dir=options.tmpfs) as tmpfs,
         tempfile.TemporaryDirectory(dir=options.disk, prefix=".bench-") as disk,
         mounted(Path(tmpfs), rclone=options.rclone) if options.rclone else nullcontext() as mount,
     ):
+        measured = cases(Path(tmpfs), Path(disk) / "plain", mount)
+        for name in (
+            DCP,
+            OURS,
+        ):  # their first saves, before anything else has touched the memory that they get
+            call, folder = measured[name]
+            gc.collect()
+            before = Used(Path(tmpfs)).now()
+            first[name] = stall_s(call, folder, *arguments)
+            memory[name] = memory_of(call, folder, Path(tmpfs), *arguments) - before
         for repeat in range(options.repeats):
-            turned = list(cases(Path(tmpfs), Path(disk) / "plain", mount).items())
+            turned = list(measured.items())
             at = repeat % len(turned)
             for name, (call, folder) in turned[at:] + turned[:at]:
                 touch_memory(Path(tmpfs), 2 * options.mib)
@@ -124,14 +206,15 @@ def main() -> None:
     dist.destroy_process_group()
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"{options.mib} MiB, {os.cpu_count()} cores, torch {torch.__version__}, load {load}\n")
-    print("| stall per checkpoint | median s | best-worst s | of the copy |\n|---|--:|--:|--:|")
-    names = list(cases(Path(), Path(), Path()))
-    limit = statistics.median(found[names[0]])
-    for name in filter(found.__contains__, names):
-        times = found[name]
+    print("| stall per checkpoint | median s | best-worst s | of the copy | first s | memory |")
+    print("|---|--:|--:|--:|--:|--:|")
+    limit = statistics.median(found[COPY])
+    for name, times in found.items():
+        middle = statistics.median(times)
+        cold = f"{first[name]:.2f}" if name in first else ""
+        size = f"{memory[name] / 2**20 / options.mib:.2f}x" if name in memory else ""
         print(
-            f"| {name} | {statistics.median(times):.2f} | {min(times):.2f}-{max(times):.2f}"
-            f" | {statistics.median(times) / limit:.2f}x |"
+            f"| {name} | {middle:.3f} | {min(times):.3f}-{max(times):.3f} | {middle / limit:.2f}x | {cold} | {size} |"
         )
 
 

@@ -136,18 +136,18 @@ def checkpoint_bytes(run: StepInputs) -> int:
 
 
 def save_s(run: StepInputs) -> float:
-    """Return the seconds that training waits for a save: every process copies its shard into staging."""
-    return checkpoint_bytes(run) / run.layout.state_shards / STAGING_BYTES_PER_S
+    """Return the seconds that training waits for a save: every process copies its shard, or its share of a replica."""
+    return checkpoint_bytes(run) / run.layout.processes / STAGING_BYTES_PER_S
 
 
 def upload_s(run: StepInputs, rates: Rates) -> float:
-    """Return the seconds of an upload, which runs in the background. All nodes upload at once if the state is sharded."""
-    return checkpoint_bytes(run) / _count_writers(run) / (rates.bucket_gbps * 1e9)
+    """Return the seconds of an upload, which runs in the background. All nodes upload at once."""
+    return checkpoint_bytes(run) / run.layout.nodes / (rates.bucket_gbps * 1e9)
 
 
 def restore_s(run: StepInputs, rates: Rates) -> float:
-    """Return the seconds to download a checkpoint and load it into memory."""
-    return upload_s(run, rates) + save_s(run)
+    """Return the seconds to download a whole checkpoint, as every node does, and to load it into memory."""
+    return checkpoint_bytes(run) / (rates.bucket_gbps * 1e9) + save_s(run)
 
 
 def load_s(run: StepInputs, rates: Rates) -> float:
@@ -156,7 +156,3 @@ def load_s(run: StepInputs, rates: Rates) -> float:
     copies = 2 if run.layout.reference == "model" else 1
     reading = copies * model / STAGING_BYTES_PER_S
     return rates.start_s + model / (rates.hub_gbps * 1e9) + reading + rates.import_s
-
-
-def _count_writers(run: StepInputs) -> int:
-    return run.layout.nodes if run.layout.state_shards > 1 else 1

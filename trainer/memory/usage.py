@@ -34,7 +34,8 @@ SHARD_BYTES = 5 * 10**9
 """Bytes of a file of weights, which is read at once. `save_pretrained` used this size for years
 (https://huggingface.co/docs/transformers/big_models)."""
 STAGED = 3
-"""Checkpoints in staging at once: one being uploaded, one waiting, one being written."""
+"""Buffers for checkpoints in memory. Two are used in turn; the third one is needed if a run is stopped while one
+checkpoint is being uploaded and another one waits."""
 
 
 def predict_usage(
@@ -223,9 +224,9 @@ def _list_parameters(case: Case) -> tuple[Term, ...]:
 
 
 def checkpoint_size(case: Case) -> float:
-    """Return the bytes of one checkpoint over all nodes: the weights, and the state to resume the optimizer."""
-    state = case.optimizer.state_bytes(case.stepped_bytes) + case.precision.masters
-    return case.trained * (case.precision.trained + state)
+    """Return the bytes of one checkpoint over all nodes: the masters, or the weights without masters, and the optimizer."""
+    weights = case.precision.masters or case.precision.trained
+    return case.trained * (weights + case.optimizer.state_bytes(case.stepped_bytes))
 
 
 def predict_staging(case: Case) -> Term:

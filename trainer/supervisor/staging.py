@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 StagingChoice = Literal["auto", "tmpfs", "disk"]
 TMPFS = Path("/dev/shm")  # noqa: S108 (we use a folder of our own in it, and check that we own it)
 STAGED_CHECKPOINTS = 3
-"""Checkpoints in the staging folder at the same time: one being uploaded, one waiting, one being written."""
+"""Buffers in the staging folder, see `trainer.memory.usage.STAGED`."""
 MEMORY_RESERVE = 0.25
 """Share of the host's memory that staging leaves free, for data loaders and offloaded tensors."""
-CHECKPOINT_PER_MODEL = 7
-"""Upper bound of a checkpoint's size over the size of the model's bfloat16 files. ZeRO keeps 2 + 12 bytes for each
-parameter, and the files have 2."""
+CHECKPOINT_PER_MODEL = 6
+"""Upper bound of a checkpoint's size over the size of the model's bfloat16 files. A checkpoint has 12 bytes for each
+parameter (float32 masters and AdamW's two moments), and the files have 2."""
 LOCK_SUFFIX = ".lock"
 
 
