@@ -24,6 +24,10 @@ FULL = 4
 STAGING_BYTES_PER_S = 2.4e9
 """Rate at which one process copies into memory: 512 MiB in 0.22 s (`bench/checkpoint.md`)."""
 
+DISK_BYTES_PER_S = 0.15e9
+"""Rate at which a node writes to its disk: 512 GiB (the tasks' `disk_size`) with 0.28 MiB/s per GiB, Google's balanced
+persistent disk (https://cloud.google.com/compute/docs/disks/performance). A local SSD is several times faster."""
+
 
 class Rates(BaseModel):
     """The network rates of a node in GB/s, and the fixed times of a start in seconds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trainer.architecture import Architecture
 from trainer.errors import NoFit
+from trainer.estimate.traffic import DISK_BYTES_PER_S, STAGING_BYTES_PER_S
 from trainer.fit import reasons
 from trainer.fit.candidates import (
     LARGEST_MICRO_BATCH,
@@ -15,7 +16,7 @@ from trainer.fit.candidates import (
 )
 from trainer.fit.recipe_choices import attention_of, checkpointing_of, engine_of, reference_of
 from trainer.hardware import Shape, gpu_of, has_bf16, usable_gib
-from trainer.memory import Layout, Usage, predict_usage, predict_usage_with_staging
+from trainer.memory import Layout, Usage, checkpoint_bytes, predict_usage, predict_usage_with_staging
 from trainer.memory.layout import ENGINE_TITLES
 from trainer.memory.precision import needs_bf16
 from trainer.recipe import Recipe
@@ -107,8 +108,23 @@ def _make_fit(choice: reasons.Choice, recipe: Recipe, shape: Shape, architecture
         reasons=(
             *reasons.list_reasons(choice, recipe, shape, share),
             f"{threads} threads per process: {shape.cores} cores for {layout.processes_per_node}",
-            f"checkpoints are staged {'in memory' if in_memory else 'on disk'}: up to {staged.gib_of('staging'):.0f} GiB",
+            _staging_reason(recipe, architecture, layout, staged.gib_of("staging"), in_memory=in_memory),
         ),
+    )
+
+
+def _staging_reason(
+    recipe: Recipe, architecture: Architecture, layout: Layout, gib: float, *, in_memory: bool
+) -> str:
+    """Return where checkpoints are staged, and how long a save stops the training."""
+    size = checkpoint_bytes(recipe, architecture, layout)
+    if in_memory:
+        stall_s = size / layout.processes / STAGING_BYTES_PER_S
+        return f"checkpoints are staged in memory: up to {gib:.0f} GiB; a save stops training for some {stall_s:.1f} s"
+    stall_s = size / layout.nodes / DISK_BYTES_PER_S
+    return (
+        f"checkpoints are staged on disk, because {gib:.0f} GiB do not fit into memory; a save stops training for "
+        f"some {stall_s:.0f} s on a cloud disk with {DISK_BYTES_PER_S / 1e9:.2f} GB/s"
     )
 
 
