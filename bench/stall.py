@@ -1,7 +1,7 @@
 """Measure how long training waits for one checkpoint: `.venv-trainer/bin/python bench/stall.py`.
 
 A model's weights and AdamW's two moments. `copy` is the limit of a save into new files: the same bytes, from memory to
-tmpfs, and nothing else. Ours is what the callback waits for: the copy into a buffer on tmpfs, the two JSON files and the
+tmpfs, and nothing else; with `--device cuda`, from the GPU to pinned memory. Ours is what the callback waits for: the copy into a buffer on tmpfs, the two JSON files and the
 marker. `dcp.async_save` is torch's own, to files on tmpfs too. All in turn, medians. The first save of ours and of dcp,
 which has to get its memory, is listed by itself. The last column is the host memory that a save has used beyond the
 state at its peak, files on tmpfs included.
@@ -37,18 +37,21 @@ from trainer.worker.checkpoint.format import INDEX_FILE, SCALARS_FILE, rank_file
 Tensors = dict[str, torch.Tensor]
 LAYERS = 12
 COPY = "copy of the same bytes to new files on tmpfs (limit)"
+PINNED = "copy of the same bytes to pinned memory (limit)"
 OURS = "ours: copy into a buffer, JSON, marker"
 DCP = "dcp.async_save to tmpfs, until it returns"
 MOUNTED = "Trainer's save to a bucket mounted as MOUNT_CACHED"
 
 
-def state(mib: int) -> tuple[Tensors, dict[str, object]]:
+def state(mib: int, device: str) -> tuple[Tensors, dict[str, object]]:
     """Return weights and optimizer state of `mib` MiB together, all float32."""
     count = mib * 2**20 // 4 // 3 // LAYERS
-    weights = {f"layers.{layer}.weight": torch.randn(count) for layer in range(LAYERS)}
-    moments = {
-        layer: {"exp_avg": torch.randn(count), "exp_avg_sq": torch.rand(count)} for layer in range(LAYERS)
-    }
+
+    def made() -> torch.Tensor:
+        return torch.randn(count, device=device)
+
+    weights = {f"layers.{layer}.weight": made() for layer in range(LAYERS)}
+    moments = {layer: {"exp_avg": made(), "exp_avg_sq": made()} for layer in range(LAYERS)}
     return weights, {"state": moments, "param_groups": [{"params": list(range(LAYERS))}]}
 
 
@@ -71,6 +74,24 @@ def copy(folder: Path, weights: Tensors, optimizer: dict[str, object]) -> None:
         for moment in moments.values():
             for tensor in moment.values():
                 file.write(memoryview(tensor.numpy()).cast("B"))
+
+
+class Pinned:
+    """Copies from the GPU into pinned memory that exists already: the limit of its connection to the host."""
+
+    def __init__(self) -> None:
+        self._memory: dict[int, torch.Tensor] = {}
+
+    def __call__(self, folder: Path, weights: Tensors, optimizer: dict[str, object]) -> None:
+        folder.mkdir(parents=True)
+        moments = optimizer["state"]
+        assert isinstance(moments, dict)  # noqa: S101 (made above)
+        tensors = [*weights.values(), *(tensor for moment in moments.values() for tensor in moment.values())]
+        for number, tensor in enumerate(tensors):
+            if number not in self._memory:
+                self._memory[number] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._memory[number].copy_(tensor, non_blocking=True)
+        torch.cuda.synchronize()
 
 
 class Staging:
@@ -99,10 +120,13 @@ def asynchronous(folder: Path, weights: Tensors, optimizer: dict[str, object]) -
     return writing
 
 
-def cases(tmpfs: Path, disk: Path, mount: Path | None) -> dict[str, tuple[Callable[..., object], Path]]:
+def cases(
+    tmpfs: Path, disk: Path, mount: Path | None, device: str
+) -> dict[str, tuple[Callable[..., object], Path]]:
     """Return what is measured, and the folder that it writes. `OURS` and `DCP` keep memory from one save to the next."""
+    limit = {COPY: copy} if device == "cpu" else {PINNED: Pinned()}
     plain = {
-        COPY: (copy, tmpfs / "copy" / "checkpoint-1"),
+        **{name: (call, tmpfs / "copy" / "checkpoint-1") for name, call in limit.items()},
         OURS: (Staging(tmpfs), tmpfs / "staging" / "checkpoint-1"),
         DCP: (asynchronous, tmpfs / "dcp"),
         "Trainer's save to tmpfs": (save, tmpfs / "plain" / "checkpoint-1"),
@@ -176,8 +200,9 @@ def main() -> None:
     parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"))  # noqa: S108 (the point of it)
     parser.add_argument("--disk", type=Path, default=Path())
     parser.add_argument("--rclone", help="the program, for the case of a mounted bucket")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
-    arguments = state(options.mib)
+    arguments = state(options.mib, options.device)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     found: dict[str, list[float]] = {}
     first: dict[str, float] = {}
@@ -187,7 +212,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir=options.disk, prefix=".bench-") as disk,
         mounted(Path(tmpfs), rclone=options.rclone) if options.rclone else nullcontext() as mount,
     ):
-        measured = cases(Path(tmpfs), Path(disk) / "plain", mount)
+        measured = cases(Path(tmpfs), Path(disk) / "plain", mount, options.device)
         for name in (
             DCP,
             OURS,
@@ -208,7 +233,7 @@ def main() -> None:
     print(f"{options.mib} MiB, {os.cpu_count()} cores, torch {torch.__version__}, load {load}\n")
     print("| stall per checkpoint | median s | best-worst s | of the copy | first s | memory |")
     print("|---|--:|--:|--:|--:|--:|")
-    limit = statistics.median(found[COPY])
+    limit = statistics.median(next(iter(found.values())))
     for name, times in found.items():
         middle = statistics.median(times)
         cold = f"{first[name]:.2f}" if name in first else ""

@@ -89,6 +89,8 @@ class Buffer:
         """Overwrite the file with these tensors, and wait for copies from a GPU."""
         import torch
 
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the host reads paged optimizer states, which kernels may still be writing
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self._views[name].copy_(tensor, non_blocking=True)

@@ -91,13 +91,11 @@ class Filler:
 
     def _state(self, stepped: OptimizerTensor) -> dict[str, Any]:
         """Return the state of one tensor. Padding is zero, as in a new optimizer. No state: it was never stepped."""
-        import torch
-
         saved = [self._saved.parameters[name] for name in stepped.names]
         keys = sorted({key for each in saved for key in each.pieces} - {WEIGHTS})
         state: dict[str, Any] = {}
         for key in keys:
-            values = torch.zeros_like(stepped.tensor, dtype=self._dtype(key, stepped), requires_grad=False)
+            values = self._zeros(stepped, self._dtype(key, stepped))
             self._copy(key, stepped, values)
             state[self._format.names.get(key, key)] = values
         if self._same_form:
@@ -107,6 +105,13 @@ class Filler:
         for key, value in scalars.items():
             state[key] = self._step(value, stepped) if key == "step" else _copied(value)
         return state
+
+    def _zeros(self, stepped: OptimizerTensor, dtype: Any) -> Any:
+        import torch
+
+        if hasattr(self._target.optimizer, "get_state_buffer"):  # bitsandbytes: a paged state stays paged
+            return self._target.optimizer.get_state_buffer(stepped.tensor, dtype=dtype)
+        return torch.zeros_like(stepped.tensor, dtype=dtype, requires_grad=False)
 
     def _dtype(self, key: str, stepped: OptimizerTensor) -> Any:
         import torch
