@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from trainer.errors import UserError
 from trainer.files import write_atomically
 from trainer.worker.checkpoint import random_state
-from trainer.worker.checkpoint.buffers import Buffers
+from trainer.worker.checkpoint.buffers import Buffers, name_of
 from trainer.worker.checkpoint.format import (
     INDEX_FILE,
     OWN,
@@ -35,12 +35,13 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 class Part(NamedTuple):
-    """A slice of a parameter that a rank saves, and its keys."""
+    """A slice of a parameter that a rank saves."""
 
     name: str
     start: int
     size: int
-    keys: tuple[str, ...]
+    keys: dict[str, str]
+    """The dtype of each of its keys."""
 
 
 class CheckpointWriter:
@@ -77,7 +78,7 @@ class CheckpointWriter:
         if self._rank == 0:
             for name, value in find_untrained(self._trainer.model, self._target.names).items():
                 tensors[tensor_name(WEIGHTS, name)] = value.reshape(-1)
-                parts.append(Part(name, 0, value.numel(), (WEIGHTS,)))
+                parts.append(Part(name, 0, value.numel(), {WEIGHTS: name_of(value.dtype)}))
         self._buffers.save(tensors, folder)
         gathered = self._gather(parts)
         if self._rank == 0:
@@ -101,12 +102,13 @@ class CheckpointWriter:
         weights = local_shard(stepped.tensor.detach())
         split, whole = split_state(state, weights.numel())
         split = {WEIGHTS: weights, **split}
+        keys = {key: name_of(value.dtype) for key, value in split.items()}
         tensors = {tensor_name(OWN, f"{stepped.first}/{key}"): value for key, value in whole.items()}
         for part in stepped.parts:
             for key, value in split.items():
                 flat = value.reshape(-1)[part.offset : part.offset + part.size]
                 tensors[tensor_name(key, part.name)] = flat
-            parts.append(Part(part.name, part.start, part.size, tuple(split)))
+            parts.append(Part(part.name, part.start, part.size, keys))
         return tensors
 
     def _gather(self, parts: list[Part]) -> list[list[Part]]:
@@ -122,7 +124,7 @@ class CheckpointWriter:
     def _index(self, gathered: list[list[Part]]) -> Index:
         """Return the index of all ranks' slices, with the parameters in the optimizer's order."""
         slices: dict[str, list[Slice]] = {}
-        keys: dict[str, tuple[str, ...]] = {}
+        keys: dict[str, dict[str, str]] = {}
         for rank, parts in enumerate(gathered):
             for part in parts:
                 slices.setdefault(part.name, []).append(
@@ -131,12 +133,13 @@ class CheckpointWriter:
                 keys[part.name] = part.keys
         shapes = shapes_of(self._trainer.model)
         dtype = self._export_dtype()
-        order = [*self._target.names, *(name for name in slices if name not in set(self._target.names))]
+        trained = dict.fromkeys(self._target.names, dtype)
+        order = [*trained, *(name for name in slices if name not in trained)]
         return Index(
             replicated=self._is_replicated,
             parameters={
                 name: IndexedParameter(
-                    shape=shapes[name], dtype=dtype, keys=keys[name], slices=tuple(slices[name])
+                    shape=shapes[name], dtype=trained.get(name), keys=keys[name], slices=tuple(slices[name])
                 )
                 for name in order
             },
@@ -146,7 +149,7 @@ class CheckpointWriter:
         """Return the model's dtype if the engine has float32 masters of its weights; None for an adapter."""
         if self._is_replicated or hasattr(self._trainer.model, "peft_config"):
             return None
-        return str(self._trainer.model.config.dtype or "float32").removeprefix("torch.")
+        return name_of(self._trainer.model.config.dtype or "float32")
 
     def _scalars(self) -> Scalars:
         states: dict[str, dict[str, int | float | TensorScalar]] = {}
