@@ -94,7 +94,7 @@ def test_the_size_is_that_of_the_newest_commit(tmp_path: Path) -> None:
     assert expected_size(bucket, None) is None
     assert expected_size(bucket, "some/model-of-the-hub") is None
     assert expected_size(bucket, str(model)) == Size(
-        7000, "at most 7 times the model's files", measured=False
+        6000, "at most 6 times the model's files", measured=False
     )
     assert expected_size(bucket, str(model), 300) == Size(
         300, "as predicted from the model's architecture", measured=False

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from trainer.errors import UserError
 from trainer.files import write_atomically
+from trainer.staged import BUFFERS_FOLDER
 from trainer.worker.checkpoint import random_state
 from trainer.worker.checkpoint.buffers import Buffers, name_of
 from trainer.worker.checkpoint.format import (
@@ -29,8 +30,6 @@ from trainer.worker.checkpoint.format import (
 from trainer.worker.checkpoint.optimizer_layout import OptimizerTensor, Target
 from trainer.worker.checkpoint.state import WEIGHTS, is_per_element, local_shard
 
-BUFFERS_FOLDER = "buffers"
-"""The folder in staging with the memory that saves reuse."""
 PLAIN = (bool, int, float, str, type(None))
 
 
