@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -257,13 +257,13 @@ def find_untrained(model: Any, trained: list[str]) -> dict[str, Any]:
     known = set(trained)
     if frozen := [name for name, _ in model.named_parameters() if name not in known]:
         raise RuntimeError(f"{len(frozen)} parameters are not trained, such as {frozen[0]}")
-    buffers = dict(model.named_buffers())
-    return {name: buffers[name] for name in _saved_names(model) if name in buffers} if buffers else {}
-
-
-def _saved_names(model: Any) -> Iterator[str]:
-    """Yield the names of a model's state dict, without gathering anything."""
-    yield from model.state_dict(keep_vars=True)
+    # Not `model.state_dict()`: FSDP2 would reshard the model on this rank alone, and the next all-gather hang.
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set  # noqa: SLF001
+    }
 
 
 def save_model_files(trainer: Any, folder: Path) -> None:
