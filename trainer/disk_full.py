@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.errors import NoRoom, error_chain
 from trainer.job import Job, Outcome
-from trainer.staged import STAGED_SUFFIX
+from trainer.staged import BUFFERS_FOLDER, STAGED_SUFFIX
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 SIGNS = (
@@ -73,13 +73,19 @@ def room_in(folder: Path) -> Iterator[None]:
 
 
 def _remove_unfinished(staging: Path) -> int:
-    """Remove the folders in staging that have no marker, and return their size in bytes."""
+    """Remove the folders in staging that have no marker, and return the bytes that the save had written."""
     unfinished = [
         path
         for path in staging.iterdir()
         if path.is_dir() and not (staging / f"{path.name}{STAGED_SUFFIX}").exists()
     ]
-    freed = sum(path.stat().st_size for folder in unfinished for path in folder.rglob("*") if path.is_file())
+    written = sum(
+        path.stat().st_size
+        for folder in unfinished
+        if folder.name != BUFFERS_FOLDER  # its files are links to files of checkpoints, or wait for a save
+        for path in folder.rglob("*")
+        if path.is_file()
+    )
     for folder in unfinished:
         shutil.rmtree(folder, ignore_errors=True)
-    return freed
+    return written

@@ -13,6 +13,8 @@ from trainer.files import write_atomically
 STAGED_SUFFIX = ".staged"
 IDENTITY_FILE = "aeolus.json"
 """The file of a checkpoint that identifies its model, data and package versions."""
+BUFFERS_FOLDER = "buffers"
+"""The folder in staging with the memory that saves reuse. Its files are linked into the folders of checkpoints."""
 TRAINER_STATE_FILE = "trainer_state.json"
 """The file of a checkpoint with Transformers' counters, such as the step."""
 CHECKPOINT_FORMAT = 2

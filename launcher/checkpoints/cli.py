@@ -78,16 +78,16 @@ def verify(uri: str, step: int | None, final: bool, as_json: bool) -> int:
             f"nothing is committed in {bucket.uri}, so there is nothing to verify",
             hint="the first checkpoint is committed after `save_steps` steps",
         )
-    total = sum(status.manifest.size for status in statuses if status.manifest)
+    total = sum(status.manifest.size for status in statuses if status.manifest and not status.is_unknown)
     with bar(terminal.stderr(), "verifying", total) as on_bytes:
         results = verify_bytes(bucket, statuses, on_bytes)
-    is_broken = any(result.state == "broken" for result in results)
+    failed = any(result.state in ("broken", "unknown") for result in results)
     if as_json:
         rows = [_result_fields(result) for result in results]
-        click.echo(render.to_json({**_run_fields(bucket), "verified": not is_broken, "checkpoints": rows}))
+        click.echo(render.to_json({**_run_fields(bucket), "verified": not failed, "checkpoints": rows}))
     else:
         _print_results(results)
-    return ExitCode.BUG if is_broken else ExitCode.DONE
+    return ExitCode.BUG if failed else ExitCode.DONE
 
 
 @checkpoints.command(epilog=CHECKED, short_help="Download a checkpoint into a folder.")
@@ -113,6 +113,8 @@ def pull(uri: str, dest: Path, step: int | None, final: bool, as_json: bool) -> 
     if ticket and ticket.uri == bucket.uri and step is None and not final and ticket.kind == "checkpoint":
         step = ticket.step  # a newer checkpoint may exist by now, but the command resumes this one
     chosen = choose(survey(bucket), step=step, final=final)
+    if chosen.manifest:
+        chosen.manifest.refuse_unknown()
     if chosen.manifest is None or chosen.fault:
         raise UserError(
             f"the {chosen.kind} of step {chosen.step} is broken: {chosen.fault}",
@@ -200,7 +202,7 @@ def _cells(status: CheckpointStatus) -> list[str]:
     names = ("step", "kind", "attempt", "created", "files", "size", "world_size", "engine", "state")
     values = {**row, "created": created, "size": size}
     if status.fault:
-        values["state"] = f"broken: {status.fault}"
+        values["state"] = f"{status.state}: {status.fault}"
     return [str(values[name]) if values[name] is not None else "" for name in names]
 
 
@@ -217,7 +219,7 @@ def _print_results(results: Sequence[VerifyResult]) -> None:
     terminal.stdout().print(render.list_table(("step", "kind", "attempt", "files", "size", "state"), rows))
     for result in results:
         for reason in result.failures:
-            click.echo(f"{'deleted during the check' if result.gone else 'broken'}: {reason}")
+            click.echo(f"{'deleted during the check' if result.gone else result.state}: {reason}")
 
 
 def _print_pulled(bucket: Bucket, pulled: Pulled, *, as_json: bool) -> None:

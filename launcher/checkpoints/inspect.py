@@ -34,6 +34,15 @@ class CheckpointStatus:
     fault: str | None
     """Why it is unusable; None if it is whole."""
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether only a later release can read the files."""
+        return self.manifest is not None and not self.manifest.is_known
+
+    @property
+    def state(self) -> str:
+        return "unknown" if self.is_unknown else "broken" if self.fault else "whole"
+
     def as_dict(self) -> dict[str, Any]:
         manifest = self.manifest
         return {
@@ -45,7 +54,7 @@ class CheckpointStatus:
             "bytes": manifest.size if manifest else None,
             "world_size": manifest.details.get("world_size") if manifest else None,
             "engine": manifest.details.get("engine") if manifest else None,
-            "state": "broken" if self.fault else "whole",
+            "state": self.state,
             "reason": self.fault,
         }
 
@@ -75,6 +84,8 @@ class VerifyResult:
 
     @property
     def state(self) -> str:
+        if self.status.is_unknown:
+            return "unknown"
         return "gone" if self.gone else "broken" if self.failures else "verified"
 
 
@@ -120,7 +131,7 @@ def survey(bucket: Bucket) -> Survey:
 
 
 def choose(found: Survey, *, step: int | None = None, final: bool = False) -> CheckpointStatus:
-    """Return the final model, the checkpoint of a step, or the newest whole checkpoint.
+    """Return the final model, the checkpoint of a step, or the newest checkpoint that is whole or of a later release.
 
     Raises:
         UserError: it does not exist; the hint has the existing steps.
@@ -132,7 +143,7 @@ def choose(found: Survey, *, step: int | None = None, final: bool = False) -> Ch
         missing = "the run has no final model yet"
     elif step is None:
         # Without a whole checkpoint, the newest broken one is returned: the caller reports its fault.
-        chosen = next((status for status in of_kind if status.fault is None), next(iter(of_kind), None))
+        chosen = next((each for each in of_kind if each.state != "broken"), next(iter(of_kind), None))
         missing = "the run has no checkpoint yet"
     else:
         chosen = next((status for status in of_kind if status.step == step), None)
@@ -143,7 +154,10 @@ def choose(found: Survey, *, step: int | None = None, final: bool = False) -> Ch
 
 
 def verify(bucket: Bucket, statuses: Sequence[CheckpointStatus], on_bytes: OnBytes) -> list[VerifyResult]:
-    """Read every byte of these checkpoints, write none, and compare sizes and checksums with the manifests."""
+    """Read every byte of these checkpoints, write none, and compare sizes and checksums with the manifests.
+
+    Files in the format of a later release are not read: this release cannot tell whether the manifest names them all.
+    """
     failures: dict[str, list[str]] = {}
     lock = threading.Lock()
 
@@ -159,7 +173,10 @@ def verify(bucket: Bucket, statuses: Sequence[CheckpointStatus], on_bytes: OnByt
                 failures.setdefault(manifest.key, []).append(reason)
 
     items = [
-        (status.manifest, file) for status in statuses if status.manifest for file in status.manifest.files
+        (status.manifest, file)
+        for status in statuses
+        if status.manifest and not status.is_unknown
+        for file in status.manifest.files
     ]
     in_parallel(check, items, threads=FILES_AT_ONCE)
     return [_result(bucket, status, failures) for status in statuses]
@@ -173,7 +190,7 @@ def _status(manifest: Manifest | Unreadable, sizes: dict[str, int]) -> Checkpoin
 
 
 def _result(bucket: Bucket, status: CheckpointStatus, failures: dict[str, list[str]]) -> VerifyResult:
-    if status.manifest is None:
+    if status.manifest is None or status.is_unknown:
         return VerifyResult(status, (status.fault or "the manifest cannot be read",))
     failed = sorted(failures.get(status.manifest.key, []))
     if not status.manifest.files:

@@ -7,16 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from tests.servers.stores import MemoryBucket
 from trainer.bucket.attempts import claim
 from trainer.bucket.commit import commit
-from trainer.disk_full import is_full, room_in
+from trainer.disk_full import BALLAST, is_full, no_room, room_in
 from trainer.errors import ExitCode, NoRoom
 from trainer.hardware import available_bytes
-from trainer.staged import Staged
+from trainer.job import Job
+from trainer.staged import BUFFERS_FOLDER, Staged, mark_staged
 from trainer.supervisor.staging import (
     AttemptFolders,
     Capacity,
@@ -94,7 +97,7 @@ def test_the_size_is_that_of_the_newest_commit(tmp_path: Path) -> None:
     assert expected_size(bucket, None) is None
     assert expected_size(bucket, "some/model-of-the-hub") is None
     assert expected_size(bucket, str(model)) == Size(
-        7000, "at most 7 times the model's files", measured=False
+        6000, "at most 6 times the model's files", measured=False
     )
     assert expected_size(bucket, str(model), 300) == Size(
         300, "as predicted from the model's architecture", measured=False
@@ -234,6 +237,35 @@ def test_a_full_disk_is_recognized_by_its_error(error: Exception, full: bool) ->
     above = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     above.__context__ = error
     assert is_full(above) is full
+
+
+def test_a_full_disk_frees_all_but_what_is_staged(tmp_path: Path) -> None:
+    """Saves reuse files, which are linked into the folders of checkpoints. A full disk's message counts what the failed
+    save has written, once, and neither the checkpoint that waits for its upload nor the memory that no save uses.
+    """
+    staging = tmp_path / "staging"
+    for name, link, size in (
+        ("0", "checkpoint-2", 3_000_000),
+        ("1", "checkpoint-4", 2_000_000),
+        ("2", None, 1_000_000),
+    ):
+        buffer = staging / BUFFERS_FOLDER / f"{name}-rank-00000.safetensors"
+        buffer.parent.mkdir(parents=True, exist_ok=True)
+        buffer.write_bytes(bytes(size))
+        if link:
+            (staging / link).mkdir()
+            os.link(buffer, staging / link / "rank-00000.safetensors")
+    mark_staged(staging, Staged(folder="checkpoint-2", step=2))
+    (tmp_path / BALLAST).write_bytes(b"reserved")
+    job = cast("Job", SimpleNamespace(staging=staging, work=tmp_path))
+    outcome = no_room(job, OSError(errno.ENOSPC, "No space left on device"))
+    assert outcome is not None
+    assert outcome.status == "no_room"
+    assert outcome.message.endswith("after 2.0 MB of the save were written")
+    assert [path.name for path in sorted(staging.iterdir())] == ["checkpoint-2", "checkpoint-2.staged"]
+    assert (staging / "checkpoint-2" / "rank-00000.safetensors").stat().st_size == 3_000_000
+    assert not (tmp_path / BALLAST).exists()
+    assert no_room(job, OSError(errno.EIO, "Input/output error")) is None
 
 
 def test_a_full_disk_becomes_a_user_error(tmp_path: Path) -> None:

@@ -254,6 +254,7 @@ def _already_committed(bucket: Bucket, attempt: Attempt, staged: Staged) -> Mani
         return None
     if staged.kind == "checkpoint" and manifest.attempt != attempt.number:
         return None
+    manifest.refuse_unknown()
     attempt.check()
     fault = manifest.fault(sizes(bucket, manifest.prefix))
     if fault is None:

@@ -101,13 +101,18 @@ class Manifest(BaseModel):
         """Whether this release can read the files."""
         return self.format <= CHECKPOINT_FORMAT
 
+    @property
+    def unknown_format(self) -> str:
+        """What to say of files in an unknown format."""
+        return (
+            f"{self.key} of run {self.run_id} has checkpoint format {self.format} of release {self.release}, but this"
+            f" release reads formats up to {CHECKPOINT_FORMAT}"
+        )
+
     def refuse_unknown(self) -> None:
         """Raise `UserError` if the files have a format that this release cannot read."""
         if not self.is_known:
-            raise UserError(
-                f"{self.key} has checkpoint format {self.format}, but this release reads formats up to {CHECKPOINT_FORMAT}",
-                hint=f"install release {self.release or 'that wrote it'} or a later one",
-            )
+            raise UserError(self.unknown_format, hint="install that release or a later one")
 
     @property
     def weights_digest(self) -> str:
@@ -124,7 +129,7 @@ class Manifest(BaseModel):
         if not self.files:
             return f"{self.key} names no files"
         if not self.is_known:
-            return f"{self.key} has the unknown format {self.format} of release {self.release}"
+            return self.unknown_format
         for file in self.files:
             key = self.prefix + file.path
             if key not in sizes:
@@ -161,6 +166,11 @@ def files_prefix(kind: Literal["checkpoint", "final", "reference"], step: int, a
     return FINAL_PREFIX if kind == "final" else upload_prefix(step, attempt)
 
 
+def is_of_later_release(manifest: Manifest | Unreadable) -> bool:
+    """Return whether only a later release can read the files of a manifest."""
+    return isinstance(manifest, Manifest) and not manifest.is_known
+
+
 def read(bucket: Bucket, key: str, step: int = 0) -> Manifest | Unreadable | None:
     """Return the manifest at a key; None if there is no object."""
     data = bucket.get_or_none(key)
@@ -193,10 +203,15 @@ def committed(bucket: Bucket) -> list[Manifest]:
 
 
 def final(bucket: Bucket) -> Manifest | None:
-    """Return the final model's manifest if it is committed and all its files exist with the right sizes."""
+    """Return the final model's manifest if it is committed and all its files exist with the right sizes.
+
+    Raises:
+        UserError: the files have a format that this release cannot read.
+    """
     manifest = read(bucket, FINAL_COMMIT_KEY)
     if not isinstance(manifest, Manifest):
         return None
+    manifest.refuse_unknown()
     return None if manifest.fault(sizes(bucket, FINAL_PREFIX)) else manifest
 
 

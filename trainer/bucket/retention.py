@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from trainer.bucket.attempts import Attempt
 from trainer.bucket.layout import CHECKPOINTS_PREFIX, commit_key, upload_of
-from trainer.bucket.manifest import Manifest, Unreadable, commits, sizes
+from trainer.bucket.manifest import Manifest, Unreadable, commits, is_of_later_release, sizes
 from trainer.bucket.store import Bucket
 
 MIN_KEPT = 2
@@ -73,10 +73,9 @@ def outdated(bucket: Bucket, attempt: int, keep: int, *, rejected: Collection[in
         return Outdated(tuple(manifest.step for manifest in complete), (), (), 0)
     kept = complete[: max(keep, MIN_KEPT)]
     # Commits above the newest complete one look damaged. They stay, so that users can inspect them.
-    newest, kept_steps = kept[0].step, {manifest.step for manifest in kept}
-    doomed = [
-        manifest.step for manifest in found if manifest.step < newest and manifest.step not in kept_steps
-    ]
+    # Commits in a later release's format stay too, because this release cannot tell whether they are complete.
+    newest, stay = kept[0].step, {manifest.step for manifest in (*kept, *filter(is_of_later_release, found))}
+    doomed = [manifest.step for manifest in found if manifest.step < newest and manifest.step not in stay]
     # Of the files, delete those that no remaining manifest names and no attempt can be uploading.
     remaining = [manifest for manifest in found if manifest.step not in doomed]
     named = _named_files(remaining)

@@ -289,8 +289,8 @@ def _subfolders(place: BucketAddress, patience: Patience) -> list[str]:
 def _link(path: Path, folder: Path, key: str) -> bool:
     """Create a hard link to `path` at `key` below `folder`.
 
-    Both names share one file. This is safe, because a staged file is never written to again, and files of a bucket are
-    only replaced or removed.
+    Both names share one file. This is safe, because files of a bucket are only replaced or removed, and a staged file is
+    not written to again while it has another name (`trainer.worker.checkpoint.buffers`).
 
     Returns:
         False if the file must be copied instead: another file system, a file system without links, a key that is

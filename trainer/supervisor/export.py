@@ -67,13 +67,13 @@ def export(uri: str, request: ExportRequest) -> Path:
     bucket = _open_run_at(uri)
     python = worker_python()
     manifest = _choose(bucket, request.step)
+    manifest.refuse_unknown()
     into = (request.into or Path(f"{bucket.run_id}-{_name(manifest)}")).absolute()
     if into.exists():
         raise UserError(f"the folder {into} exists already", hint="choose another folder with --into")
     recipe = run_record.read(bucket).recipe
     with tempfile.TemporaryDirectory(prefix="aeolus-export-") as scratch:
         task = _publish_job(bucket, manifest, recipe, request, into=into, work=Path(scratch))
-        manifest.refuse_unknown()
         log.info("%s of %s: %.1f MB", _name(manifest), bucket.uri, manifest.size / 1e6)
         fetch(bucket, manifest, task.source)
         _run_publisher(python, task)

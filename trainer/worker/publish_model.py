@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,12 @@ from trainer.worker.failures import http_status
 from trainer.worker.model_source import Base
 
 log = logging.getLogger("trainer.worker.publish_model")
-SHARD = "5GB"
+FILE_BYTES = 5 * 10**9
+"""The size at which another file of weights begins."""
+PT = {"format": "pt"}
+"""The metadata by which Transformers recognises torch's tensors."""
+LAYER = re.compile(r".*?\.\d+\.")
+"""The beginning of the names of a layer's weights."""
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEAD = "lm_head.weight"
 CHECKPOINT_ONLY = (
@@ -107,54 +113,58 @@ def read_weights(checkpoint: Path) -> Weights:
 
 def _write_weights(weights: Weights, into: Path) -> None:
     """Write the weights as safetensors, one file at a time."""
-    import torch
-    from huggingface_hub import split_torch_state_dict_into_shards  # type: ignore[import-not-found,unused-ignore]
     from safetensors.torch import save_file  # type: ignore[import-not-found,unused-ignore]
 
-    adapter = (into / ADAPTER_CONFIG).is_file()
-    if adapter:
-        weights = {_adapter_name(name): weight for name, weight in weights.items()}
-    # Tensors without data, of the final shapes and dtypes, decide which file each weight goes to.
-    like = {
-        name: torch.empty(weight.shape, dtype=weight.export_dtype, device="meta")
-        for name, weight in weights.items()
-    }
-    pattern = ADAPTER if adapter else "model{suffix}.safetensors"
-    plan = split_torch_state_dict_into_shards(
-        like, filename_pattern=pattern, max_shard_size="1TB" if adapter else SHARD
-    )
-    as_published = _same if adapter else _conversion_of(into)
+    if (into / ADAPTER_CONFIG).is_file():
+        save_file({_adapter_name(name): each.weights() for name, each in weights.items()}, into / ADAPTER, PT)
+        return
+    convert = _conversion_of(into)
+    parts = list(_divide(weights))
+    total_bytes = 0
     files: dict[str, str] = {}
-    for file, names in plan.filename_to_tensors.items():
-        tensors = as_published({name: weights[name].weights() for name in names})
+    for number, names in enumerate(parts, start=1):
+        suffix = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+        tensors = convert({name: weights[name].weights() for name in names})
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, into / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(tensors, file)
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": files}
+        save_file(tensors, into / f"model{suffix}.safetensors", PT)
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        files |= dict.fromkeys(tensors, f"model{suffix}.safetensors")
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
         (into / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _same(tensors: dict[str, Any]) -> dict[str, Any]:
-    return tensors
+def _divide(weights: Weights) -> Iterator[list[str]]:
+    """Yield the names of each file's weights. Those of a layer stay together, because a conversion may need several."""
+    layers: dict[str, list[str]] = {}
+    for name in weights:
+        layer = LAYER.match(name)
+        layers.setdefault(layer[0] if layer else name, []).append(name)
+    part: list[str] = []
+    size = 0
+    for names in layers.values():
+        more = sum(weights[name].count * weights[name].export_dtype.itemsize for name in names)
+        if part and size + more > FILE_BYTES:
+            yield part
+            part, size = [], 0
+        part, size = part + names, size + more
+    yield part
 
 
 def _conversion_of(folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return the function from a model's weights in memory to those in its files.
 
     Transformers holds the weights of some models in another form than their files have, such as all experts of a layer
-    in one tensor.
+    in one tensor. It leaves models alone that bring their own code.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
-    config = AutoConfig.from_pretrained(folder)
-    if get_checkpoint_conversion_mapping(config.model_type) is None:
-        return _same
+    if "auto_map" in json.loads((folder / "config.json").read_text()):
+        return dict
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     return partial(revert_weight_conversion, model)
 
 

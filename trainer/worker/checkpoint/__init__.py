@@ -27,4 +27,6 @@ resharding of optimizer states goes through a pickled index.
     random_state       the random numbers of a process, as tensors
     trainer_mixin      makes a TRL trainer save and load like this
     format_1           reads the checkpoints of release 0.1, which each engine's library wrote
+    dcp_folder         reads FSDP2's part of them
+    pickles            loads the pickles in them without running their code
 """

@@ -34,6 +34,11 @@ ALIGNMENT = 64
 """Bytes: tensors begin at a multiple of their elements' size, and copies are faster at cache lines."""
 
 
+def name_of(dtype: Any) -> str:
+    """Return torch's name of a dtype: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Spec(NamedTuple):
     """A tensor's dtype and shape."""
 
@@ -152,7 +157,7 @@ def _lay_out(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int], int]:
     for name in order:
         spec = specs[name]
         end = at + _size(spec)
-        dtype = DTYPES[str(spec.dtype).removeprefix("torch.")]
+        dtype = DTYPES[name_of(spec.dtype)]
         entries[name] = {"dtype": dtype, "shape": list(spec.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -4,25 +4,23 @@
     ZeRO-2             the parameters of a group are concatenated, and split into one partition per rank
                        (`deepspeed/runtime/zero/stage_1_and_2.py`)
     ZeRO-3             every parameter is split, and a rank's pieces of a sub-group are concatenated (`stage3.py`)
-    FSDP2              torch.distributed.checkpoint (DCP): a file per rank, in which tensors follow one another as
-                       `torch.save` writes them, and an index of which rows of which tensor are where
-                       (`torch/distributed/checkpoint/filesystem.py`)
+    FSDP2              a folder of torch.distributed.checkpoint for the model, and one for the optimizer (`dcp_folder`)
 
-These files contain pickles. They are loaded so that only tensors and plain values can be built.
+These files contain pickles (`pickles`).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from trainer.worker.checkpoint import random_state
+from trainer.worker.checkpoint.dcp_folder import DCP_INDEX, DcpFolder
+from trainer.worker.checkpoint.pickles import load_mapped, load_random
 from trainer.worker.checkpoint.state import (
     WEIGHTS,
     Piece,
@@ -38,39 +36,13 @@ ADAPTER = "default"
 HIDDEN = "__bnb_optimizer_quant_state__"
 """The key under which bitsandbytes nests its state
 (https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/optim/optimizer.py, `state_dict`)."""
-MODEL, OPTIMIZER, DCP_INDEX = "pytorch_model_fsdp_0", "optimizer_0", ".metadata"
-"""Accelerate's names of DCP's folders, and DCP's name of its index."""
+MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
+"""Accelerate's names of DCP's folders."""
 FORMAT_1_FILES = (
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "latest", "global_step*",
     "zero_to_*.py", MODEL, OPTIMIZER,
 )  # fmt: skip
 """Patterns of the files that do not belong to a model."""
-STAND_INS = (
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
-"""Classes of DeepSpeed in its files that `StandIn` replaces."""
-INDEX_CLASSES = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-        "BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    "torch": ("Size", "float64", "float32", "bfloat16", "float16", "uint8", "int8", "int32", "int64", "bool"),
-    "collections": ("OrderedDict",),
-    "pathlib": ("PosixPath",),
-}  # fmt: skip
-"""The classes that DCP's index, which is a pickle, may contain. No other class is loaded."""
-
-
-class StandIn:
-    """Replaces a DeepSpeed class in a checkpoint: it holds the fields, and runs none of the code."""
-
-    def __init__(self, *_values: Any) -> None:
-        """Ignore the arguments. An enumeration passes its value."""
 
 
 def open_format_1(folder: Path, engine: str, ranks: int, order: Order | None = None) -> SavedState:
@@ -111,24 +83,9 @@ def required_files(folder: Path, engine: str, ranks: int) -> list[str]:
     return ["latest", *parts, *common]
 
 
-def load_mapped(path: Path) -> dict[str, Any]:
-    """Load a file of `torch.save` with its tensors memory-mapped. It runs no code of the file and does not import DeepSpeed."""
-    import torch
-
-    known: list[Any] = [(StandIn, name) for name in STAND_INS]
-    with torch.serialization.safe_globals(known):
-        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return content
-
-
 def _random(folder: Path, ranks: int) -> Callable[[int], dict[str, Any]]:
     def read(rank: int) -> dict[str, Any]:
-        import torch
-        from transformers.trainer_pt_utils import safe_globals
-
-        name = "rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"
-        with safe_globals():
-            written = torch.load(folder / name, weights_only=True)
+        written = load_random(folder / ("rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"))
         cuda = written.get("cuda")
         mine = cuda[rank % len(cuda)] if isinstance(cuda, list) and cuda else cuda
         return random_state.pack(written["python"], written["numpy"], written["cpu"], mine)
@@ -255,7 +212,8 @@ def _open_zero(folder: Path, stage: int, ranks: int) -> SavedState:
     paddings = [0] * len(flats[0]) if stage == 3 else first["group_paddings"]
     sizes = [flat.numel() + padding for flat, padding in zip(flats[0], paddings, strict=True)]
     name = "mp_rank_00_model_states.pt" if stage == 2 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    shapes: list[dict[str, Any]] = load_mapped(_find(inner, name))["param_shapes"]
+    model = load_mapped(_find(inner, name))
+    shapes: list[dict[str, Any]] = model["param_shapes"]
     parameters: dict[str, SavedParameter] = {}
     numbers: dict[str, int] = {}
     for number, named in enumerate(shapes):
@@ -270,6 +228,10 @@ def _open_zero(folder: Path, stage: int, ranks: int) -> SavedState:
             pieces |= {key: _pieces(places, [state[number][key] for state in states]) for key in keys}
             parameters[parameter] = SavedParameter(tuple(shape), pieces, _scalars(states[0][number]))
             numbers[parameter] = number
+    if model["frozen_param_shapes"] == {}:  # not under an adapter, whose base has its own files
+        for name in model["buffer_names"]:
+            buffer = model["module"][name]
+            parameters[name] = SavedParameter(tuple(buffer.shape), {WEIGHTS: _whole(buffer)})
     return SavedState(
         parameters=parameters,
         groups=_groups(bases[0]["param_groups"]),
@@ -331,84 +293,6 @@ def _pieces(places: list[Place], flats: Sequence[Any]) -> list[Piece]:
         return lambda first, last: flats[rank].view(-1)[offset + first : offset + last]
 
     return [Piece(start, size, reader(rank, offset)) for rank, offset, start, size in places]
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Loads only the classes of `INDEX_CLASSES`."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in INDEX_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"a checkpoint's index must not contain {module}.{name}")
-        return super().find_class(module, name)
-
-
-class DcpFolder:
-    """One DCP folder, with its files memory-mapped."""
-
-    def __init__(self, folder: Path) -> None:
-        with (folder / DCP_INDEX).open("rb") as file:
-            index = _IndexUnpickler(file).load()
-        self.files = {info.relative_path for info in index.storage_data.values()}
-        self.paths: dict[str, tuple[Any, ...]] = index.planner_data
-        """The keys that lead to each entry in the nested state dict, by name."""
-        self.tensors = {
-            name: each for name, each in index.state_dict_metadata.items() if hasattr(each, "chunks")
-        }
-        """DCP's metadata of each tensor by name: `size` (a shape), `properties.dtype`, `chunks`."""
-        self._folder = folder
-        self._stored = {
-            (where.fqn, tuple(where.offset or ())): info for where, info in index.storage_data.items()
-        }
-        self._mapped: dict[Path, Any] = {}
-
-    def pieces(self, name: str) -> list[Piece]:
-        """Return the pieces of a tensor, one for each rank that has rows of it."""
-        shape, dtype = self.tensors[name].size, self.tensors[name].properties.dtype
-        row = math.prod(shape[1:])
-        found = []
-        for chunk in self.tensors[name].chunks:
-            if tuple(chunk.sizes[1:]) != tuple(shape[1:]):
-                raise RuntimeError(f"{name} is not sharded by rows: {chunk}")
-            if size := math.prod(chunk.sizes):
-                start = chunk.offsets[0] * row if len(shape) else 0
-                found.append(
-                    Piece(start, size, self._reader(self._stored[name, tuple(chunk.offsets)], dtype))
-                )
-        return found
-
-    def value(self, name: str) -> Any:
-        """Return an entry that is not a tensor."""
-        import torch
-
-        info = self._stored[name, ()]
-        with (self._folder / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            return torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
-
-    def _reader(self, info: Any, dtype: Any) -> Callable[[int, int], Any]:
-        import torch
-
-        path = self._folder / info.relative_path
-
-        def read(first: int, last: int) -> Any:
-            if path not in self._mapped:
-                size = path.stat().st_size
-                self._mapped[path] = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-            at = info.offset + _first_byte(path, info)
-            found = self._mapped[path][at + first * dtype.itemsize : at + last * dtype.itemsize]
-            return found.clone().view(dtype)  # the clone is aligned, which `view` needs; the file is not
-
-        return read
-
-
-def _first_byte(path: Path, info: Any) -> int:
-    """Return the byte at which a tensor's elements begin within what `torch.save` wrote of it."""
-    import torch
-    from torch.distributed.checkpoint.utils import _create_file_view
-
-    with path.open("rb") as file:
-        archive = torch._C.PyTorchFileReader(_create_file_view(file, info.offset, info.length))  # noqa: SLF001
-        return int(archive.get_record_offset("data/0"))
 
 
 def _open_fsdp2(folder: Path, ranks: int, order: Order | None) -> SavedState:

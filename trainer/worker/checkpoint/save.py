@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.errors import UserError
 from trainer.files import write_atomically
+from trainer.staged import BUFFERS_FOLDER
 from trainer.worker.checkpoint import random_state
-from trainer.worker.checkpoint.buffers import Buffers
+from trainer.worker.checkpoint.buffers import Buffers, name_of
 from trainer.worker.checkpoint.format import (
     INDEX_FILE,
     OWN,
@@ -29,18 +30,17 @@ from trainer.worker.checkpoint.format import (
 from trainer.worker.checkpoint.optimizer_layout import OptimizerTensor, Target
 from trainer.worker.checkpoint.state import WEIGHTS, is_per_element, local_shard
 
-BUFFERS_FOLDER = "buffers"
-"""The folder in staging with the memory that saves reuse."""
 PLAIN = (bool, int, float, str, type(None))
 
 
 class Part(NamedTuple):
-    """A slice of a parameter that a rank saves, and its keys."""
+    """A slice of a parameter that a rank saves."""
 
     name: str
     start: int
     size: int
-    keys: tuple[str, ...]
+    keys: dict[str, str]
+    """The dtype of each of its keys."""
 
 
 class CheckpointWriter:
@@ -77,7 +77,7 @@ class CheckpointWriter:
         if self._rank == 0:
             for name, value in find_untrained(self._trainer.model, self._target.names).items():
                 tensors[tensor_name(WEIGHTS, name)] = value.reshape(-1)
-                parts.append(Part(name, 0, value.numel(), (WEIGHTS,)))
+                parts.append(Part(name, 0, value.numel(), {WEIGHTS: name_of(value.dtype)}))
         self._buffers.save(tensors, folder)
         gathered = self._gather(parts)
         if self._rank == 0:
@@ -101,12 +101,13 @@ class CheckpointWriter:
         weights = local_shard(stepped.tensor.detach())
         split, whole = split_state(state, weights.numel())
         split = {WEIGHTS: weights, **split}
+        keys = {key: name_of(value.dtype) for key, value in split.items()}
         tensors = {tensor_name(OWN, f"{stepped.first}/{key}"): value for key, value in whole.items()}
         for part in stepped.parts:
             for key, value in split.items():
                 flat = value.reshape(-1)[part.offset : part.offset + part.size]
                 tensors[tensor_name(key, part.name)] = flat
-            parts.append(Part(part.name, part.start, part.size, tuple(split)))
+            parts.append(Part(part.name, part.start, part.size, keys))
         return tensors
 
     def _gather(self, parts: list[Part]) -> list[list[Part]]:
@@ -122,7 +123,7 @@ class CheckpointWriter:
     def _index(self, gathered: list[list[Part]]) -> Index:
         """Return the index of all ranks' slices, with the parameters in the optimizer's order."""
         slices: dict[str, list[Slice]] = {}
-        keys: dict[str, tuple[str, ...]] = {}
+        keys: dict[str, dict[str, str]] = {}
         for rank, parts in enumerate(gathered):
             for part in parts:
                 slices.setdefault(part.name, []).append(
@@ -131,12 +132,13 @@ class CheckpointWriter:
                 keys[part.name] = part.keys
         shapes = shapes_of(self._trainer.model)
         dtype = self._export_dtype()
-        order = [*self._target.names, *(name for name in slices if name not in set(self._target.names))]
+        trained = dict.fromkeys(self._target.names, dtype)
+        order = [*trained, *(name for name in slices if name not in trained)]
         return Index(
             replicated=self._is_replicated,
             parameters={
                 name: IndexedParameter(
-                    shape=shapes[name], dtype=dtype, keys=keys[name], slices=tuple(slices[name])
+                    shape=shapes[name], dtype=trained.get(name), keys=keys[name], slices=tuple(slices[name])
                 )
                 for name in order
             },
@@ -146,7 +148,7 @@ class CheckpointWriter:
         """Return the model's dtype if the engine has float32 masters of its weights; None for an adapter."""
         if self._is_replicated or hasattr(self._trainer.model, "peft_config"):
             return None
-        return str(self._trainer.model.config.dtype or "float32").removeprefix("torch.")
+        return name_of(self._trainer.model.config.dtype or "float32")
 
     def _scalars(self) -> Scalars:
         states: dict[str, dict[str, int | float | TensorScalar]] = {}
@@ -255,13 +257,13 @@ def find_untrained(model: Any, trained: list[str]) -> dict[str, Any]:
     known = set(trained)
     if frozen := [name for name, _ in model.named_parameters() if name not in known]:
         raise RuntimeError(f"{len(frozen)} parameters are not trained, such as {frozen[0]}")
-    buffers = dict(model.named_buffers())
-    return {name: buffers[name] for name in _saved_names(model) if name in buffers} if buffers else {}
-
-
-def _saved_names(model: Any) -> Iterator[str]:
-    """Yield the names of a model's state dict, without gathering anything."""
-    yield from model.state_dict(keep_vars=True)
+    # Not `model.state_dict()`: FSDP2 would reshard the model on this rank alone, and the next all-gather hang.
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set  # noqa: SLF001
+    }
 
 
 def save_model_files(trainer: Any, folder: Path) -> None:

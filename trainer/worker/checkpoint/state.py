@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.errors import UserError
@@ -108,6 +109,14 @@ def is_per_element(value: Any, count: int) -> bool:
 def local_shard(tensor: Any) -> Any:
     """Return this rank's shard of a tensor; the tensor itself if it is not a DTensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def unreadable(path: Path, reason: str) -> UserError:
+    """Return the error that a file of a checkpoint is missing or damaged."""
+    return UserError(
+        f"the checkpoint's file {path.parent.name}/{path.name} cannot be read: {reason}",
+        hint="remove its commit from the bucket: the run then resumes from the previous checkpoint",
+    )
 
 
 def cannot_reshard(key: str) -> UserError:
