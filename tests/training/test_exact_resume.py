@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-
 from safetensors.numpy import load
 
 from tests.harness import RunView, TrainerRun, wait_until
