@@ -1,4 +1,4 @@
-"""The worker, which fails unless it reads its checkpoint where that lies, and has let go of it when it trains:
+"""The worker, which fails unless it maps its checkpoint's files and has released them when it trains:
 `python -m tests.training.mapped_rank JOB_JSON`.
 """
 
@@ -16,24 +16,23 @@ def mapped_files() -> str:
 
 
 def watch() -> None:
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
     from trainer.worker.callback import Progress
+    from trainer.worker.checkpoint import trainer_mixin
+    from trainer.worker.checkpoint.format import RANK_FILES
 
-    load, begin, seen = TorchCheckpointEngine.load, Progress.on_train_begin, []
+    load, begin, seen = trainer_mixin.load, Progress.on_train_begin, []
 
-    def mapped_load(self: Any, path: str, map_location: Any = None) -> Any:
-        loaded = load(self, path, map_location)
-        assert path in mapped_files(), f"{path} was copied"
-        seen.append(path)
-        return loaded
+    def mapped_load(trainer: Any, target: Any, folder: Path) -> Any:
+        saved = load(trainer, target, folder)
+        seen.extend(str(path) for path in folder.glob(RANK_FILES) if str(path) in mapped_files())
+        return saved
 
     def on_train_begin(self: Any, *arguments: Any, **named: Any) -> None:
-        assert any(path.endswith("_optim_states.pt") for path in seen)
-        assert not [path for path in seen if path in mapped_files()], "what is trained is the file"
+        assert seen, "the checkpoint was copied"
+        assert not [path for path in seen if path in mapped_files()], "a file of the checkpoint is in use"
         begin(self, *arguments, **named)
 
-    TorchCheckpointEngine.load = mapped_load
+    trainer_mixin.load = mapped_load
     Progress.on_train_begin = on_train_begin  # type: ignore[method-assign]
 
 

@@ -28,7 +28,7 @@ from tests.training.ranks import finish, ranks_job, run, run_started, start, wai
 from trainer.job import Job, Outcome
 from trainer.staged import pending
 from trainer.supervisor.workers import Workers
-from trainer.worker.publish_model import consolidate
+from trainer.worker.checkpoint.format import RANK_FILES
 from trainer.worker.reference_logps import VALUES
 
 SFT, DPO = "zephyr-tiny/sft", "zephyr-tiny/dpo"
@@ -209,42 +209,6 @@ def test_an_export_of_a_cut_model_is_whole(engine: Engine, kind: str) -> None:
     assert not list(trained.final.glob("*.pt"))
 
 
-@pytest.mark.parametrize("kind", kinds("zero2", "zero3", "fsdp2"))
-def test_a_checkpoint_of_parts_is_put_together(tmp_path: Path, engine: Engine, kind: str) -> None:
-    """From the ranks' parts alone, the tensors of `final/`."""
-    trained = engine(kind, DPO)
-    consolidate(trained.checkpoint(6), tmp_path / "out")
-    mine, theirs = load_file(tmp_path / "out" / "model.safetensors"), final(trained)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        path.name for path in trained.final.iterdir()
-    }
-
-
-@pytest.mark.parametrize("kind", kinds("zero3", "fsdp2"))
-def test_an_adapter_of_a_cut_model_is_put_together(tmp_path: Path, kind: str) -> None:
-    """Without the base, under the names that PEFT reads; after an evaluation."""
-    from peft import load_peft_weights
-
-    lora = (
-        "use_peft=true",
-        "lora_r=4",
-        "lora_target_modules=[q_proj, v_proj]",
-        "max_steps=1",
-        "save_steps=1",
-        "eval_strategy=steps",
-        "eval_steps=1",
-    )
-    trained = run(ranks_job(tmp_path / "work", SFT, *lora, **ENGINES[kind]))
-    assert 0 < trained.of("eval")[0]["eval_loss"] < 10
-    consolidate(trained.checkpoint(1), tmp_path / "out")
-    mine = load_peft_weights(str(tmp_path / "out"), device="cpu")
-    theirs = load_file(trained.job.work / "adapter" / "adapter_model.safetensors")
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-
-
 @pytest.mark.parametrize("kind", kinds("ddp", "zero2", "offload", thorough=("zero2", "offload")))
 def test_a_fork_takes_the_steps_of_a_started_rank(tmp_path: Path, engine: Engine, kind: str) -> None:
     """What most tests here train with has the bits of what a user trains with; the killed runs below show it of the others."""
@@ -253,7 +217,7 @@ def test_a_fork_takes_the_steps_of_a_started_rank(tmp_path: Path, engine: Engine
     assert all(torch.equal(weight, final(engine(kind, DPO))[name]) for name, weight in final(started).items())
 
 
-@pytest.mark.parametrize("kind", kinds("zero2", "zero3", "offload", thorough=("zero2",)))
+@pytest.mark.parametrize("kind", kinds(*ENGINES, thorough=("ddp", "zero2", "offload")))
 def test_a_resume_holds_no_second_state(tmp_path: Path, engine: Engine, kind: str) -> None:
     """A rank's part of a checkpoint is mapped, not read into memory, and is no file's any more when training begins."""
     saved = engine(kind, DPO).checkpoint(3)
@@ -342,7 +306,7 @@ def test_ranks_stop_together(tmp_path: Path, engine: Engine) -> None:
     last = stopped.of("step")[-1]["step"]
     assert [each.step for each in pending(job.staging) if each.kind == "checkpoint"] == [last]
     assert last < 60
-    assert len(list(stopped.checkpoint(last).glob("rng_state_*.pth"))) == 2
+    assert len(list(stopped.checkpoint(last).glob(RANK_FILES))) == 2
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:

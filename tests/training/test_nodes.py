@@ -18,6 +18,7 @@ from tests.training.test_engines import needs_compiler
 from trainer.errors import ExitCode
 from trainer.job import Job, Outcome
 from trainer.supervisor.workers import Rendezvous, Workers, choose_rendezvous
+from trainer.worker.checkpoint.format import INDEX_FILE, RANK_FILES, rank_file
 
 RECIPE = """
 method: dpo
@@ -94,10 +95,6 @@ def test_a_notice_on_one_node_costs_no_step_on_either(recipe: Path, tmp_path: Pa
     assert model.weights_digest == other.weights_digest
 
 
-PARTS = {"zero3": "global_step3/*_optim_states.pt", "fsdp2": "optimizer_0/*.distcp"}
-"""Files of the optimizer, one for each rank."""
-
-
 def on_two_nodes(work: Path, engine: str, *, resume_from: Path | None = None) -> list[Job]:
     """A cut model over two machines, each with a folder of its own, as the supervisors of two nodes start it."""
     layout: dict[str, Any] = {"processes": 2, "nodes": 2, "micro_batch": 2, "engine": engine}
@@ -125,8 +122,8 @@ def test_a_cut_model_saves_each_nodes_parts_on_its_own_disk(tmp_path: Path, engi
     together = tmp_path / "restored" / "checkpoint-3"
     for node, job in enumerate(whole):
         parts = job.staging / "checkpoint-3"
-        assert [path.name for path in parts.glob("rng_state_*.pth")] == [f"rng_state_{node}.pth"]
-        assert len(list(parts.glob(PARTS[engine]))) == 1
+        assert [path.name for path in parts.glob(RANK_FILES)] == [rank_file(node)]
+        assert (parts / INDEX_FILE).exists() == (node == 0)
         assert (job.staging / "checkpoint-3.staged").exists()
         shutil.copytree(parts, together, dirs_exist_ok=True)
     again = on_two_nodes(tmp_path / "again", engine, resume_from=together)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from tests.training import rank_files
 from tests.training.jobs import Trained, train
 from tests.training.ranks import ranks_job, run, start, wait_for_step
 from tests.training.test_engines import ENGINES, QLORA, SFT, steps_of, tokens_of
 from tests.training.test_reshard import rest_of
 from trainer.job import Job
-from trainer.worker.reshard.checkpoint_state import HIDDEN
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is for Linux only")
 
@@ -91,25 +90,20 @@ def test_a_run_under_ddp_goes_on_exactly_and_on_one_process(tmp_path: Path) -> N
 
 
 def without(checkpoint: Path, into: Path, lost: str) -> Path:
-    """A copy of a checkpoint in which a moment of the optimizer, or half of each adapter, is zero."""
-    shutil.copytree(checkpoint, into)
-    if lost == "adapter":
-        path = into / "adapter_model.safetensors"
-        weights = load_file(path)
-        zeroed = {name: weight * ("lora_B" not in name) for name, weight in weights.items()}
-        save_file(zeroed, path, {"format": "pt"})
-        return into
-    optimizer = torch.load(into / "optimizer.pt", weights_only=False)
-    for state in optimizer["state"].values():
-        state[HIDDEN][lost].zero_()
-    torch.save(optimizer, into / "optimizer.pt")
-    return into
+    """Copy a checkpoint. In the copy a moment of the optimizer, or half of each adapter, is zero."""
+    if lost != "adapter":
+        return rank_files.copy_with_zeros(checkpoint, into, lost)
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        return torch.zeros_like(tensor) if name.startswith("weights/") and "lora_B" in name else None
+
+    return rank_files.copy_with(checkpoint, into, change)
 
 
 def test_what_is_lost_would_show(tmp_path: Path) -> None:
     """The tolerance is no blindness: without a moment, or with a fresh adapter, the losses are others."""
     whole = trained(tmp_path / "whole", SINGLE)
     for lost in ("state1", "state2", "adapter"):
-        saved = without(whole.checkpoint(HALF), tmp_path / lost / f"checkpoint-{HALF}", lost)
+        saved = without(whole.checkpoint(HALF), tmp_path / lost, lost)
         after = trained(tmp_path / f"after-{lost}", SINGLE, resume_from=saved)
         assert differences(whole, after).abs().max() > 5 * LOSS_TOLERANCE, lost

@@ -1,4 +1,4 @@
-"""Where a parameter's numbers lie in what each rank wrote, in bf16 too, and what a rank draws after a change."""
+"""A checkpoint has every parameter of every engine where its index says, and what a rank draws after a change."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ import torch
 from tests.training import forks
 from tests.training.ranks import finish, ranks_job
 from tests.training.test_engines import needs_compiler
+from trainer.errors import UserError
 from trainer.job import Outcome
-from trainer.worker.checkpoint_identity import Identity
-from trainer.worker.reshard.checkpoint_state import find_element_keys
-from trainer.worker.reshard.deepspeed_checkpoint import Piece, pieces_of_stage_2, pieces_of_stage_3
-from trainer.worker.reshard.fsdp_checkpoint import INDEX, DcpFolder
-from trainer.worker.reshard.trainer_mixin import needs_conversion, reseed
+from trainer.worker.checkpoint.format_1 import (
+    DCP_INDEX,
+    DcpFolder,
+    Place,
+    pieces_of_stage_2,
+    pieces_of_stage_3,
+)
+from trainer.worker.checkpoint.identity import Identity
+from trainer.worker.checkpoint.save import split_state
+from trainer.worker.checkpoint.trainer_mixin import CheckpointForm, reseed
 
 COUNTS = [12, 1, 7, 30, 2]
 
@@ -38,8 +44,8 @@ def identity(engine: str, ranks: int, **more: Any) -> Identity:
     )
 
 
-def gathered(pieces: list[Piece], flats: list[torch.Tensor]) -> list[float]:
-    numbers = [flats[piece.rank][piece.offset : piece.offset + piece.size] for piece in pieces]
+def gathered(places: list[Place], flats: list[torch.Tensor]) -> list[float]:
+    numbers = [flats[rank][offset : offset + size] for rank, offset, _, size in places]
     return [float(each) for each in torch.cat(numbers)]
 
 
@@ -49,9 +55,9 @@ def test_pieces_of_stage_3_are_where_deepspeed_cuts(ranks: int) -> None:
     weights = [torch.arange(count, dtype=torch.float64) + 100 * number for number, count in enumerate(COUNTS)]
     padded = [torch.nn.functional.pad(weight, (0, -len(weight) % ranks), value=-1) for weight in weights]
     flats = [torch.cat([weight.chunk(ranks)[rank] for weight in padded]) for rank in range(ranks)]
-    for weight, pieces in zip(weights, pieces_of_stage_3(COUNTS, ranks, 0), strict=True):
-        assert gathered(pieces, flats) == weight.tolist()
-        assert [piece.start for piece in pieces] == [*_starts(pieces)]
+    for weight, places in zip(weights, pieces_of_stage_3(COUNTS, ranks), strict=True):
+        assert gathered(places, flats) == weight.tolist()
+        assert [start for _, _, start, _ in places] == starts(places)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 40])
@@ -66,42 +72,44 @@ def test_pieces_of_stage_2_are_where_deepspeed_cuts(ranks: int, alignment: int) 
     ]
     flat = torch.cat(laid)
     flats = list(torch.nn.functional.pad(flat, (0, -len(flat) % (2 * ranks)), value=-1).chunk(ranks))
-    found = pieces_of_stage_2(COUNTS, paddings, len(flats[0]), 0)
-    for weight, pieces in zip(weights, found, strict=True):
-        assert gathered(pieces, flats) == weight.tolist()
-        assert [piece.start for piece in pieces] == [*_starts(pieces)]
+    found = pieces_of_stage_2(COUNTS, paddings, len(flats[0]))
+    for weight, places in zip(weights, found, strict=True):
+        assert gathered(places, flats) == weight.tolist()
+        assert [start for _, _, start, _ in places] == starts(places)
 
 
-def _starts(pieces: list[Piece]) -> list[int]:
-    return [sum(each.size for each in pieces[:number]) for number in range(len(pieces))]
+def starts(places: list[Place]) -> list[int]:
+    sizes = [size for *_, size in places]
+    return [sum(sizes[:number]) for number in range(len(sizes))]
+
+
+def compared(work: Path, **fit: Any) -> tuple[int, str, str]:
+    """Return how the ranks of `half_ranks` ended, with every difference that they found."""
+    job = ranks_job(work, "zephyr-tiny/sft", **fit)
+    code = finish(forks.workers(job, "tests.training.half_ranks"))
+    outcome = Outcome.model_validate_json(job.outcome.read_text())
+    return code, outcome.status, outcome.message
 
 
 @needs_compiler
-def test_float32_masters_of_bf16_weights_go_into_every_form(tmp_path: Path) -> None:
-    """ZeRO-2 and ZeRO-3 on 2 ranks, with and without offload, convert into each other and into float32 weights.
+def test_every_form_goes_into_every_form(tmp_path: Path) -> None:
+    """ZeRO-2 and ZeRO-3 in bf16, with and without offload, FSDP2 and DDP convert into each other on 2 ranks.
 
-    Masters and moments are equal bit for bit. Every tensor has its own step, every group its own weight decay, and the
-    bf16 weights are those that were trained.
+    Masters and moments are equal bit for bit to those that DeepSpeed and torch put together. Steps and weight decays are
+    right, and the bf16 weights are those that were trained. A checkpoint has 12 bytes per parameter. In the same form
+    the next step has the same bits.
     """
-    job = ranks_job(tmp_path / "work", "zephyr-tiny/sft", processes=2, engine="zero3", micro_batch=4)
-    code = finish(forks.workers(job, "tests.training.half_ranks"))
-    outcome = Outcome.model_validate_json(job.outcome.read_text())
-    assert (code, outcome.status, outcome.message) == (0, "done", "")
+    assert compared(tmp_path / "work", processes=2, engine="zero3", micro_batch=4) == (0, "done", "")
 
 
-def test_rows_of_float32_weights_go_where_they_lie(tmp_path: Path) -> None:
-    """FSDP 2 on 4 ranks, with rows that they cannot share evenly and weights of which one has none: what is read, and what
-    is filled into other parts, has the bits that torch puts together, and a step later too.
-    """
-    job = ranks_job(tmp_path / "work", "zephyr-tiny/sft", processes=4, engine="fsdp2", micro_batch=2)
-    code = finish(forks.workers(job, "tests.training.cut_ranks"))
-    outcome = Outcome.model_validate_json(job.outcome.read_text())
-    assert (code, outcome.status, outcome.message) == (0, "done", "")
+def test_rows_that_ranks_cannot_share_evenly_are_saved_once(tmp_path: Path) -> None:
+    """FSDP2 and DDP on 4 ranks convert into each other, although a rank has no row of some weights."""
+    assert compared(tmp_path / "work", processes=4, engine="fsdp2", micro_batch=2) == (0, "done", "")
 
 
-def test_an_index_runs_no_code(tmp_path: Path) -> None:
-    """The index is a pickle, which could run code. Classes that it does not need are rejected."""
-    (tmp_path / INDEX).write_bytes(pickle.dumps(print))
+def test_an_index_of_format_1_runs_no_code(tmp_path: Path) -> None:
+    """DCP's index is a pickle, which could run code. Classes that it does not need are rejected."""
+    (tmp_path / DCP_INDEX).write_bytes(pickle.dumps(print))
     with pytest.raises(pickle.UnpicklingError, match=r"a checkpoint's index must not contain builtins.print"):
         DcpFolder(tmp_path)
 
@@ -123,17 +131,22 @@ def test_an_index_runs_no_code(tmp_path: Path) -> None:
     ids=lambda value: f"{value.engine} x {value.world_size}" if isinstance(value, Identity) else "",
 )
 def test_only_another_form_is_converted(one: Identity, other: Identity, converted: bool) -> None:
-    """On the same shape the engine loads its own files, bit for bit."""
-    assert needs_conversion(one, other) is converted
-    assert needs_conversion(other, one) is converted
+    """The same form resumes bit for bit, with its own settings of the optimizer."""
+    assert (CheckpointForm.of(one) != CheckpointForm.of(other)) is converted
 
 
-def test_numbers_of_another_form_are_known() -> None:
-    """Packed states, and those with fewer numbers than weights, cannot be cut."""
-    moment, step = torch.zeros(2, 3), torch.tensor(3.0)
-    assert find_element_keys([({"exp_avg": moment, "step": step}, 6), ({}, 9)]) == (("exp_avg",), None)
-    assert find_element_keys([({"state1": torch.zeros(6, dtype=torch.uint8)}, 6)]) == ((), "state1")
-    assert find_element_keys([({"exp_avg_sq_row": torch.zeros(2)}, 6)]) == ((), "exp_avg_sq_row")
+def test_states_of_another_layout_are_stored_whole() -> None:
+    """Packed states, and those with fewer numbers than weights, cannot be split over ranks."""
+    moment, packed, row = torch.zeros(2, 3), torch.zeros(6, dtype=torch.uint8), torch.zeros(2)
+    assert split_state({"exp_avg": moment, "step": torch.tensor(3.0)}, 6) == ({"exp_avg": moment}, {})
+    assert split_state({"state1": packed, "step": 3}, 6) == ({}, {"state1": packed})
+    assert split_state({"exp_avg_sq_row": row}, 6) == ({}, {"exp_avg_sq_row": row})
+
+
+def test_a_state_that_json_and_safetensors_cannot_hold_is_refused() -> None:
+    """A checkpoint holds no pickle, so an optimizer with an object in its state cannot be saved."""
+    with pytest.raises(UserError, match="the optimizer's state `history` is a list, which a checkpoint"):
+        split_state({"history": [1, 2]}, 6)
 
 
 def drawn(step: int, rank: int) -> tuple[float, ...]:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from tests.training.jobs import Trained
 from trainer.estimate.batch import count_steps
 from trainer.estimate.workload import Workload
+from trainer.worker.checkpoint.format import open_format_2
 
 BATCH, RATE, LENGTH, ROWS = 4, 1e-3, 128, 24
 EPOCH = (
@@ -44,8 +44,8 @@ def test_the_last_step_is_the_schedules_last(
     shape = {"linear": lambda part: 1 - part, "cosine": lambda part: (1 + math.cos(math.pi * part)) / 2}
     rates = [RATE * shape[schedule](part) for part in done]
     assert [line["learning_rate"] for line in taken] == pytest.approx(rates[:-1])
-    scheduler = torch.load(trained.checkpoint(last) / "scheduler.pt", weights_only=True)
-    assert scheduler["_last_lr"] == pytest.approx(
+    schedule = open_format_2(trained.checkpoint(last)).schedule
+    assert schedule["_last_lr"] == pytest.approx(
         [0, 0], abs=1e-12
     )  # of weights that decay, and of the others
 

@@ -21,12 +21,16 @@ from trainer.staged import Staged, mark_staged
 NODES = 3
 
 
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
 def stage(root: Path, node: int, step: int, **files: str) -> Staged:
     """Stage a node's folder: a file of its own, and the given files."""
     folder = root / f"node-{node}" / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    for name, text in {f"rng_state_{node}": f"node {node}, step {step}", **files}.items():
-        (folder / f"{name}.pth").write_text(text)
+    for name, text in {rank_file(node): f"node {node}, step {step}", **files}.items():
+        (folder / name).write_text(text)
     return Staged(folder=folder.name, step=step)
 
 
@@ -61,8 +65,8 @@ def test_a_commit_holds_every_nodes_files(uri: str, tmp_path: Path) -> None:
     restored = restore(bucket, tmp_path / "restored", lambda *why: pytest.fail(str(why)))
     assert restored
     assert {path.name: path.read_text() for path in restored.path.iterdir()} == {
-        "config.pth": "alike",
-        **{f"rng_state_{node}.pth": f"node {node}, step 10" for node in range(NODES)},
+        "config": "alike",
+        **{rank_file(node): f"node {node}, step 10" for node in range(NODES)},
     }
 
 
@@ -115,7 +119,7 @@ def test_two_nodes_that_write_one_name_differently_commit_nothing(tmp_path: Path
     attempt = claim(bucket, {})
     for node in (1, 2):
         upload(bucket, attempt, tmp_path, node, 10, model=f"of node {node}")
-    with pytest.raises(ValueError, match=r"two nodes wrote model.pth: 9 bytes with xxh3 \w+, and 9 with"):
+    with pytest.raises(ValueError, match=r"two nodes wrote model: 9 bytes with xxh3 \w+, and 9 with"):
         lead(bucket, attempt, tmp_path, 10, Waiting(sleep=never))
     assert committed(bucket) == []
 

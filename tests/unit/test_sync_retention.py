@@ -91,7 +91,7 @@ def test_a_folder_keeps_nothing_of_uploads_that_were_cut_short(tmp_path: Path) -
     begun = [f"step-{step:08d}/{owner:04d}" for step, owner in ((10, 1), (20, 2), (30, 1), (50, 2), (50, 3))]
     for folder in begun:
         (checkpoints / folder).mkdir(parents=True)
-        (checkpoints / folder / "optimizer.pt#1").write_bytes(b"cut short")
+        (checkpoints / folder / "rank-00000.safetensors#1").write_bytes(b"cut short")
     assert not bucket.list("checkpoints/")
     save(bucket, attempt, tmp_path, 20, 30, 40)
     prune(bucket, attempt, 2)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +138,7 @@ class Buffers:
             self._buffers.remove(buffer)
             buffer.path.unlink()
         self._folder.mkdir(parents=True, exist_ok=True)
-        number = next(n for n in range(len(self._buffers) + 1) if not self._path(n).exists())
+        number = next(n for n in count() if not self._path(n).exists())
         made = Buffer(self._path(number), specs, pinned=torch.cuda.is_available())
         self._buffers.append(made)
         return made

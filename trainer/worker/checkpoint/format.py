@@ -191,7 +191,7 @@ class _Files:
 
 
 def is_format_2(folder: Path) -> bool:
-    """Return whether a checkpoint is in this format."""
+    """Return whether a checkpoint is in this format. One that lacks its index or its scalars is not of format 1."""
     return any((folder / name).is_file() for name in (INDEX_FILE, SCALARS_FILE))
 
 
