@@ -76,7 +76,8 @@ def main() -> None:
 def recover(made: Lab, job: Job, attempt: int) -> Recovery:
     """Lose the machine of an attempt, and follow the next one to its first step."""
     began = first_step(job, attempt)
-    job.wait_for_step(began + SAVE_STEPS + BEYOND)
+    reach = began + SAVE_STEPS + BEYOND
+    wait_until(lambda: job.step() >= reach, f"step {reach}", timeout_s=ARRIVES_S, poll_s=0.05)
     before = job.slurm_job()
     lost = time.time()
     job.lose_machine()

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import psutil
 
 from trainer.bucket import Bucket, open_run
 from trainer.bucket.manifest import Manifest, committed, final
 from trainer.events import MEASURED, Event, of_kind, parse
 
 ROOT = Path(__file__).resolve().parents[1]
+SLICE_S = 0.2
+"""A few steps of a tiny model."""
 
 
 def wait_until(
@@ -29,6 +34,29 @@ def wait_until(
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain: {what}"
         time.sleep(poll_s)
     return value
+
+
+def run_in_slices(
+    processes: Callable[[], Iterable[psutil.Process]], until: Callable[[], Any], what: str
+) -> None:
+    """Let processes run for moments until `until` is true, and leave them suspended.
+
+    Whoever waits for a step of a tiny model and only then looks for its processes finds the run at its end.
+    """
+
+    def reached() -> bool:
+        _each(processes(), psutil.Process.resume)
+        time.sleep(SLICE_S)
+        _each(processes(), psutil.Process.suspend)
+        return bool(until())
+
+    wait_until(reached, what, timeout_s=900.0)
+
+
+def _each(processes: Iterable[psutil.Process], do: Callable[[psutil.Process], None]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            do(process)
 
 
 class TrainerRun:

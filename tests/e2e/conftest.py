@@ -12,7 +12,8 @@ import pytest
 if TYPE_CHECKING:
     from tests.e2e.lab.lab import Lab
 
-WITH_LAB = ("test_slurm.py", "test_plans.py", "test_tasks.py", "test_doctor.py")
+WITH_LAB = ("test_doctor.py", "test_plans.py", "test_tasks.py", "test_slurm.py")
+"""In this order: SkyPilot has to be told seldom what clouds it has."""
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.path.name not in WITH_LAB:
                 raise pytest.UsageError(f"{item.path.name} needs the laboratory: name it in WITH_LAB")
             item.add_marker(pytest.mark.timeout(3600))
-    items.sort(key=lambda item: "lab" in getattr(item, "fixturenames", ()))
+    order = {name: number for number, name in enumerate(WITH_LAB)}
+    items.sort(key=lambda item: order[item.path.name] if "lab" in getattr(item, "fixturenames", ()) else -1)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,13 +7,14 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import psutil
 
 from tests.e2e.lab.lab import Lab
 from tests.e2e.lab.launcher import Launcher
-from tests.harness import ROOT, RunView, wait_until
+from tests.harness import ROOT, RunView, run_in_slices, wait_until
 from tests.servers.s3 import FaultyS3
 
 SAVE_STEPS = 20
@@ -112,14 +113,17 @@ class Job:
         link: Path = wait_until(found, f"attempt {attempt} to stage", timeout_s=ARRIVES_S, poll_s=0.2)
         return Path(f"{self.lab.node_root}{link.readlink()}") if link.is_symlink() else link
 
-    def pause(self) -> None:
-        """Stop training where it is. Slurm's SIGTERM comes with a SIGCONT, which ends the pause."""
-        for worker in self._workers():
-            worker.suspend()
+    def stand_beyond(self, commit: int, *, attempt: int) -> None:
+        """Suspend the attempt beyond the step. Slurm's SIGTERM comes with a SIGCONT, which ends the pause."""
+        run_in_slices(
+            lambda: self._workers(attempt=attempt),
+            lambda: self.step(attempt=attempt) > commit,
+            f"{self.name} to be beyond step {commit}",
+        )
 
     def lower_priority(self) -> None:
         """Leave the cores to the other jobs: training that waits to be cancelled would use all of them."""
-        for worker in self._workers():
+        for worker in self._workers(attempt=1):
             worker.nice(19)
 
     def lose_machine(self) -> None:
@@ -137,11 +141,14 @@ class Job:
         """Whether the cluster has nothing of it any more."""
         return not any(name.startswith(self.name) for name in self.lab.slurm.jobs().values())
 
-    def _workers(self) -> Iterator[psutil.Process]:
-        for process in self._processes():
-            with suppress(psutil.Error):
-                if "trainer.worker" in process.cmdline():
-                    yield process
+    def _workers(self, *, attempt: int) -> list[psutil.Process]:
+        """The attempt's processes that train; they are told where its folder is."""
+        folder = f"*/{self.name}-*/attempt-{attempt:04d}/*"
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if "trainer.worker" in (words := process.info["cmdline"] or ()) and fnmatch(words[-1], folder)
+        ]
 
     def _processes(self) -> Iterator[psutil.Process]:
         job = self.slurm_job()

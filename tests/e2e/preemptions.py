@@ -1,4 +1,7 @@
-"""Scenarios for the lab's jobs: a notice and three machines lost without one, a pipeline, a typo, two cancellations."""
+"""Scenarios for the lab's jobs: a notice and three machines lost without one, a pipeline, a typo, two cancellations.
+
+Each machine that a job loses costs a launch, which is a minute of CPU time: no job loses more than two.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,32 @@ FAILED = ("FAILED", "FAILED_SETUP", "FAILED_PRECHECKS", "FAILED_NO_RESOURCE", "F
 
 
 class Disturbed(NamedTuple):
-    """What was observed while a job lost four machines."""
+    """What was observed while a job lost machines."""
 
-    status: dict[str, Any]
+    restored: list[int]
+    """The steps that its attempts begin from."""
+    status: dict[str, Any] | None = None
     """The row of `status` while the first machine stood still."""
-    stopped: int
-    """The step at which the notice stopped the first attempt."""
 
 
-def lose_four_machines(job: Job) -> Disturbed:
-    """Take the first machine with a notice, and three more without: in mid-step, in mid-save and in mid-upload."""
+def lose_with_notice_and_in_mid_upload(job: Job) -> Disturbed:
+    """Take the first machine with a notice, and the second without one while it uploads."""
     job.submit("--detach", *SHORT)
     status = take_machine_with_notice(job)
     stopped = max(job.view.committed_steps())
-    assert SAVE_STEPS < stopped < LAST_STEP - SAVE_STEPS, "the notice came too late for the kills that follow"
-    following = (stopped // SAVE_STEPS + 1) * SAVE_STEPS
-    lose_in_mid_step(job, stopped, following)
-    lose_in_mid_save(job, stopped, following)
-    lose_in_mid_upload(job, stopped, following)
+    assert SAVE_STEPS < stopped < LAST_STEP - SAVE_STEPS, "the notice came too late for the kill that follows"
+    lose_in_mid_upload(job, stopped, (stopped // SAVE_STEPS + 1) * SAVE_STEPS)
     assert job.wait_for("SUCCEEDED", *FAILED) == "SUCCEEDED"
-    return Disturbed(status, stopped)
+    return Disturbed([0, stopped, stopped], status)
+
+
+def lose_in_mid_step_and_in_mid_save(job: Job) -> Disturbed:
+    """Take the first machine between two commits, and the second while it saves, both without a notice."""
+    job.submit("--detach", *SHORT)
+    lose_in_mid_step(job, SAVE_STEPS, 2 * SAVE_STEPS)
+    lose_in_mid_save(job, SAVE_STEPS, 2 * SAVE_STEPS)
+    assert job.wait_for("SUCCEEDED", *FAILED) == "SUCCEEDED"
+    return Disturbed([0, SAVE_STEPS, SAVE_STEPS])
 
 
 def take_machine_with_notice(job: Job) -> dict[str, Any]:
@@ -49,7 +58,7 @@ def take_machine_with_notice(job: Job) -> dict[str, Any]:
 def lose_in_mid_step(job: Job, stopped: int, following: int) -> None:
     """Kill the machine while the worker is beyond the newest commit."""
     job.store.hold("PUT|POST", rf"commits/step-0*{following}\.json")
-    stand_beyond(job, stopped, attempt=2)
+    stand_beyond(job, stopped)
     job.lose_machine()
     job.store.clear()
     assert max(job.view.committed_steps()) == stopped
@@ -58,7 +67,7 @@ def lose_in_mid_step(job: Job, stopped: int, following: int) -> None:
 
 def lose_in_mid_save(job: Job, stopped: int, following: int) -> None:
     """Kill the machine while it saves. The optimizer's file is a pipe without a reader, so the save cannot end."""
-    checkpoint = job.staging(attempt=3) / f"checkpoint-{following}"
+    checkpoint = job.staging(attempt=2) / f"checkpoint-{following}"
     checkpoint.mkdir()
     os.mkfifo(checkpoint / "optimizer.pt")
     wait_until(
@@ -84,10 +93,9 @@ def lose_in_mid_upload(job: Job, stopped: int, following: int) -> None:
     assert job.wait_for("RECOVERING", *FAILED) == "RECOVERING"
 
 
-def stand_beyond(job: Job, commit: int, *, attempt: int = 1) -> None:
-    """Pause training after the step of the newest commit. The caller holds back the commits that follow."""
-    job.wait_for_step(commit + 1, attempt=attempt)
-    job.pause()
+def stand_beyond(job: Job, commit: int) -> None:
+    """Pause the first attempt after the step of the newest commit. The caller holds back the commits that follow."""
+    job.stand_beyond(commit, attempt=1)
     assert job.step() < LAST_STEP
     wait_until(
         lambda: max(job.view.committed_steps(), default=0) == commit,

@@ -24,11 +24,11 @@ def launcher(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Launcher:
     return Launcher(lab.inside, tmp_path_factory.mktemp("state"), lab.secrets)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def only_slurm_afterwards(lab: Lab) -> Iterator[None]:
     """These tests make SkyPilot check its clouds again; afterwards it must find only the cluster."""
     yield
-    lab.sky.pretend("Slurm")
+    lab.sky.pretend("Slurm", checked=True)
 
 
 def test_the_json_reports_all_checks(lab: Lab, launcher: Launcher) -> None:

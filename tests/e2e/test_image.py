@@ -16,7 +16,7 @@ from launcher.image.spec import INPUTS
 from tests.e2e.image.site import Container, Site, wheels
 from tests.e2e.image.site import site as brought_up
 from tests.e2e.lab.namespace import NotToBeHad
-from tests.harness import ROOT, RunView, TrainerRun, wait_until
+from tests.harness import ROOT, RunView, TrainerRun, run_in_slices
 from trainer.errors import UserError
 from trainer.supervisor.workers import worker_python
 
@@ -110,7 +110,9 @@ def trained(site: Site, container: Container) -> RunView:
     inside = RunView(str(site.folder / "bucket"), RUN)
     with (site.folder / "run.log").open("wb") as log:
         first = container.start(*command, log=log)
-        wait_until(lambda: inside.committed_steps() or first.poll() is not None, "a commit", timeout_s=600)
+        run_in_slices(
+            lambda: _tree(first), lambda: inside.committed_steps() or first.poll() is not None, "a commit"
+        )
         assert _kill(first) > 3, _tail(site.folder / "run.log")
         assert inside.final() is None
         assert container.start(*command, log=log).wait(900) == 0, _tail(site.folder / "run.log")
@@ -252,13 +254,20 @@ def _tail(log: Path) -> str:
 
 def _kill(process: Any) -> int:
     """SIGKILL to all of a container's processes, as a lost machine does; how many they were."""
-    whole = psutil.Process(process.pid)
-    victims = [whole, *whole.children(recursive=True)]
+    victims = _tree(process)
     for victim in victims:
         victim.suspend()  # none may start another, or end well, while its kin are killed
-    victims += [child for child in whole.children(recursive=True) if child not in victims]
+    victims += [victim for victim in _tree(process) if victim not in victims]
     for victim in reversed(victims):
         victim.kill()
     process.wait()
     psutil.wait_procs(victims, timeout=30)
     return len(victims)
+
+
+def _tree(process: Any) -> list[psutil.Process]:
+    try:
+        whole = psutil.Process(process.pid)
+        return [whole, *whole.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []

@@ -18,13 +18,20 @@ from tests.servers.s3 import FaultyS3
 from trainer.bucket import list_runs
 
 SCENARIOS: dict[str, Callable[[Job], Any]] = {
-    "disturbed": preemptions.lose_four_machines,
+    "disturbed": preemptions.lose_with_notice_and_in_mid_upload,
+    "killed": preemptions.lose_in_mid_step_and_in_mid_save,
     "pipeline": preemptions.train_twice,
     "typo": preemptions.mistype_a_key,
     "cancelled_managed": preemptions.cancel_managed,
     "cancelled_cluster": preemptions.cancel_cluster,
 }
-"""Fixture: what happens to its job. They run in the background in this order, because SkyPilot mostly waits."""
+"""What happens to a job. They run in the background in this order, because SkyPilot mostly waits."""
+SAMPLE = {"disturbed", "cancelled_managed"}
+"""Both ways to lose a machine, and a cancellation. Of the others, what is ours is tested without SkyPilot as well:
+
+`killed` tests/training/test_exact_resume.py; `cancelled_cluster` and `pipeline` tests/unit/test_shipped_commands.py;
+`typo` tests/unit/test_run_command.py and test_tasks.py.
+"""
 AT_ONCE = threading.Semaphore(2)
 """Scenarios at a time. With six clusters on this one node, their daemons were seen to restart without end."""
 
@@ -65,10 +72,22 @@ def job(lab: Lab) -> Iterator[MakesJobs]:
 @pytest.fixture(scope="module", autouse=True)
 def begun(job: MakesJobs, request: pytest.FixtureRequest) -> dict[str, Begun]:
     """The scenarios that the selected tests ask for, started in the background."""
-    asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    calls = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    asked = {call.params.get("scenario") for call in calls}
     return {
         name: Begun(work, job(name.replace("_", "-"))) for name, work in SCENARIOS.items() if name in asked
     }
+
+
+@pytest.fixture
+def scenario(begun: dict[str, Begun], request: pytest.FixtureRequest) -> Begun:
+    return begun[request.param]
+
+
+def of(*names: str) -> pytest.MarkDecorator:
+    """A test of these scenarios; `make test` runs the ones in `SAMPLE`."""
+    thorough = [pytest.param(name, marks=[pytest.mark.thorough] * (name not in SAMPLE)) for name in names]
+    return pytest.mark.parametrize("scenario", thorough, indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +95,6 @@ def whole(lab: Lab, job: MakesJobs) -> tuple[Job, str]:
     """An undisturbed run on a cluster launched by hand, and what SkyPilot printed."""
     plain = job("plain")
     return plain, lab.sky.run("launch", "--yes", "--cluster", "plain", *plain.words(*SHORT))
-
-
-@pytest.fixture(scope="module")
-def disturbed(begun: dict[str, Begun]) -> Begun:
-    return begun["disturbed"]
-
-
-@pytest.fixture(scope="module")
-def pipeline(begun: dict[str, Begun]) -> Begun:
-    return begun["pipeline"]
-
-
-@pytest.fixture(scope="module")
-def cancelled_managed(begun: dict[str, Begun]) -> Begun:
-    return begun["cancelled_managed"]
-
-
-@pytest.fixture(scope="module")
-def cancelled_cluster(begun: dict[str, Begun]) -> Begun:
-    return begun["cancelled_cluster"]
-
-
-@pytest.fixture(scope="module")
-def typo(begun: dict[str, Begun]) -> Begun:
-    return begun["typo"]
 
 
 def test_a_plain_launch_brings_the_model_into_the_bucket(lab: Lab, whole: tuple[Job, str]) -> None:
@@ -113,22 +107,20 @@ def test_a_plain_launch_brings_the_model_into_the_bucket(lab: Lab, whole: tuple[
     assert plain.gone()
 
 
-def test_a_typo_in_the_recipe_fails_at_once(lab: Lab, typo: Begun) -> None:
+@of("typo")
+def test_a_typo_in_the_recipe_fails_at_once(lab: Lab, scenario: Begun) -> None:
     """No recovery is tried, and the log names the key that was meant."""
-    assert typo.ended() == "FAILED"
+    assert scenario.ended() == "FAILED"
     job = lab.sky.job("typo")
     assert job["recovery_count"] == 0
     log = lab.sky.run("jobs", "logs", "--no-follow", str(job["job_id"]), check=False)
     assert "did you mean `learning_rate`" in log
 
 
-@pytest.mark.parametrize("kind", ["cancelled_managed", "cancelled_cluster"])
-def test_a_cancelled_job_leaves_what_it_had_trained(
-    kind: str, cancelled_managed: Begun, cancelled_cluster: Begun
-) -> None:
+@of("cancelled_managed", "cancelled_cluster")
+def test_a_cancelled_job_leaves_what_it_had_trained(scenario: Begun) -> None:
     """A job that is cancelled in mid-run saves, uploads and commits within the grace time, and ends."""
-    begun = {"cancelled_managed": cancelled_managed, "cancelled_cluster": cancelled_cluster}[kind]
-    printed, cancelled = begun.ended(), begun.job
+    printed, cancelled = scenario.ended(), scenario.job
     [committed] = cancelled.view.committed_steps()
     assert committed == max(cancelled.view.steps())
     assert f"resumes from step {committed}" in printed
@@ -137,11 +129,12 @@ def test_a_cancelled_job_leaves_what_it_had_trained(
     assert cancelled.gone()
 
 
+@of("pipeline")
 def test_the_second_task_of_a_pipeline_starts_from_the_first_s_model(
-    whole: tuple[Job, str], pipeline: Begun, lab: Lab
+    whole: tuple[Job, str], scenario: Begun, lab: Lab
 ) -> None:
     """`sky jobs launch jobs/zephyr.yaml` trains SFT, then DPO of what came out of it."""
-    pipeline.ended()
+    scenario.ended()
     runs = [name for name in list_runs(lab.checkpoints) if "_pipeline_" in name]
     first, second = (next(name for name in runs if f"_{half}_" in name) for half in ("sft", "dpo"))
     sft, dpo = RunView(lab.checkpoints, first), RunView(lab.checkpoints, second)
@@ -151,9 +144,10 @@ def test_the_second_task_of_a_pipeline_starts_from_the_first_s_model(
     assert begin["loss"] < untrained["loss"], "the first step is of the weights as they were loaded"
 
 
-def test_a_notice_loses_no_step(disturbed: Begun) -> None:
+@of("disturbed")
+def test_a_notice_loses_no_step(scenario: Begun) -> None:
     """The run resumes at the step at which the notice stopped it."""
-    stopped, view = disturbed.ended().stopped, disturbed.job.view
+    stopped, view = scenario.ended().restored[1], scenario.job.view
     [message] = [event["message"] for event in view.events("preempted")]
     assert message == f"at step {stopped}, which is saved"
     steps = [(event["step"], event["attempt"]) for event in view.events("step")]
@@ -161,17 +155,20 @@ def test_a_notice_loses_no_step(disturbed: Begun) -> None:
     assert min(step for step, attempt in steps if attempt > 1) == stopped + 1
 
 
-def test_four_lost_machines_change_no_bit(whole: tuple[Job, str], disturbed: Begun, lab: Lab) -> None:
+@of("disturbed", "killed")
+def test_lost_machines_change_no_bit(whole: tuple[Job, str], scenario: Begun, lab: Lab) -> None:
     """Every loss, every sample and the final weights are those of the undisturbed run."""
-    stopped, lost = disturbed.ended().stopped, disturbed.job
-    assert lab.sky.job(lost.name)["recovery_count"] == 4
-    assert [event["step"] for event in lost.view.events("restored")] == [0, *[stopped] * 4]
+    restored, lost = scenario.ended().restored, scenario.job
+    assert lab.sky.job(lost.name)["recovery_count"] == len(restored) - 1
+    assert [event["step"] for event in lost.view.events("restored")] == restored
     same_as(whole[0], lost)
 
 
-def test_status_and_logs_describe_it(disturbed: Begun) -> None:
+@of("disturbed")
+def test_status_and_logs_describe_it(scenario: Begun) -> None:
     """They describe it while it runs and when it is done, and what is done is not rented again."""
-    seen, lost = disturbed.ended().status, disturbed.job
+    (_, *restored), seen = scenario.ended()
+    lost = scenario.job
     shown = {key: seen[key] for key in ("kind", "state", "committed", "attempts", "said")}
     assert shown == {
         "kind": "managed job",
@@ -182,9 +179,9 @@ def test_status_and_logs_describe_it(disturbed: Begun) -> None:
     }
     assert SAVE_STEPS < seen["step"] < LAST_STEP
     row = lost.launcher.status(lost.name)
-    assert (row["state"], row["step"], row["attempts"]) == ("done", LAST_STEP, 5)
+    assert (row["state"], row["step"], row["attempts"]) == ("done", LAST_STEP, 1 + len(restored))
     log = lost.launcher.run("logs", lost.name).stdout
-    assert f"restored step {disturbed.ended().stopped}" in log
+    assert f"restored step {restored[-1]}" in log
     assert "done: the model is in" in log
     assert f"run {lost.name} is done since" in lost.submit(*SHORT)
 

@@ -30,15 +30,13 @@ SINGLE = {
     "dpo_full_multinode": "A100-80GB:8",
 }
 """Tasks, and the GPUs of each of their nodes that are tried first."""
-SAMPLE = {"dpo_full", "dpo_full_multinode", "dpo_qlora"}
-"""The tasks that `make test` has SkyPilot plan: one node, several nodes, and one GPU."""
 PIPELINE = "zephyr"
 DRY = ("launch", "--dryrun", "--yes", "-i", "10", "--down", "--env", "CHECKPOINTS=gs://a-bucket/runs")
 SECRETS = {"HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
 
 
 class Choice(NamedTuple):
-    """The line of SkyPilot's table that it would rent."""
+    """What SkyPilot would rent, as the line of its table says it."""
 
     infra: str
     instance_type: str
@@ -105,33 +103,50 @@ def test_the_recipe_is_a_shipped_one(task: str, document: dict[str, Any]) -> Non
     assert load(recipe).recipe
 
 
-@pytest.mark.parametrize(
-    "task", [task if task in SAMPLE else pytest.param(task, marks=pytest.mark.thorough) for task in SINGLE]
-)
-def test_skypilot_would_rent_the_cheapest_spot_machine(task: str, lab: Lab) -> None:
+@pytest.fixture(scope="module")
+def rented(lab: Lab) -> dict[str, list[Choice]]:
+    """What SkyPilot's optimizer takes for each task of each file."""
+    lab.sky.pretend("GCP", "Lambda")
+    files = [JOBS / f"{name}.yaml" for name in (*SINGLE, PIPELINE)]
+    return {
+        file.stem: [shown(task) for task in tasks]
+        for file, tasks in zip(files, lab.sky.chosen(files), strict=True)
+    }
+
+
+@pytest.mark.parametrize("task", SINGLE)
+def test_skypilot_would_rent_the_cheapest_spot_machine(task: str, rented: dict[str, list[Choice]]) -> None:
     """Its optimizer takes the first entry, in the region that our price snapshot has as the cheapest."""
-    lab.sky.pretend("GCP", "Lambda")
-    said = lab.sky.run(*DRY, JOBS / f"{task}.yaml")
-    assert "Dryrun finished" in said
     nodes = documents(task)[0].get("num_nodes", 1)
-    [rented] = chosen(said)
-    assert rented in cheapest("gcp", SINGLE[task], nodes=nodes)
+    [choice] = rented[task]
+    assert choice in cheapest("gcp", SINGLE[task], nodes=nodes)
 
 
-def test_without_google_it_would_rent_at_lambda(lab: Lab) -> None:
-    """The next entries are tried: Lambda's 8 x A100-80GB, on demand."""
-    lab.sky.pretend("Lambda")
-    said = lab.sky.run(*DRY, JOBS / "dpo_full.yaml")
-    [rented] = chosen(said)
-    assert rented in cheapest("lambda", "A100-80GB:8")
-
-
-def test_both_halves_of_the_pipeline_would_be_rented(lab: Lab) -> None:
+def test_both_halves_of_the_pipeline_would_be_rented(rented: dict[str, list[Choice]]) -> None:
     """SkyPilot plans the pipeline as two tasks, one after the other."""
-    lab.sky.pretend("GCP", "Lambda")
-    sft, dpo = chosen(lab.sky.optimized(JOBS / f"{PIPELINE}.yaml"))
+    sft, dpo = rented[PIPELINE]
     assert sft in cheapest("gcp", "A100-80GB:8")
     assert dpo == sft
+
+
+@pytest.mark.parametrize(
+    ("clouds", "infra"), [(("GCP", "Lambda"), "gcp"), (("Lambda",), "lambda")], ids=["gcp", "lambda"]
+)
+def test_a_dry_run_by_hand_says_so(clouds: tuple[str, ...], infra: str, lab: Lab) -> None:
+    """`sky launch --dryrun` of a shipped task; without Google it takes a later entry, Lambda's on demand."""
+    lab.sky.pretend(*clouds)
+    said = lab.sky.run(*DRY, JOBS / "dpo_full.yaml")
+    assert "Dryrun finished" in said
+    [choice] = chosen(said)
+    assert choice in cheapest(infra, "A100-80GB:8")
+
+
+def shown(task: dict[str, Any]) -> Choice:
+    """A choice of SkyPilot's optimizer, as its table has it."""
+    [(name, count)] = task["gpus"].items()
+    place = {"gcp": "GCP ({region}-a)", "lambda": "Lambda ({region})"}[task["infra"]].format(**task)
+    machine = f"{task['instance_type']}{'[Spot]' * task['spot']}"
+    return Choice(place, machine, f"{name}:{count}", round(task["usd_per_h"], 2))
 
 
 def chosen(said: str) -> list[Choice]:

@@ -30,6 +30,28 @@ def test_several_nodes_are_refused_before_they_fight_over_the_run(tmp_path: Path
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_typo_is_named_and_not_recovered(tmp_path: Path) -> None:
+    """SkyPilot gives up a job that ends with this exit code."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "trainer",
+            "run",
+            "zephyr-tiny/dpo",
+            "learning_rat=1e-4",
+            "--checkpoints",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == ExitCode.CONFIG
+    assert "did you mean `learning_rate`" in done.stderr
+
+
 def test_runs_of_one_name_in_two_places_share_no_scratch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,9 @@ def install(inside: Namespace, packages: Mapping[str, str] = PACKAGES) -> None:
     if not Path("/etc/debian_version").exists() or not shutil.which("apt-get"):
         raise NotToBeHad(f"not there, and this is no Debian: {', '.join(missing)}")
     inside.run("sh", "-c", f"printf '{NO_SERVICES}' >/usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d")
+    inside.run(
+        "rm", "-f", "/var/lib/man-db/auto-update"
+    )  # else apt-get indexes all manual pages, for seconds
     command = (
         "apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends"
     )

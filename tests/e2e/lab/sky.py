@@ -34,45 +34,52 @@ for capability in cloud.CloudCapability:
     compute = capability is cloud.CloudCapability.COMPUTE
     global_user_state.set_enabled_clouds({clouds!r} if compute else [], capability, "default")
 """
-OPTIMIZE = """
-import sys
-import sky
-from sky.utils import dag_utils
-variables = [("CHECKPOINTS", "gs://a-bucket/runs")]
-sky.stream_and_get(sky.optimize(dag_utils.load_chain_dag_from_yaml(sys.argv[1], variables)))
-"""
 CHOOSE = """
 import json, sys
 from sky import optimizer
 from sky.utils import dag_utils
 def chosen(path):
-    [task] = optimizer.Optimizer.optimize(dag_utils.load_chain_dag_from_yaml(path), quiet=True).tasks
+    dag = dag_utils.load_chain_dag_from_yaml(path, [("CHECKPOINTS", "gs://a-bucket/runs")])
+    return [told(task) for task in optimizer.Optimizer.optimize(dag, quiet=True).tasks]
+def told(task):
     best = task.best_resources
     where = {"infra": str(best.cloud).lower(), "region": best.region, "instance_type": best.instance_type}
     what = {"gpus": dict(best.accelerators), "spot": best.use_spot}
     return {**where, **what, "usd_per_h": best.get_cost(3600) * task.num_nodes}
 print(json.dumps([chosen(path) for path in sys.argv[1:]]))
 """
-NETWORK_IS_UP = '''\
-"""Read by every Python that SkyPilot starts here: SkyPilot asks two public hosts whether the network is up before
-it believes that a machine is gone, and with no internet would wait for ever. Here it asks its own API server.
+STAND_INS = '''\
+"""Read by every Python that SkyPilot starts here.
+
+SkyPilot asks two public hosts whether the network is up before it believes that a machine is gone, and with no
+internet would wait for ever. Here it asks its own API server. Of the server's daemons only the one that looks after
+clusters runs: each of the others is a process that imports SkyPilot for nothing that is used here.
 """
 import importlib.abc, importlib.machinery, os, sys
 
-class AskTheServer(importlib.abc.MetaPathFinder):
+def ask_the_server(backend_utils):
+    backend_utils._TEST_IP_LIST = [f"http://127.0.0.1:{os.environ['SKYPILOT_API_SERVER_LOCAL_PORT']}/api/health"]
+
+def no_idle_daemons(daemons):
+    needed = "skypilot-status-refresh-daemon"
+    daemons.INTERNAL_REQUEST_DAEMONS = [each for each in daemons.INTERNAL_REQUEST_DAEMONS if each.id == needed]
+
+CHANGES = {"sky.backends.backend_utils": ask_the_server, "sky.server.daemons": no_idle_daemons}
+
+class Changed(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "sky.backends.backend_utils":
+        if name not in CHANGES:
             return None
-        sys.meta_path.remove(self)
+        change = CHANGES.pop(name)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         run = spec.loader.exec_module
         def exec_module(module):
             run(module)
-            module._TEST_IP_LIST = [f"http://127.0.0.1:{os.environ['SKYPILOT_API_SERVER_LOCAL_PORT']}/api/health"]
+            change(module)
         spec.loader.exec_module = exec_module
         return spec
 
-sys.meta_path.insert(0, AskTheServer())
+sys.meta_path.insert(0, Changed())
 '''
 
 
@@ -84,6 +91,7 @@ class Sky:
         self._home = folder / "home"
         self._site = folder / "site"
         self._cluster = folder / "cluster"
+        self._believed: tuple[str, ...] = ()
         inside.environ |= {
             "HOME": str(self._home),
             "PYTHONPATH": str(self._site),
@@ -95,7 +103,7 @@ class Sky:
     def start(self, ssh_config: str) -> None:
         """The server answers, and knows the cluster."""
         self._site.mkdir()
-        (self._site / "sitecustomize.py").write_text(NETWORK_IS_UP)
+        (self._site / "sitecustomize.py").write_text(STAND_INS)
         catalogs.write(self._home / ".sky" / "catalogs" / "v8")
         (self._home / ".slurm").mkdir()
         (self._home / ".slurm" / "config").write_text(ssh_config)
@@ -111,26 +119,25 @@ class Sky:
         self.run("check", "slurm")
         self.pretend("Slurm")
 
-    def pretend(self, *clouds: str) -> None:
+    def pretend(self, *clouds: str, checked: bool = False) -> None:
         """From now on SkyPilot believes that it has credentials for these and no others.
 
         A job that may run anywhere is tried there for ever: what cannot be rented must not be believed in meanwhile.
+        `checked`: SkyPilot has looked for credentials since it was told the last time.
         """
-        self._inside.run(sys.executable, "-c", ENABLE.format(clouds=list(clouds)))
+        if checked or clouds != self._believed:
+            self._inside.run(sys.executable, "-c", ENABLE.format(clouds=list(clouds)))
+        self._believed = clouds
 
     def run(self, *words: str | Path, timeout_s: float = 900.0, check: bool = True) -> str:
         """A `sky` command to its end, and what it said."""
         done = self._inside.run(SKY, *words, cwd=ROOT, timeout_s=timeout_s, check=check)
         return done.stdout + done.stderr
 
-    def optimized(self, pipeline: Path) -> str:
-        """What SkyPilot's optimizer says of the tasks of a pipeline."""
-        return self._inside.run(sys.executable, "-c", OPTIMIZE, pipeline, cwd=ROOT).stdout
-
-    def chosen(self, tasks: Sequence[Path]) -> list[dict[str, Any]]:
-        """What SkyPilot's optimizer would rent for each of the tasks."""
-        said = self._inside.run(sys.executable, "-c", CHOOSE, *tasks, cwd=ROOT, timeout_s=900).stdout
-        found: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
+    def chosen(self, files: Sequence[Path]) -> list[list[dict[str, Any]]]:
+        """What SkyPilot's optimizer would rent for each task of each file; one process, because `import sky` is slow."""
+        said = self._inside.run(sys.executable, "-c", CHOOSE, *files, cwd=ROOT, timeout_s=900).stdout
+        found: list[list[dict[str, Any]]] = json.loads(said.splitlines()[-1])
         return found
 
     def job(self, name: str) -> dict[str, Any] | None:
