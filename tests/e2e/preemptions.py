@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from tests.e2e.jobs import ARRIVES_S, ENDLESS, FEW, LAST_STEP, SAVE_STEPS, SHORT, SMALLEST, Job
 from tests.harness import ROOT, wait_until
+from trainer.staged import TRAINER_STATE_FILE
 
 FAILED = ("FAILED", "FAILED_SETUP", "FAILED_PRECHECKS", "FAILED_NO_RESOURCE", "FAILED_CONTROLLER")
 
@@ -66,13 +67,13 @@ def lose_in_mid_step(job: Job, stopped: int, following: int) -> None:
 
 
 def lose_in_mid_save(job: Job, stopped: int, following: int) -> None:
-    """Kill the machine while it saves. The optimizer's file is a pipe without a reader, so the save cannot end."""
+    """Kill the machine while it saves. The file of counters is a pipe without a reader, so the save cannot end."""
     checkpoint = job.staging(attempt=2) / f"checkpoint-{following}"
     checkpoint.mkdir()
-    os.mkfifo(checkpoint / "optimizer.pt")
+    os.mkfifo(checkpoint / TRAINER_STATE_FILE)
     wait_until(
         lambda: list(checkpoint.glob("*.safetensors")),
-        f"the weights of step {following} to be saved",
+        f"the state of step {following} to be saved",
         timeout_s=ARRIVES_S,
         poll_s=0.1,
     )
@@ -83,8 +84,8 @@ def lose_in_mid_save(job: Job, stopped: int, following: int) -> None:
 
 
 def lose_in_mid_upload(job: Job, stopped: int, following: int) -> None:
-    """Kill the machine when a part of the checkpoint has arrived, but not its optimizer."""
-    job.store.hold("PUT|POST", rf"checkpoints/step-0*{following}/.*optimizer\.pt")
+    """Kill the machine when a part of the checkpoint has arrived, but not the state of its rank."""
+    job.store.hold("PUT|POST", rf"checkpoints/step-0*{following}/.*rank-0*\.safetensors")
     assert job.store.wait_for_held(ARRIVES_S)
     job.lose_machine()
     job.store.clear()
