@@ -12,12 +12,15 @@ therefore loses nothing that was staged.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+log = logging.getLogger(__name__)
 DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -80,8 +83,7 @@ class Buffer:
             path.unlink(missing_ok=True)
             raise
         self._bytes = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        if pinned:
-            _register(self._bytes)
+        self._pinned = pinned and _pin(self._bytes)
         self._views = {
             name: self._bytes[offsets[name] : offsets[name] + _size(spec)].view(spec.dtype).view(spec.shape)
             for name, spec in specs.items()
@@ -90,6 +92,14 @@ class Buffer:
     def is_free(self) -> bool:
         """Return whether no checkpoint's folder contains the file."""
         return self.path.stat().st_nlink == 1
+
+    def remove(self) -> None:
+        """Delete the file and give its memory back."""
+        import torch
+
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+        self.path.unlink()
 
     def copy(self, tensors: Mapping[str, Any]) -> None:
         """Overwrite the file with these tensors, and wait for copies from a GPU."""
@@ -136,7 +146,7 @@ class Buffers:
                 return buffer
         for buffer in free:
             self._buffers.remove(buffer)
-            buffer.path.unlink()
+            buffer.remove()
         self._folder.mkdir(parents=True, exist_ok=True)
         number = next(n for n in count() if not self._path(n).exists())
         made = Buffer(self._path(number), specs, pinned=torch.cuda.is_available())
@@ -170,23 +180,17 @@ def _lay_out(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int], int]:
 
 def _size(spec: Spec) -> int:
     """Return the bytes of a tensor."""
-    count = 1
-    for size in spec.shape:
-        count *= size
-    return int(count * spec.dtype.itemsize)
+    return math.prod(spec.shape) * int(spec.dtype.itemsize)
 
 
-def _register(memory: Any) -> None:
+def _pin(memory: Any) -> bool:
     """Pin memory for CUDA: https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__MEMORY.html
 
     Without it, a copy from a GPU passes through a small pinned buffer and is several times slower.
     """
-    import logging
-
     import torch
 
-    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
-    if int(error) != 0:
-        logging.getLogger(__name__).warning(
-            "CUDA cannot pin the staging memory (error %d): saves will take longer", int(error)
-        )
+    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    if error:
+        log.warning("CUDA cannot pin the memory of a save (error %d), so saves take longer", error)
+    return not error
