@@ -39,7 +39,7 @@ test-all: setup  ## the same with every combination of engines, methods and task
 
 tests:  # The labs of tests/e2e mostly wait, so they begin first and run beside the others.
 	@echo "tests/e2e runs in the background; its output follows the other tests'"
-	@$(LAUNCHER) -m pytest tests/e2e -n 3 $(SAMPLE) > $(LABS) 2>&1 & labs=$$!; failed=0; \
+	@$(LAUNCHER) -m pytest tests/e2e -n 2 --no-loadscope-reorder $(SAMPLE) > $(LABS) 2>&1 & labs=$$!; failed=0; \
 	$(TRAINER) -m tests.training.compile > /dev/null 2>&1 & compiled=$$!; \
 	$(LAUNCHER) -m pytest tests/unit tests/faults -n 2 $(SAMPLE) || failed=1; \
 	$(TRAINER) -m pytest $(NODE_UNITS) -n 2 $(SAMPLE) || failed=1; \

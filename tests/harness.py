@@ -23,6 +23,8 @@ from trainer.events import MEASURED, Event, of_kind, parse
 ROOT = Path(__file__).resolve().parents[1]
 SLICE_S = 0.2
 """A few steps of a tiny model."""
+LOOK_S = 1.0
+"""Much less than a process takes from its start to its first step."""
 
 
 def wait_until(
@@ -45,9 +47,10 @@ def run_in_slices(
     """
 
     def reached() -> bool:
-        _each(processes(), psutil.Process.resume)
-        time.sleep(SLICE_S)
-        _each(processes(), psutil.Process.suspend)
+        found = list(processes())
+        _each(found, psutil.Process.resume)
+        time.sleep(SLICE_S if found else LOOK_S)
+        _each(found, psutil.Process.suspend)
         return bool(until())
 
     wait_until(reached, what, timeout_s=900.0)

@@ -26,35 +26,38 @@ FLAGS = (
     "--disable-background-networking", "--enable-logging=stderr", "--virtual-time-budget=10000",
 )  # fmt: skip
 DARK = "--blink-settings=preferredColorScheme=0"
-FRAME = """<!DOCTYPE html><html><body style="margin:0">
-<iframe id="f" src="{page}" style="border:0;width:{width}px;height:3000px"></iframe><pre id="seen"></pre><script>
-addEventListener("load", () => {{
-  const doc = document.getElementById("f").contentDocument;
+FRAMES = """<!DOCTYPE html><html><body style="margin:0">{frames}<pre id="seen"></pre><script>
+const seen = frame => {{
+  const doc = frame.contentDocument, width = frame.clientWidth;
   const wide = [...doc.body.querySelectorAll("*")].filter(each => {{
     const box = each.getBoundingClientRect();
-    return box.width && (box.right > {width} + 1 || box.left < -1) && getComputedStyle(each).position !== "absolute";
+    return box.width && (box.right > width + 1 || box.left < -1) && getComputedStyle(each).position !== "absolute";
   }}).map(each => each.tagName + "." + (each.getAttribute("class") || "") + " " + each.textContent.slice(0, 30));
   const lines = (node, from, to) => {{
     const range = doc.createRange();
     range.setStart(node, from); range.setEnd(node, to);
     return new Set([...range.getClientRects()].map(each => Math.round(each.top))).size;
   }};
-  const seen = each => getComputedStyle(each.closest("thead") || each).position !== "absolute";
-  const broken = [...doc.querySelectorAll("th, td.n")].filter(seen).flatMap(each => [...each.childNodes])
+  const shown = each => getComputedStyle(each.closest("thead") || each).position !== "absolute";
+  const broken = [...doc.querySelectorAll("th, td.n")].filter(shown).flatMap(each => [...each.childNodes])
     .filter(each => each.nodeType === 3).flatMap(each => [...each.data.matchAll(/\\S+/g)]
     .filter(word => word[0].length < 16 && lines(each, word.index, word.index + word[0].length) > 1));
   const cut = [...doc.querySelectorAll(".value")].filter(each => each.scrollWidth > each.clientWidth);
-  document.getElementById("seen").textContent = JSON.stringify({{
+  return {{
     scroll_px: doc.documentElement.scrollWidth, wide: wide.slice(0, 8),
     cut: [...broken.map(each => each[0]), ...cut.map(each => each.textContent)], headings: doc.querySelectorAll("h1").length,
     shown: [...doc.querySelectorAll("svg.chart")].filter(each => each.getBoundingClientRect().width).length,
-  }});
+  }};
+}};
+addEventListener("load", () => {{
+  document.getElementById("seen").textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(seen));
 }});</script></body></html>"""
-"""Measures a page in a frame of that width: a window of Chromium's cannot be as narrow as a phone."""
+"""Measures a page in frames: a window of Chromium's cannot be as narrow as a phone."""
+ONE_FRAME = '<iframe src="{page}" style="border:0;width:{width}px;height:3000px"></iframe>'
 
 
 class Seen(NamedTuple):
-    """A page that was opened."""
+    """A page that was opened at one width."""
 
     scroll_px: int
     """Width that it takes in all."""
@@ -66,9 +69,9 @@ class Seen(NamedTuple):
     shown: int
     """Pictures that are not hidden."""
     complaints: list[str]
-    """What the console has shown."""
+    """What the console has shown, at any of the widths."""
     asked_for: list[str]
-    """Paths that were fetched beside the page itself."""
+    """Paths that were fetched beside the page itself, at any of the widths."""
 
 
 class Browser:
@@ -79,18 +82,19 @@ class Browser:
         self._name = name
         self._folder = folder
 
-    def open(self, page: Path, *, width: int) -> Seen:
-        """A page in a frame that is so many pixels wide."""
+    def open(self, page: Path, *widths: int) -> list[Seen]:
+        """A page in frames that are so many pixels wide."""
         frame = page.with_name("frame.html")
-        frame.write_text(FRAME.format(page=page.name, width=width))
+        frames = "".join(ONE_FRAME.format(page=page.name, width=width) for width in widths)
+        frame.write_text(FRAMES.format(frames=frames))
         with served(page.parent) as (address, paths):
             done = self._start("--dump-dom", f"{address}/{frame.name}")
         found = re.search(r'<pre id="seen">(.+?)</pre>', done.stdout, re.DOTALL)
         assert found, done.stdout[-2000:] + done.stderr[-2000:]
-        told: dict[str, Any] = json.loads(unescape(found[1]))
+        told: list[dict[str, Any]] = json.loads(unescape(found[1]))
         complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         others = sorted(set(paths) - {f"/{page.name}", f"/{frame.name}", "/favicon.ico"})
-        return Seen(**told, complaints=complaints, asked_for=others)
+        return [Seen(**each, complaints=complaints, asked_for=others) for each in told]
 
     def screenshot(self, page: Path, into: Path, *, dark: bool = False) -> None:
         words = [DARK] if dark else []

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from tests.e2e.lab.lab import Lab
 
 WITH_LAB = ("test_doctor.py", "test_plans.py", "test_tasks.py", "test_slurm.py")
-"""In this order: SkyPilot has to be told seldom what clouds it has."""
+IN_ORDER = ("test_image.py", *WITH_LAB)
+"""The others follow. The longest come first; of the laboratory's, SkyPilot is told seldom what clouds it has."""
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +33,15 @@ def lab() -> Iterator[Lab]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs the laboratory comes last, and may wait for SkyPilot longer than other tests may run."""
-    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    """What needs the laboratory may wait for SkyPilot longer than other tests may run."""
+    here = {item for item in items if Path(__file__).parent in item.path.parents}
     for item in here:
         if "lab" in getattr(item, "fixturenames", ()):
             if item.path.name not in WITH_LAB:
                 raise pytest.UsageError(f"{item.path.name} needs the laboratory: name it in WITH_LAB")
             item.add_marker(pytest.mark.timeout(3600))
-    order = {name: number for number, name in enumerate(WITH_LAB)}
-    items.sort(key=lambda item: order[item.path.name] if "lab" in getattr(item, "fixturenames", ()) else -1)
+    order = {name: number for number, name in enumerate(IN_ORDER)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)) if item in here else -1)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -93,14 +93,6 @@ class Job:
         lines = told.read_text().splitlines()[:-1] if told else []
         return max((event["step"] for event in map(json.loads, lines) if event["kind"] == "step"), default=0)
 
-    def wait_for_step(self, step: int, *, attempt: int = 1) -> None:
-        wait_until(
-            lambda: self.step(attempt=attempt) >= step,
-            f"step {step} of {self.name}",
-            timeout_s=ARRIVES_S,
-            poll_s=0.05,
-        )
-
     def staging(self, *, attempt: int) -> Path:
         """Where that attempt stages on the node, once it does."""
         folder = f"aeolus-*/{self.name}-*/attempt-{attempt:04d}"
@@ -121,10 +113,14 @@ class Job:
             f"{self.name} to be beyond step {commit}",
         )
 
-    def lower_priority(self) -> None:
-        """Leave the cores to the other jobs: training that waits to be cancelled would use all of them."""
+    def go_on_at_leisure(self) -> None:
+        """Train on with what the other tests leave of the cores.
+
+        Training that is to be cancelled cannot stand still: SkyPilot's SIGTERM comes without a SIGCONT.
+        """
         for worker in self._workers(attempt=1):
             worker.nice(19)
+            worker.resume()
 
     def lose_machine(self) -> None:
         """SIGKILL to every process of the node, without warning, and the node is gone."""

@@ -137,6 +137,6 @@ def cancel_cluster(job: Job) -> str:
 
 def _cancel(job: Job, *, managed: bool) -> str:
     job.submit("--detach", *ENDLESS, managed=managed)
-    job.wait_for_step(5)
-    job.lower_priority()
+    job.stand_beyond(5, attempt=1)
+    job.go_on_at_leisure()
     return job.launcher.run("cancel", job.name).stdout

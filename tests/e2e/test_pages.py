@@ -15,6 +15,8 @@ from tests.fakes.journeys import LEGS, Leg, journey, write_journey
 from tests.fakes.runs import attempt_events, write_events
 from trainer.bucket import open_run
 
+PHONE, DESK = 360, 1280
+"""Pixels."""
 LONG = "zephyr-7b-dpo-full-with-a-name-that-nobody-would-want-to-type-twice-8f3a2c"
 
 
@@ -52,21 +54,15 @@ def read(bucket: Path, name: str) -> RunHistory:
 
 
 @pytest.mark.parametrize("name", [LONG, "at-work", "plain", "no-step", "two"])
-@pytest.mark.parametrize("width", [360, 1280])
-def test_a_page_opens_on_a_phone_and_on_a_desk(
-    chromium: Browser, pages: dict[str, Path], name: str, width: int
-) -> None:
+def test_a_page_opens_on_a_phone_and_on_a_desk(chromium: Browser, pages: dict[str, Path], name: str) -> None:
     """It fits the width, needs no other file, and the console stays silent."""
-    seen = chromium.open(pages[name], width=width)
-    assert (seen.complaints, seen.asked_for, seen.wide, seen.cut) == ([], [], [], [])
-    assert seen.scroll_px <= width
-    assert seen.headings == 1
-
-
-def test_each_picture_is_shown_once(chromium: Browser, pages: dict[str, Path]) -> None:
-    """The one for phones or the one for desks."""
-    phone, desk = (chromium.open(pages[LONG], width=width).shown for width in (360, 1280))
-    assert phone == desk == 6  # two curves, the timeline, the paid time, GPU and host
+    phone, desk = chromium.open(pages[name], PHONE, DESK)
+    for seen, width in ((phone, PHONE), (desk, DESK)):
+        assert (seen.complaints, seen.asked_for, seen.wide, seen.cut) == ([], [], [], [])
+        assert seen.scroll_px <= width
+        assert seen.headings == 1
+    if name == LONG:  # each picture is shown once: two curves, the timeline, the paid time, GPU and host
+        assert phone.shown == desk.shown == 6
 
 
 def test_the_browser_would_have_told(chromium: Browser, tmp_path: Path) -> None:
@@ -77,7 +73,7 @@ def test_the_browser_would_have_told(chromium: Browser, tmp_path: Path) -> None:
         '<table><tr><th style="width:20px;max-width:20px;overflow-wrap:anywhere">planned</th></tr></table>'
         '<div class="value" style="width:20px;white-space:nowrap">12 min 34 s</div>'
     )
-    seen = chromium.open(bad, width=360)
+    [seen] = chromium.open(bad, PHONE)
     assert seen.scroll_px > 360
     assert seen.wide
     assert any("oh" in line for line in seen.complaints)

@@ -22,14 +22,14 @@ SCENARIOS: dict[str, Callable[[Job], Any]] = {
     "killed": preemptions.lose_in_mid_step_and_in_mid_save,
     "pipeline": preemptions.train_twice,
     "typo": preemptions.mistype_a_key,
-    "cancelled_managed": preemptions.cancel_managed,
     "cancelled_cluster": preemptions.cancel_cluster,
+    "cancelled_managed": preemptions.cancel_managed,
 }
 """What happens to a job. They run in the background in this order, because SkyPilot mostly waits."""
-SAMPLE = {"disturbed", "cancelled_managed"}
+SAMPLE = {"disturbed", "cancelled_cluster"}
 """Both ways to lose a machine, and a cancellation. Of the others, what is ours is tested without SkyPilot as well:
 
-`killed` tests/training/test_exact_resume.py; `cancelled_cluster` and `pipeline` tests/unit/test_shipped_commands.py;
+`killed` tests/training/test_exact_resume.py; `cancelled_managed` and `pipeline` tests/unit/test_shipped_commands.py;
 `typo` tests/unit/test_run_command.py and test_tasks.py.
 """
 AT_ONCE = threading.Semaphore(2)
