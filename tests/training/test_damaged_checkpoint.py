@@ -59,5 +59,5 @@ def test_a_checkpoint_with_half_of_a_file_is_refused(tmp_path: Path, small: Smal
     """The message names the file and the way out, and nothing is trained."""
     again = resumed_from_damaged(tmp_path, small(SFT).checkpoint(2), damaged, cut)
     assert again.outcome.status == "user_error"
-    assert f"the checkpoint checkpoint-2 cannot be read: {damaged}" in again.outcome.message
+    assert f"the checkpoint's file checkpoint-2/{damaged} cannot be read" in again.outcome.message
     assert again.of("step") == []
