@@ -182,12 +182,12 @@ class _Files:
         return {name.removeprefix(prefix): opened.get_tensor(name) for name in names}
 
     def random(self, rank: int) -> dict[str, Any]:
-        """Return the random numbers of a rank."""
+        """Return copies of a rank's random numbers, which are in use until the first step. The file is then unmapped."""
         found = self.group(rank_file(rank), RANDOM)
         for name, value in random_state.capture().items():
             if name != "cuda" and (name not in found or Spec.of(found[name]) != Spec.of(value)):
                 raise unreadable(self._folder / rank_file(rank), f"it has no random numbers of {name}")
-        return found
+        return {name: value.clone() for name, value in found.items()}
 
 
 def is_format_2(folder: Path) -> bool:
