@@ -61,6 +61,7 @@ class CheckpointWriter:
         self._target = target
         self._folder = Path(trainer.args.output_dir) / BUFFERS_FOLDER
         self._buffers = Buffers(self._folder, rank_file(self._rank))
+        self._untrained = find_untrained(trainer.model, target.names) if self._rank == 0 else {}
 
     def write(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint; the first rank also writes the index. All ranks must call this.
@@ -74,10 +75,9 @@ class CheckpointWriter:
         tensors = {tensor_name(RANDOM, name): value for name, value in random_state.capture().items()}
         for stepped in self._share():
             tensors |= self._tensors_of(stepped, parts)
-        if self._rank == 0:
-            for name, value in find_untrained(self._trainer.model, self._target.names).items():
-                tensors[tensor_name(WEIGHTS, name)] = value.reshape(-1)
-                parts.append(Part(name, 0, value.numel(), {WEIGHTS: name_of(value.dtype)}))
+        for name, value in self._untrained.items():
+            tensors[tensor_name(WEIGHTS, name)] = value.detach().reshape(-1)
+            parts.append(Part(name, 0, value.numel(), {WEIGHTS: name_of(value.dtype)}))
         self._buffers.save(tensors, folder)
         gathered = self._gather(parts)
         if self._rank == 0:
@@ -247,23 +247,29 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def find_untrained(model: Any, trained: list[str]) -> dict[str, Any]:
-    """Return the buffers that a model saves with its weights. A base under an adapter is loaded from its own files.
+    """Return what a model saves besides its trained parameters: its frozen ones, and its buffers.
+
+    The base under an adapter is not among them, because it has its own files.
 
     Raises:
-        RuntimeError: a parameter is not trained, and there is no adapter.
+        RuntimeError: a frozen parameter is sharded, and there is no adapter.
     """
     if hasattr(model, "peft_config"):
         return {}
     known = set(trained)
-    if frozen := [name for name, _ in model.named_parameters() if name not in known]:
-        raise RuntimeError(f"{len(frozen)} parameters are not trained, such as {frozen[0]}")
+    frozen = {name: each for name, each in model.named_parameters() if name not in known}
+    if sharded := [
+        name for name, each in frozen.items() if hasattr(each, "ds_shape") or hasattr(each, "to_local")
+    ]:
+        raise RuntimeError(f"{sharded[0]} is sharded, but not trained")
     # Not `model.state_dict()`: FSDP2 would reshard the model on this rank alone, and the next all-gather hang.
-    return {
+    buffers = {
         f"{path}.{name}" if path else name: buffer
         for path, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set  # noqa: SLF001
     }
+    return {**frozen, **buffers}
 
 
 def save_model_files(trainer: Any, folder: Path) -> None:
