@@ -17,7 +17,7 @@ from tests.training.jobs import LORA, SMALL, Trained, make_job, train
 from trainer.errors import ModelError
 from trainer.job import Job, Publish
 from trainer.worker import model, model_source, sources
-from trainer.worker.publish_model import publish
+from trainer.worker.publish_model import adapter_name, publish
 
 SFT = "zephyr-tiny/sft"
 QLORA = (
@@ -165,3 +165,19 @@ def test_a_hub_that_refuses_is_named(small: Small, tmp_path: Path, hub: Hub) -> 
     assert "HF_TOKEN" in (caught.value.hint or "")
     assert "hf_secret" not in str(caught.value)
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_every_weight_of_an_adapter_is_named_as_peft_names_it() -> None:
+    """DoRA's magnitudes, adapters of an embedding, and a head that is trained in full have names of their own kind."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=False, **shape))
+    targets = ["q_proj", "embed_tokens"]
+    config = LoraConfig(r=2, use_dora=True, target_modules=targets, modules_to_save=["lm_head"])
+    adapted = get_peft_model(base, config)
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert any("magnitude" in name for name in trained)
+    written = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    assert {adapter_name(name) for name in trained} == set(written)

@@ -116,7 +116,7 @@ def _write_weights(weights: Weights, into: Path) -> None:
     from safetensors.torch import save_file  # type: ignore[import-not-found,unused-ignore]
 
     if (into / ADAPTER_CONFIG).is_file():
-        save_file({_adapter_name(name): each.weights() for name, each in weights.items()}, into / ADAPTER, PT)
+        save_file({adapter_name(name): each.weights() for name, each in weights.items()}, into / ADAPTER, PT)
         return
     convert = _conversion_of(into)
     parts = list(_divide(weights))
@@ -168,9 +168,10 @@ def _conversion_of(folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return partial(revert_weight_conversion, model)
 
 
-def _adapter_name(name: str) -> str:
+def adapter_name(name: str) -> str:
     """Return a weight's name as PEFT saves it: without the adapter's name and without `modules_to_save`."""
-    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+    name = name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default")
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
 
 
 def _add_generation_config(into: Path) -> None:
