@@ -80,11 +80,12 @@ def test_a_checkpoint_is_exported(runs: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_fsdp_is_exported(runs: Path, tmp_path: Path) -> None:
-    """The engine that the recipe names trains, says so, leaves its config in the bucket, and parts that are put together."""
+    """The engine that the recipe names trains, says so, and leaves its config in the bucket. Its slices become one model."""
     assert RunView(str(runs), "run-2").events("started")[0]["fsdp"]["fsdp"] is True
     [config] = runs.glob("run-2/checkpoints/step-*40/*/fsdp.json")
     assert json.loads(config.read_text())["fsdp_config"]["version"] == 2
-    assert not list(runs.glob("run-2/checkpoints/*/*/*.safetensors"))
+    [weights] = runs.glob("run-2/checkpoints/step-*40/*/*.safetensors")
+    assert weights.name == "rank-00000.safetensors"
     done = exported(str(runs / "run-2"), "--step", "40", "--into", "model", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     mine, theirs = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -10,14 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from tests.servers.hub_uploads import Hub
 from tests.training.jobs import LORA, SMALL, Trained, make_job, train
+from tests.training.test_training import model_of
 from trainer.errors import ModelError
 from trainer.job import Job, Publish
 from trainer.worker import model, model_source, sources
-from trainer.worker.publish_model import adapter_name, publish
+from trainer.worker.checkpoint.format import (
+    INDEX_FILE,
+    SCALARS_FILE,
+    Index,
+    IndexedParameter,
+    Scalars,
+    Slice,
+    rank_file,
+)
+from trainer.worker.publish_model import adapter_name, consolidate, publish
 
 SFT = "zephyr-tiny/sft"
 QLORA = (
@@ -76,6 +88,129 @@ def test_a_checkpoint_of_all_weights_is_what_the_run_would_export(small: Small, 
     )
 
 
+def test_the_experts_of_a_model_are_exported_as_its_files_have_them(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers holds all experts of a layer in one tensor, and its files have a tensor for each expert. A checkpoint
+    has the tensors in memory. Its export has those of the files, in one file or in several.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+
+    base, made_from = tmp_path / "base", small(SFT).final
+    tokenizer = AutoTokenizer.from_pretrained(made_from)
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=len(tokenizer), initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    trained = train(make_job(tmp_path / "job", SFT, *FEW, "init=null", f"model_name_or_path={base}"))
+    assert trained.outcome.status == "done", trained.outcome.message
+    final = load_file(trained.final / "model.safetensors")
+    assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in final
+    expected = logits(AutoModelForCausalLM.from_pretrained(trained.final), ids())
+    for into, file_bytes in ((tmp_path / "one", 10**9), (tmp_path / "several", 40_000)):
+        monkeypatch.setattr("trainer.worker.publish_model.FILE_BYTES", file_bytes)
+        published(trained, into, 2)
+        mine = exported_weights(into)
+        assert mine.keys() == final.keys()
+        assert all(torch.equal(mine[name], final[name]) for name in final)
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(into), ids()), expected)
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "several").glob("model-0000?-of-0000?.safetensors"))) > 2
+
+
+def exported_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of all files. If there are several, the index names each with its file and the size of all."""
+    files = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    weights = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+    assert len(weights) == sum(map(len, files.values()))
+    if len(files) > 1:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights.values())
+    else:
+        assert not (folder / "model.safetensors.index.json").exists()
+    return weights
+
+
+LAYERS, WIDTH = 24, 512
+
+
+@pytest.fixture
+def masters(tmp_path: Path) -> Path:
+    """A checkpoint of a model in bfloat16 that two ranks of ZeRO-2 trained: 100 MB of float32 masters."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path / "checkpoint-1"
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, vocab_size=64,
+        tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in LlamaForCausalLM(config).named_parameters()}
+    torch.manual_seed(1)
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    indexed, files = {}, [{}, {}]
+    for name, weight in weights.items():
+        cut = weight.numel() // 3
+        for number, part in enumerate((weight.reshape(-1)[:cut], weight.reshape(-1)[cut:])):
+            files[number][f"weights/{name}"] = part
+        slices = (
+            Slice(file=rank_file(0), start=0, size=cut),
+            Slice(file=rank_file(1), start=cut, size=weight.numel() - cut),
+        )
+        indexed[name] = IndexedParameter(
+            shape=tuple(weight.shape), dtype="bfloat16", keys={"weights": "float32"}, slices=slices
+        )
+    for number, tensors in enumerate(files):
+        save_file(tensors, folder / rank_file(number))
+    (folder / INDEX_FILE).write_text(Index(replicated=False, parameters=indexed).model_dump_json())
+    scalars = Scalars(groups=({"lr": 0.1},), schedule={}, scaler=None, states={}, own_keys=())
+    (folder / SCALARS_FILE).write_text(scalars.model_dump_json())
+    return folder
+
+
+def test_an_export_takes_the_memory_of_one_file(
+    masters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masters are rounded to the model's dtype, and only one file's weights are in memory at a time."""
+    from transformers import AutoModelForCausalLM
+
+    in_memory: list[int] = []
+    before = own_bytes()
+
+    def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        in_memory.append(own_bytes() - before)
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    monkeypatch.setattr("trainer.worker.publish_model.FILE_BYTES", 4_000_000)
+    consolidate(masters, tmp_path / "out")
+    mine = exported_weights(tmp_path / "out")
+    total = sum(tensor.nbytes for tensor in mine.values())
+    assert len(in_memory) == len(list((tmp_path / "out").glob("*.safetensors"))) > 10
+    assert total > 48_000_000
+    assert max(in_memory) < 16_000_000
+    halves = [load_file(masters / rank_file(rank)) for rank in (0, 1)]
+    assert mine.keys() == {name.removeprefix("weights/") for name in halves[0]}
+    for name, weight in mine.items():
+        whole = torch.cat([half[f"weights/{name}"] for half in halves])
+        assert torch.equal(weight.reshape(-1), whole.to(torch.bfloat16))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def own_bytes() -> int:
+    """Return this process's memory without mapped files."""
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
 def with_adapter(job: Job, adapter: Path) -> tuple[Any, Any]:
     """The model as it was trained: base, quantised or not, and adapter; and the base."""
     from peft import PeftModel
@@ -96,7 +231,7 @@ def test_a_merged_model_says_what_base_and_adapter_say(
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is for Linux only")
     trained = train(make_job(tmp_path / "job", SFT, *FEW, *weights))
     whole = AutoModelForCausalLM.from_pretrained(published(trained, tmp_path / "merged", 2, merge=True))
-    before, base = with_adapter(trained.job, trained.checkpoint(2))
+    before, base = with_adapter(trained.job, model_of(trained, 2))
     expected = logits(before, ids())
     error = (logits(whole, ids()) - expected).abs().max()
     moved = (logits(base, ids()) - expected).abs().max()
@@ -117,11 +252,11 @@ def test_the_wrong_base_would_show(tmp_path: Path) -> None:
     from peft import PeftModel
 
     trained = train(make_job(tmp_path / "job", SFT, *FEW, *QLORA))
-    before, _ = with_adapter(trained.job, trained.checkpoint(2))
+    before, _ = with_adapter(trained.job, model_of(trained, 2))
     base = model_source.locate(trained.job, sources.read(trained.job.recipe).train)
     unquantised = {**trained.job.recipe.model_args, "load_in_4bit": False}
     recipe = trained.job.recipe.model_copy(update={"model_args": unquantised})
-    wrong = PeftModel.from_pretrained(model.load(base, recipe, trained.job.fit), str(trained.checkpoint(2)))
+    wrong = PeftModel.from_pretrained(model.load(base, recipe, trained.job.fit), str(model_of(trained, 2)))
     assert (logits(wrong.merge_and_unload(), ids()) - logits(before, ids())).abs().max() > 0.05
 
 
@@ -143,7 +278,7 @@ def test_another_base_is_refused(small: Small, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(small(SFT).final, base)
     trained = train(make_job(tmp_path / "job", SFT, *FEW, *LORA, "init=null", f"model_name_or_path={base}"))
-    shutil.copy2(small(SFT).checkpoint(2) / "model.safetensors", base)
+    shutil.copy2(model_of(small(SFT), 2) / "model.safetensors", base)
     with pytest.raises(ModelError, match="has other weights"):
         published(trained, tmp_path / "out", 2, merge=True)
     assert not (tmp_path / "out").exists()

@@ -83,7 +83,9 @@ def required_files(folder: Path, engine: str, ranks: int) -> list[str]:
     return ["latest", *parts, *common]
 
 
-def _random(folder: Path, ranks: int) -> Callable[[int], dict[str, Any]]:
+def find_random(folder: Path, ranks: int) -> Callable[[int], dict[str, Any]]:
+    """Return the function that reads the random numbers of a rank."""
+
     def read(rank: int) -> dict[str, Any]:
         written = load_random(folder / ("rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"))
         cuda = written.get("cuda")
@@ -161,7 +163,7 @@ def _open_replica(folder: Path, ranks: int, order: Order) -> SavedState:
         scaler=_torch_scaler(folder),
         own=lambda _rank, first: own[first],
         own_keys=_names_of(own.values()),
-        random=_random(folder, ranks),
+        random=find_random(folder, ranks),
     )
 
 
@@ -239,7 +241,7 @@ def _open_zero(folder: Path, stage: int, ranks: int) -> SavedState:
         scaler=_zero_scaler(first),
         own=lambda rank, name: _other(states[rank][numbers[name]], sizes[numbers[name]]),
         own_keys=_names_of(_other(state, size) for state, size in zip(states[0], sizes, strict=True)),
-        random=_random(folder, ranks),
+        random=find_random(folder, ranks),
     )
 
 
@@ -330,5 +332,5 @@ def _open_fsdp2(folder: Path, ranks: int, order: Order | None) -> SavedState:
         scaler=_torch_scaler(folder),
         own=lambda _rank, _first: {},
         own_keys=(),
-        random=_random(folder, ranks),
+        random=find_random(folder, ranks),
     )

@@ -16,7 +16,7 @@ from trainer.files import write_atomically
 from trainer.job import Job
 from trainer.staged import IDENTITY_FILE, TRAINER_STATE_FILE
 from trainer.worker.checkpoint.format import is_format_2, open_format_2
-from trainer.worker.checkpoint.format_1 import required_files
+from trainer.worker.checkpoint.format_1 import find_random, required_files
 from trainer.worker.data import TokenizedDataset
 
 log = logging.getLogger(__name__)
@@ -112,9 +112,12 @@ def check(folder: Path, mine: Identity) -> Identity:
     _need(folder, IDENTITY_FILE, TRAINER_STATE_FILE)
     theirs = Identity.model_validate_json((folder / IDENTITY_FILE).read_text())
     if is_format_2(folder):
-        open_format_2(folder)
+        random_of = open_format_2(folder).random
     else:
         _need(folder, *required_files(folder, theirs.engine, theirs.world_size))
+        random_of = find_random(folder, theirs.world_size)
+    for rank in range(theirs.world_size):
+        random_of(rank)  # a damaged file of any rank is refused by all ranks
     if theirs.data != mine.data:
         raise DataError(
             f"the training data changed: {theirs.tokens} tokens ({theirs.data}) when the run began, "
