@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from tests.training.private_surface import ATTRIBUTE, CLASS, DEFINED, TEXT, Name
 
+Z3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+Z2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 SURFACE: dict[str, tuple[Name, ...]] = {
     "trainer/worker/__main__.py": (
         Name("transformers.tokenization_utils_base", "Token indices sequence length is longer", TEXT),
@@ -143,6 +145,8 @@ SURFACE: dict[str, tuple[Name, ...]] = {
         Name("trl.trainer.dpo_trainer", "ref_chosen_logps", TEXT),
         Name("trl.trainer.dpo_trainer", "ref_rejected_logps", TEXT),
         Name("deepspeed.runtime.engine.DeepSpeedEngine", "destroy", "(self)"),
+        Name("transformers.trainer.Trainer", "is_deepspeed_enabled", ATTRIBUTE),
+        Name("transformers.trainer.Trainer", "is_fsdp_enabled", ATTRIBUTE),
     ),
     "trainer/worker/train_and_export.py": (
         Name("transformers.trainer_callback", "PrinterCallback", CLASS),
@@ -171,27 +175,7 @@ SURFACE: dict[str, tuple[Name, ...]] = {
         Name("transformers.trainer", 'hasattr(train_dataloader, "set_epoch")', TEXT),
     ),
     "trainer/worker/engine.py": (
-        Name(
-            "transformers.trainer.Trainer",
-            "_prepare_for_training",
-            "(self, max_steps, train_dataloader, resume_from_checkpoint)",
-            "75218b06da02",
-        ),
-        Name(
-            "transformers.trainer.Trainer",
-            "_load_from_checkpoint",
-            "(self, resume_from_checkpoint, model=None)",
-            "d8dfc8210cdc",
-        ),
-        Name(
-            "transformers.trainer.Trainer",
-            "save_model",
-            "(self, output_dir=None, _internal_call=False)",
-            "891842af4f28",
-        ),
         Name("transformers.trainer.Trainer", "deepspeed", ATTRIBUTE),
-        Name("transformers.trainer.Trainer", "is_deepspeed_enabled", ATTRIBUTE),
-        Name("transformers.trainer.Trainer", "is_fsdp_enabled", ATTRIBUTE),
         Name("accelerate.state.PartialState", "__init__", "(self, cpu=False, **kwargs)"),
         Name("accelerate.utils.deepspeed", "map_pytorch_optim_to_deepspeed", "(optimizer)"),
         Name("transformers.integrations.deepspeed", "unset_hf_deepspeed_config", "()"),
@@ -200,9 +184,6 @@ SURFACE: dict[str, tuple[Name, ...]] = {
             "_zero3_consolidated_16bit_state_dict",
             "(self, exclude_frozen_parameters=False)",
         ),
-        Name("deepspeed.runtime.engine.DeepSpeedEngine", "optimizer", ATTRIBUTE),
-        Name("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", "optimizer", ATTRIBUTE),
-        Name("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "optimizer", ATTRIBUTE),
         Name("deepspeed.ops.op_builder.cpu", "CPUAdamBuilder", DEFINED),
         Name("deepspeed.ops.op_builder.cpu", "CPUAdagradBuilder", DEFINED),
         Name("deepspeed.ops.op_builder.cpu", "ShareMemCommBuilder", DEFINED),
@@ -210,7 +191,6 @@ SURFACE: dict[str, tuple[Name, ...]] = {
         Name("deepspeed.ops.op_builder.builder.OpBuilder", "name", ATTRIBUTE),
         Name("torch.utils.cpp_extension", "_get_build_directory", "(name, verbose)"),
         Name("torch.utils.cpp_extension", "os.path.join(build_directory, 'lock')", TEXT),
-        Name("torch.utils.serialization.config.load", "mmap", ATTRIBUTE),
     ),
     "trainer/worker/fsdp.py": (
         Name("accelerate.state.PartialState", "_shared_state", ATTRIBUTE),
@@ -235,24 +215,13 @@ SURFACE: dict[str, tuple[Name, ...]] = {
         Name("peft.tuners.lora.layer.Linear", "merge", "(self, safe_merge=False, adapter_names=None)"),
     ),
     "trainer/worker/publish_model.py": (
-        Name(
-            "deepspeed.utils.zero_to_fp32",
-            "get_fp32_state_dict_from_zero_checkpoint",
-            "(checkpoint_dir, tag=None, exclude_frozen_parameters=False, lazy_mode=False)",
-        ),
+        Name("transformers.core_model_loading", "revert_weight_conversion", "(model, state_dict)"),
     ),
-    "trainer/worker/checkpoint_identity.py": (
+    "trainer/worker/checkpoint/trainer_mixin.py": (
+        Name("transformers.trainer.Trainer", "_save_checkpoint", "(self, model, trial)", "d9833db7afa9"),
+        Name("transformers.trainer.Trainer", "store_flos", "(self)"),
+        Name("transformers.trainer_callback.TrainerState", "save_to_json", "(self, json_path)"),
         Name("transformers.trainer", 'TRAINER_STATE_NAME = "trainer_state.json"', TEXT),
-        Name("transformers.trainer", 'OPTIMIZER_NAME = "optimizer.pt"', TEXT),
-        Name("transformers.trainer", 'SCHEDULER_NAME = "scheduler.pt"', TEXT),
-        Name("transformers.trainer", "rng_state.pth", TEXT),
-        Name("transformers.trainer", "rng_state_{", TEXT),
-        Name("deepspeed.checkpoint.constants", "MODEL_FILE_PREFIX = 'mp_rank_'", TEXT),
-        Name("deepspeed.checkpoint.constants", "ZERO_FILE_PREFIX = 'zero_pp_rank_'", TEXT),
-        Name("deepspeed.checkpoint.constants", "OPTIM_FILE_SUFFIX = '_optim_states.pt'", TEXT),
-        Name("deepspeed.checkpoint.constants", "MODEL_FILE_SUFFIX = '_model_states.pt'", TEXT),
-    ),
-    "trainer/worker/reshard/trainer_mixin.py": (
         Name(
             "transformers.trainer.Trainer",
             "_prepare_for_training",
@@ -268,14 +237,65 @@ SURFACE: dict[str, tuple[Name, ...]] = {
         Name("transformers.trainer.Trainer", "_load_rng_state", "(self, checkpoint)", "e01e6c6b6d40"),
         Name("transformers.trainer.Trainer", "lr_scheduler", ATTRIBUTE),
     ),
-    "trainer/worker/reshard/checkpoint_state.py": (
-        Name("deepspeed.runtime.zero.config", "ZeroStageEnum", CLASS),
-        Name("deepspeed.runtime.fp16.loss_scaler", "LossScaler", CLASS),
-        Name("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler", CLASS),
-        Name("deepspeed.utils.tensor_fragment", "fragment_address", CLASS),
-        Name("bitsandbytes.optim.optimizer", "__bnb_optimizer_quant_state__", TEXT),
+    "trainer/worker/checkpoint/optimizer_layout.py": (
+        Name(
+            "torch.distributed.tensor._utils",
+            "compute_local_shape_and_global_offset",
+            "(global_shape, mesh, placements, skip_offset=False)",
+        ),
+        Name("accelerate.optimizer.AcceleratedOptimizer", "optimizer", ATTRIBUTE),
+        Name("deepspeed.runtime.engine.DeepSpeedEngine", "optimizer", ATTRIBUTE),
+        Name(Z3, "dp_process_group", ATTRIBUTE),
+        Name(Z3, "fp16_groups", ATTRIBUTE),
+        Name(Z3, "fp32_partitioned_groups_flat", ATTRIBUTE),
+        Name(Z3, "sub_group_to_group_id", ATTRIBUTE),
+        Name(Z3, "optimizer", ATTRIBUTE),
+        Name("deepspeed.runtime.zero.partition_parameters", "partition_numel", TEXT),
+        Name("deepspeed.runtime.zero.partition_parameters", "ds_numel", TEXT),
+        Name(Z2, "optimizer", ATTRIBUTE),
+        Name(Z2, "single_partition_of_fp32_groups", ATTRIBUTE),
+        Name(Z2, "real_dp_process_group", ATTRIBUTE),
+        Name(Z2, "round_robin_bit16_groups", ATTRIBUTE),
+        Name(Z2, "round_robin_bit16_offsets", ATTRIBUTE),
+        Name(Z2, "bit16_groups", ATTRIBUTE),
     ),
-    "trainer/worker/reshard/fsdp_checkpoint.py": (
+    "trainer/worker/checkpoint/save.py": (
+        Name("transformers.trainer.Trainer", "accelerator", ATTRIBUTE),
+        Name("accelerate.accelerator.Accelerator", "scaler", ATTRIBUTE),
+        Name(Z3, "dynamic_loss_scale", ATTRIBUTE),
+        Name(Z3, "loss_scaler", ATTRIBUTE),
+        Name(Z2, "dynamic_loss_scale", ATTRIBUTE),
+        Name(Z2, "loss_scaler", ATTRIBUTE),
+        Name("deepspeed.runtime.zero.partition_parameters", "ds_shape", TEXT),
+        Name("torch.nn.modules.module.Module", "_non_persistent_buffers_set", ATTRIBUTE),
+    ),
+    "trainer/worker/checkpoint/state.py": (
+        Name("deepspeed.runtime.fp16.loss_scaler.LossScalerBase", "cur_scale", ATTRIBUTE),
+        Name("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "cur_iter", ATTRIBUTE),
+        Name("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "last_overflow_iter", ATTRIBUTE),
+        Name("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "cur_hysteresis", ATTRIBUTE),
+    ),
+    "trainer/worker/checkpoint/load.py": (
+        Name("deepspeed.ops.adagrad.cpu_adagrad", "DeepSpeedCPUAdagrad", CLASS),
+        Name("torch.optim.adagrad", "Adagrad", CLASS),
+        Name(
+            "bitsandbytes.optim.optimizer.Optimizer8bit", "get_state_buffer", "(self, p, dtype=torch.float32)"
+        ),
+        Name(Z3, "checkpoint_event_prologue", "(self)"),
+        Name(Z3, "checkpoint_event_epilogue", "(self)"),
+        Name(
+            Z3,
+            "load_state_dict",
+            "(self, state_dict_list, load_optimizer_states=True, load_from_fp32_weights=False, checkpoint_folder=None, load_serial=None, param_shapes=None)",
+            "9087395e3308",
+        ),
+        Name(Z2, "update_lp_params", "(self)", "3729605e6801"),
+        Name("deepspeed.runtime.engine.DeepSpeedEngine", "global_steps", ATTRIBUTE),
+        Name("deepspeed.runtime.engine.DeepSpeedEngine", "global_samples", ATTRIBUTE),
+        Name("deepspeed.runtime.engine.DeepSpeedEngine", "train_batch_size", "(self)"),
+    ),
+    # Format 1. Names inside of its files were written by release 0.1 and do not depend on the installed packages.
+    "trainer/worker/checkpoint/pickles.py": (
         Name("torch.distributed.checkpoint.metadata", "Metadata", CLASS),
         Name("torch.distributed.checkpoint.metadata", "MetadataIndex", CLASS),
         Name("torch.distributed.checkpoint.metadata", "TensorStorageMetadata", CLASS),
@@ -284,104 +304,15 @@ SURFACE: dict[str, tuple[Name, ...]] = {
         Name("torch.distributed.checkpoint.metadata", "BytesStorageMetadata", CLASS),
         Name("torch.distributed.checkpoint.metadata", "StorageMeta", CLASS),
         Name("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING", CLASS),
+        Name("torch.distributed.checkpoint.filesystem", "_StorageInfo", CLASS),
+        Name("torch.serialization", "_get_layout", "(name)"),
+        Name("transformers.trainer_pt_utils", "safe_globals", "()"),
+    ),
+    "trainer/worker/checkpoint/dcp_folder.py": (
         Name("torch.distributed.checkpoint.metadata.Metadata", "planner_data", ATTRIBUTE),
         Name("torch.distributed.checkpoint.metadata.Metadata", "storage_data", ATTRIBUTE),
         Name("torch.distributed.checkpoint.metadata.Metadata", "state_dict_metadata", ATTRIBUTE),
-        Name("torch.distributed.checkpoint.filesystem", "_StorageInfo", CLASS),
-        Name("torch.serialization", "_get_layout", "(name)"),
         Name("torch.distributed.checkpoint.utils", "_create_file_view", "(file, offset, length)"),
         Name("torch._C", "PyTorchFileReader", CLASS),
-        Name("accelerate.utils.constants", 'FSDP_MODEL_NAME = "pytorch_model_fsdp"', TEXT),
-        Name("accelerate.utils.constants", 'OPTIMIZER_NAME = "optimizer"', TEXT),
-    ),
-    "trainer/worker/reshard/deepspeed_checkpoint.py": (
-        Name("deepspeed.checkpoint.constants", 'OPTIMIZER_STATE_DICT = "optimizer_state_dict"', TEXT),
-        Name("deepspeed.checkpoint.constants", "FP32_FLAT_GROUPS = 'fp32_flat_groups'", TEXT),
-        Name("deepspeed.checkpoint.constants", "BASE_OPTIMIZER_STATE = 'base_optimizer_state'", TEXT),
-        Name(
-            "deepspeed.checkpoint.constants",
-            'SINGLE_PARTITION_OF_FP32_GROUPS = "single_partition_of_fp32_groups"',
-            TEXT,
-        ),
-        Name("deepspeed.checkpoint.constants", "GROUP_PADDINGS = 'group_paddings'", TEXT),
-        Name("deepspeed.checkpoint.constants", "PARAM_ALIGNMENT_PADDINGS = 'param_alignment_paddings'", TEXT),
-        Name("deepspeed.checkpoint.constants", "LOSS_SCALER = 'loss_scaler'", TEXT),
-        Name("deepspeed.checkpoint.constants", "PARAM_SHAPES = 'param_shapes'", TEXT),
-        Name("deepspeed.runtime.fp16.loss_scaler.LossScalerBase", "cur_scale", ATTRIBUTE),
-    ),
-    "trainer/worker/reshard/fill.py": (
-        Name("deepspeed.ops.adagrad.cpu_adagrad", "DeepSpeedCPUAdagrad", CLASS),
-        Name("torch.optim.adagrad", "Adagrad", CLASS),
-    ),
-    "trainer/worker/reshard/optimizer_layout.py": (
-        Name(
-            "torch.distributed.tensor._utils",
-            "compute_local_shape_and_global_offset",
-            "(global_shape, mesh, placements, skip_offset=False)",
-        ),
-        Name("transformers.trainer.Trainer", "accelerator", ATTRIBUTE),
-        Name("accelerate.optimizer.AcceleratedOptimizer", "optimizer", ATTRIBUTE),
-        Name("accelerate.accelerator.Accelerator", "scaler", ATTRIBUTE),
-        Name("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", "dp_process_group", ATTRIBUTE),
-        Name("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", "fp16_groups", ATTRIBUTE),
-        Name(
-            "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3",
-            "fp32_partitioned_groups_flat",
-            ATTRIBUTE,
-        ),
-        Name(
-            "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", "sub_group_to_group_id", ATTRIBUTE
-        ),
-        Name("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", "optimizer", ATTRIBUTE),
-        Name("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", "dynamic_loss_scale", ATTRIBUTE),
-        Name("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", "loss_scaler", ATTRIBUTE),
-        Name(
-            "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3",
-            "checkpoint_event_prologue",
-            "(self)",
-        ),
-        Name(
-            "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3",
-            "checkpoint_event_epilogue",
-            "(self)",
-        ),
-        Name(
-            "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3",
-            "load_state_dict",
-            "(self, state_dict_list, load_optimizer_states=True, load_from_fp32_weights=False, checkpoint_folder=None, load_serial=None, param_shapes=None)",
-            "9087395e3308",
-        ),
-        Name("deepspeed.runtime.zero.partition_parameters", "partition_numel", TEXT),
-        Name("deepspeed.runtime.zero.partition_parameters", "ds_numel", TEXT),
-        Name(
-            "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
-            "single_partition_of_fp32_groups",
-            ATTRIBUTE,
-        ),
-        Name(
-            "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "real_dp_process_group", ATTRIBUTE
-        ),
-        Name(
-            "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
-            "round_robin_bit16_groups",
-            ATTRIBUTE,
-        ),
-        Name(
-            "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
-            "round_robin_bit16_offsets",
-            ATTRIBUTE,
-        ),
-        Name("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "bit16_groups", ATTRIBUTE),
-        Name("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "dynamic_loss_scale", ATTRIBUTE),
-        Name("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "loss_scaler", ATTRIBUTE),
-        Name(
-            "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
-            "update_lp_params",
-            "(self)",
-            "3729605e6801",
-        ),
-        Name("deepspeed.runtime.engine.DeepSpeedEngine", "global_steps", ATTRIBUTE),
-        Name("deepspeed.runtime.engine.DeepSpeedEngine", "global_samples", ATTRIBUTE),
-        Name("deepspeed.runtime.engine.DeepSpeedEngine", "train_batch_size", "(self)"),
     ),
 }

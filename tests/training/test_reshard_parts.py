@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from tests.training.ranks import finish, ranks_job
 from tests.training.test_engines import needs_compiler
 from trainer.errors import UserError
 from trainer.job import Outcome
+from trainer.worker.checkpoint import load
 from trainer.worker.checkpoint.format_1 import (
     DCP_INDEX,
     DcpFolder,
@@ -24,7 +27,7 @@ from trainer.worker.checkpoint.format_1 import (
     pieces_of_stage_3,
 )
 from trainer.worker.checkpoint.identity import Identity
-from trainer.worker.checkpoint.save import split_state
+from trainer.worker.checkpoint.save import scaler_state, split_state
 from trainer.worker.checkpoint.trainer_mixin import CheckpointForm, reseed
 
 COUNTS = [12, 1, 7, 30, 2]
@@ -147,6 +150,55 @@ def test_a_state_that_json_and_safetensors_cannot_hold_is_refused() -> None:
     """A checkpoint holds no pickle, so an optimizer with an object in its state cannot be saved."""
     with pytest.raises(UserError, match="the optimizer's state `history` is a list, which a checkpoint"):
         split_state({"history": [1, 2]}, 6)
+
+
+def of_torch(scale: float) -> Any:
+    return SimpleNamespace(accelerator=SimpleNamespace(scaler=torch.amp.GradScaler("cpu", init_scale=scale)))
+
+
+def of_deepspeed(scale: float) -> Any:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(
+        scale, scale_window=3, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False
+    )
+    optimizer = SimpleNamespace(loss_scaler=scaler, dynamic_loss_scale=True)
+    return SimpleNamespace(deepspeed=SimpleNamespace(optimizer=optimizer))
+
+
+def with_loss_scale_of(saved: dict[str, Any], trainer: Any, engine: str) -> dict[str, Any] | None:
+    """Return the state of a trainer's loss scaler after it got a saved one, through JSON."""
+    state: Any = SimpleNamespace(scaler=json.loads(json.dumps(saved)))
+    if engine == "single":
+        load._set_torch_scaler(trainer.accelerator.scaler, state)
+    else:
+        load._set_deepspeed_scaler(trainer.deepspeed.optimizer.loss_scaler, state.scaler)
+    return scaler_state(trainer, engine)
+
+
+def test_a_loss_scale_goes_into_each_library() -> None:
+    """In float16 the scale and its counters are restored. The other library continues with the scale alone."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux only")
+    torchs, deepspeeds = of_torch(4096.0), of_deepspeed(64.0)
+    torchs.accelerator.scaler.load_state_dict(
+        {**torchs.accelerator.scaler.state_dict(), "_growth_tracker": 7}
+    )
+    scaler = deepspeeds.deepspeed.optimizer.loss_scaler
+    scaler.cur_hysteresis, scaler.last_overflow_iter = 1, 2
+    for _ in range(7):
+        scaler.update_scale(overflow=False)
+    ours, theirs = scaler_state(torchs, "single"), scaler_state(deepspeeds, "zero2")
+    assert ours
+    assert theirs
+    assert (ours["scale"], theirs["cur_scale"], theirs["cur_iter"]) == (4096.0, 128.0, 7)
+    assert with_loss_scale_of(ours, of_torch(1.0), "single") == ours
+    assert with_loss_scale_of(theirs, of_deepspeed(1.0), "zero2") == theirs
+    converted = with_loss_scale_of(theirs, of_torch(1.0), "single")
+    assert converted
+    assert (converted["scale"], converted["_growth_tracker"]) == (128.0, 0)
+    converted = with_loss_scale_of(ours, of_deepspeed(1.0), "zero2")
+    assert converted
+    assert (converted["cur_scale"], converted["cur_iter"]) == (4096.0, 0)
 
 
 def drawn(step: int, rank: int) -> tuple[float, ...]:

@@ -26,6 +26,7 @@ from trainer.worker.checkpoint.state import (
     Piece,
     SavedParameter,
     SavedState,
+    deepspeed_scaler,
     is_per_element,
 )
 
@@ -246,10 +247,7 @@ def _open_zero(folder: Path, stage: int, ranks: int) -> SavedState:
 
 
 def _zero_scaler(part: dict[str, Any]) -> dict[str, Any] | None:
-    if not part["dynamic_loss_scale"]:
-        return None
-    fields = vars(part["loss_scaler"]).items()
-    return {"library": "deepspeed", **{key: value for key, value in fields if isinstance(value, int | float)}}
+    return deepspeed_scaler(part["loss_scaler"]) if part["dynamic_loss_scale"] else None
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -215,11 +215,13 @@ def _set_torch_scaler(scaler: Any, saved: SavedState) -> None:
 
 
 def _set_deepspeed_scaler(scaler: Any, saved: dict[str, Any]) -> None:
-    fields = {key: value for key, value in saved.items() if key != "library"}
     if saved["library"] == "torch":
-        fields = {"cur_scale": saved["scale"]}
-    for key, value in fields.items():
-        setattr(scaler, key, value)
+        scaler.cur_scale = saved["scale"]
+        return
+    scaler.cur_scale = saved["cur_scale"]
+    scaler.cur_iter = saved["cur_iter"]
+    scaler.last_overflow_iter = saved["last_overflow_iter"]
+    scaler.cur_hysteresis = saved["cur_hysteresis"]
 
 
 def _finish_stage_3(zero: Any) -> None:

@@ -28,7 +28,7 @@ from trainer.worker.checkpoint.format import (
     tensor_name,
 )
 from trainer.worker.checkpoint.optimizer_layout import OptimizerTensor, Target
-from trainer.worker.checkpoint.state import WEIGHTS, is_per_element, local_shard
+from trainer.worker.checkpoint.state import WEIGHTS, deepspeed_scaler, is_per_element, local_shard
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -234,10 +234,7 @@ def scaler_state(trainer: Any, engine: str) -> dict[str, Any] | None:
         scaler = getattr(trainer.accelerator, "scaler", None)
         return None if scaler is None else {"library": "torch", **scaler.state_dict()}
     zero = trainer.deepspeed.optimizer
-    if not zero.dynamic_loss_scale:
-        return None
-    fields = vars(zero.loss_scaler).items()
-    return {"library": "deepspeed", **{key: value for key, value in fields if isinstance(value, int | float)}}
+    return deepspeed_scaler(zero.loss_scaler) if zero.dynamic_loss_scale else None
 
 
 def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:

@@ -111,6 +111,17 @@ def local_shard(tensor: Any) -> Any:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def deepspeed_scaler(scaler: Any) -> dict[str, Any]:
+    """Return the state of DeepSpeed's dynamic loss scaler: its fields that change during a training."""
+    return {
+        "library": "deepspeed",
+        "cur_scale": scaler.cur_scale,
+        "cur_iter": scaler.cur_iter,
+        "last_overflow_iter": scaler.last_overflow_iter,
+        "cur_hysteresis": scaler.cur_hysteresis,
+    }
+
+
 def unreadable(path: Path, reason: str) -> UserError:
     """Return the error that a file of a checkpoint is missing or damaged."""
     return UserError(
