@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from tests.harness import ROOT
 from tests.servers.hub_uploads import Hub
 from tests.training.jobs import LORA, SMALL, Trained, make_job, train
+from tests.training.ranks import ranks_job, run
 from tests.training.test_training import model_of
 from trainer.errors import ModelError
 from trainer.job import Job, Publish
@@ -29,7 +31,7 @@ from trainer.worker.checkpoint.format import (
     Slice,
     rank_file,
 )
-from trainer.worker.publish_model import adapter_name, consolidate, publish
+from trainer.worker.publish_model import adapter_name, consolidate, publish, read_weights
 
 SFT = "zephyr-tiny/sft"
 QLORA = (
@@ -119,6 +121,61 @@ def test_the_experts_of_a_model_are_exported_as_its_files_have_them(
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(into), ids()), expected)
     assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
     assert len(list((tmp_path / "several").glob("model-0000?-of-0000?.safetensors"))) > 2
+
+
+def test_a_buffer_keeps_its_dtype(small: Small, tmp_path: Path) -> None:
+    """DeepSeek's routers have a float32 buffer in a bfloat16 model. FSDP2 trains the weights in float32, and the export
+    rounds them, but not the buffer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
+
+    base, made_from = tmp_path / "base", small(SFT).final
+    tokenizer = AutoTokenizer.from_pretrained(made_from)
+    config = DeepseekV3Config(
+        hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, kv_lora_rank=8,
+        q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
+        vocab_size=len(tokenizer),
+    )  # fmt: skip
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    made.get_buffer(name).data = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    made.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    words = ("init=null", f"model_name_or_path={base}", "bf16=true", "max_steps=2", "save_steps=2")
+    trained = run(ranks_job(tmp_path / "job", SFT, *words, engine="fsdp2"))
+    assert trained.outcome.status == "done", trained.outcome.message
+    final = load_file(trained.final / "model.safetensors")
+    mine = exported_weights(published(trained, tmp_path / "out", 2))
+    assert mine.keys() == final.keys()
+    assert {name: tensor.dtype for name, tensor in mine.items()} == {
+        name: tensor.dtype for name, tensor in final.items()
+    }
+    assert all(torch.equal(mine[name], final[name]) for name in final)
+    assert torch.equal(mine[name], torch.tensor([0.1, 0.2, 0.3, 0.4]))
+
+
+def test_an_old_checkpoint_of_deepspeed_has_its_buffers(tmp_path: Path) -> None:
+    """Format 1 keeps buffers beside DeepSpeed's partitions."""
+    [folder] = ROOT.glob("tests/fixtures/bucket_v1/dpo_zero2/checkpoints/step-00000006/*")
+    copy = shutil.copytree(folder, tmp_path / "checkpoint-6")
+    [path] = copy.rglob("*model_states.pt")
+    states = torch.load(path, weights_only=True)
+    states["buffer_names"].append("model.scale")
+    states["module"]["model.scale"] = torch.tensor([1.5])
+    torch.save(states, path)
+    consolidate(copy, tmp_path / "out")
+    assert exported_weights(tmp_path / "out")["model.scale"].tolist() == [1.5]
+
+
+def test_a_model_with_code_of_its_own_is_exported_without_running_it(masters: Path, tmp_path: Path) -> None:
+    """Its weights have the same form in memory as in its files."""
+    config = json.loads((masters / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (masters / "config.json").write_text(json.dumps(config))
+    (masters / "generation_config.json").write_text("{}")
+    consolidate(masters, tmp_path / "out")
+    assert exported_weights(tmp_path / "out").keys() == read_weights(masters).keys()
 
 
 def exported_weights(folder: Path) -> dict[str, torch.Tensor]:
