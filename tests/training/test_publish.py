@@ -123,10 +123,8 @@ def test_the_experts_of_a_model_are_exported_as_its_files_have_them(
     assert len(list((tmp_path / "several").glob("model-0000?-of-0000?.safetensors"))) > 2
 
 
-def test_a_buffer_keeps_its_dtype(small: Small, tmp_path: Path) -> None:
-    """DeepSeek's routers have a float32 buffer in a bfloat16 model. FSDP2 trains the weights in float32, and the export
-    rounds them, but not the buffer.
-    """
+def test_buffers_are_exported_as_they_are(small: Small, tmp_path: Path) -> None:
+    """DeepSeek's routers have a buffer, which no optimizer steps. It is exported with the weights, in its own dtype."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
 
     base, made_from = tmp_path / "base", small(SFT).final
@@ -142,16 +140,16 @@ def test_a_buffer_keeps_its_dtype(small: Small, tmp_path: Path) -> None:
     made.get_buffer(name).data = torch.tensor([0.1, 0.2, 0.3, 0.4])
     made.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    words = ("init=null", f"model_name_or_path={base}", "bf16=true", "max_steps=2", "save_steps=2")
+    words = ("init=null", f"model_name_or_path={base}", "max_steps=2", "save_steps=2")
     trained = run(ranks_job(tmp_path / "job", SFT, *words, engine="fsdp2"))
     assert trained.outcome.status == "done", trained.outcome.message
     final = load_file(trained.final / "model.safetensors")
     mine = exported_weights(published(trained, tmp_path / "out", 2))
     assert mine.keys() == final.keys()
-    assert {name: tensor.dtype for name, tensor in mine.items()} == {
-        name: tensor.dtype for name, tensor in final.items()
-    }
-    assert all(torch.equal(mine[name], final[name]) for name in final)
+    assert all(torch.equal(mine[each], final[each]) for each in final)
+    assert all(mine[each].dtype == final[each].dtype for each in final)
+    index = Index.model_validate_json((trained.checkpoint(2) / INDEX_FILE).read_text())
+    assert [each for each, parameter in index.parameters.items() if parameter.dtype is None] == [name]
     assert torch.equal(mine[name], torch.tensor([0.1, 0.2, 0.3, 0.4]))
 
 
