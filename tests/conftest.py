@@ -8,10 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.servers.gcs import GCS, gcs_environ, gcs_server
 from tests.servers.rclone import BUCKET, rclone_server
 from tests.servers.s3 import FaultyS3, environ, make_bucket, s3_server
+
+# A machine that is slow, because other tests run beside these, is not a fault of the code.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
