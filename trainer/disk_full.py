@@ -16,8 +16,6 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 SIGNS = (
     "No space left on device",  # safetensors raises an error type of its own
     "Disk quota exceeded",
-    "basic_ios::clear: iostream error",  # torch.save to a path
-    "PytorchStreamWriter failed writing",
 )
 BALLAST = "ballast"
 """A file in the work folder that reserves space. It is removed when the disk is full, so that the outcome can be
