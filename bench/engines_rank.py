@@ -39,8 +39,9 @@ class Watch:
 
         from trainer.worker import engine, model
         from trainer.worker.callback import Progress
+        from trainer.worker.checkpoint.trainer_mixin import CheckpointMixin
 
-        train, prepare, load = Trainer.train, engine.ShardedCheckpointMixin._prepare_for_training, model.load  # noqa: SLF001
+        train, prepare, load = Trainer.train, CheckpointMixin._prepare_for_training, model.load  # noqa: SLF001
         log, whole = Progress.on_log, engine.whole_weights
 
         def loading(*given: Any, **named: Any) -> Any:
@@ -71,7 +72,7 @@ class Watch:
 
         model.load = loading
         Trainer.train = training
-        engine.ShardedCheckpointMixin._prepare_for_training = preparing  # type: ignore[method-assign] # noqa: SLF001
+        CheckpointMixin._prepare_for_training = preparing  # type: ignore[method-assign] # noqa: SLF001
         Progress.on_log = logging  # type: ignore[method-assign]
         engine.whole_weights = ending
 

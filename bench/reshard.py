@@ -1,8 +1,8 @@
-"""Measure the cost of converting a ZeRO-3 checkpoint for another engine or number of ranks: `.venv-trainer/bin/python bench/reshard.py`.
+"""Measure the cost of loading a checkpoint of two ranks on another number of ranks: `.venv-trainer/bin/python bench/reshard.py`.
 
-The parts of 2 ranks, written as DeepSpeed writes them, of a model with Mistral's layers made narrower. Each case is a
-process of its own that fills an engine's tensors from them: time, and the memory that it had at its highest beyond
-those tensors. Files are read from the page cache, where a checkpoint lies that was just restored.
+The checkpoint has the slices of ZeRO-3 on 2 ranks, of a model with Mistral's layers made narrower. Each case is a process
+of its own that fills an engine's tensors from the files: time, and the most memory that it had beyond those tensors.
+Files are read from the page cache, where a checkpoint lies that was just restored.
 """
 
 from __future__ import annotations
@@ -12,16 +12,33 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from trainer.worker.checkpoint_identity import Identity
-from trainer.worker.reshard.deepspeed_checkpoint import ZeroState, pieces_of_stage_3
-from trainer.worker.reshard.fill import fill
-from trainer.worker.reshard.optimizer_layout import Group, OptimizerTensor, ParameterSlice, Target
+from safetensors.torch import save_file
+
+from trainer.worker.checkpoint.format import (
+    INDEX_FILE,
+    SCALARS_FILE,
+    Index,
+    IndexedParameter,
+    Scalars,
+    Slice,
+    TensorScalar,
+    open_format_2,
+    rank_file,
+    tensor_name,
+)
+from trainer.worker.checkpoint.format_1 import pieces_of_stage_3
+from trainer.worker.checkpoint.load import Filler
+from trainer.worker.checkpoint.optimizer_layout import Group, OptimizerTensor, ParameterSlice, Target
+from trainer.worker.checkpoint.state import WEIGHTS, SavedState
 
 RANKS = 2
+KEYS = (WEIGHTS, "exp_avg", "exp_avg_sq")
 BYTES = 12  # to a parameter: float32 master and AdamW's two moments
 MISTRAL_7B = 7_241_732_096
 """Parameters, of https://huggingface.co/mistralai/Mistral-7B-v0.1."""
@@ -57,38 +74,45 @@ def sub_groups(named: dict[str, torch.Size]) -> list[dict[str, torch.Size]]:
     return groups
 
 
-def write(folder: Path, groups: list[dict[str, torch.Size]]) -> int:
+def write(folder: Path, named: dict[str, torch.Size]) -> int:
     """Write a checkpoint and return its bytes."""
-    parts = folder / "global_step1"
-    parts.mkdir(parents=True)
-    (folder / "latest").write_text("global_step1")
-    sizes = [sum(-(-shape.numel() // RANKS) for shape in group.values()) for group in groups]
-    for rank in range(RANKS):
-        states = {
-            number: {"step": torch.tensor(1.0), "exp_avg": torch.randn(size), "exp_avg_sq": torch.rand(size)}
-            for number, size in enumerate(sizes)
-        }
-        base = {"state": states, "param_groups": [{"params": list(states), "lr": 1e-5}]}
-        mine = {"optimizer_state_dict": base, "fp32_flat_groups": [torch.randn(size) for size in sizes]}
-        mine |= {"dynamic_loss_scale": False}
-        torch.save({"optimizer_state_dict": mine}, parts / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        torch.save({"param_shapes": groups}, parts / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-    return sum(path.stat().st_size for path in parts.iterdir())
+    counts = [shape.numel() for shape in named.values()]
+    files: list[dict[str, Any]] = [{} for _ in range(RANKS)]
+    parameters = {}
+    for (name, shape), places in zip(named.items(), pieces_of_stage_3(counts, RANKS), strict=True):
+        for rank, _, _, size in places:
+            files[rank] |= {tensor_name(key, name): torch.rand(size) for key in KEYS}
+        slices = tuple(Slice(file=rank_file(rank), start=start, size=size) for rank, _, start, size in places)
+        parameters[name] = IndexedParameter(
+            shape=tuple(shape), dtype=None, keys=dict.fromkeys(KEYS, "float32"), slices=slices
+        )
+    for rank, tensors in enumerate(files):
+        save_file(tensors, folder / rank_file(rank))
+    scalars = Scalars(
+        groups=({"lr": 1e-5},),
+        schedule={},
+        scaler=None,
+        states={name: {"step": TensorScalar(dtype="float32", value=1.0)} for name in named},
+        own_keys=(),
+    )
+    (folder / INDEX_FILE).write_text(Index(replicated=False, parameters=parameters).model_dump_json())
+    (folder / SCALARS_FILE).write_text(scalars.model_dump_json())
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def engine(groups: list[dict[str, torch.Size]], rank: int, ranks: int) -> Target:
     """Return what `rank` of `ranks` steps under ZeRO-3, or what a single process steps if there is one rank."""
     stepped = []
-    for number, group in enumerate(groups):
+    for group in groups:
         counts = [shape.numel() for shape in group.values()]
         parts = [
-            ParameterSlice(name, piece.start, piece.size, piece.offset)
-            for name, pieces in zip(group, pieces_of_stage_3(counts, ranks, number), strict=True)
-            for piece in pieces
-            if piece.rank == rank
+            ParameterSlice(name, start, size, offset)
+            for name, places in zip(group, pieces_of_stage_3(counts, ranks), strict=True)
+            for where, offset, start, size in places
+            if where == rank
         ]
         size = sum(-(-count // ranks) for count in counts)
-        stepped.append(OptimizerTensor(torch.zeros(size).fill_(1.0), next(iter(group)), parts))
+        stepped.append(OptimizerTensor(torch.zeros(size).fill_(1.0), list(group), parts))
     optimizer = torch.optim.AdamW([each.tensor for each in stepped])
     names = [name for group in groups for name in group]
     return Target(optimizer, [Group(optimizer.param_groups[0], names)], stepped)
@@ -103,29 +127,45 @@ def anonymous() -> int:
 
 
 class Highest:
-    """Measures this process's memory after each copy into the engine."""
+    """The most memory that this process had while it held what it read from a file."""
 
-    def __init__(self, saved: ZeroState) -> None:
-        self.keys, self.rates, self.loss_scale = saved.keys, saved.rates, saved.loss_scale
-        self.count, self.shared, self._saved = saved.count, saved.shared, saved
+    def __init__(self) -> None:
         self.bytes = 0
 
-    def copy(self, key: str, name: str, start: int, into: Any) -> None:
-        self._saved.copy(key, name, start, into)
-        self.bytes = max(self.bytes, anonymous())
+    def watch(self, saved: SavedState) -> SavedState:
+        """Return the same state, whose reads are measured."""
+        parameters = {
+            name: replace(
+                parameter,
+                pieces={
+                    key: [piece._replace(read=self._measured(piece.read)) for piece in pieces]
+                    for key, pieces in parameter.pieces.items()
+                },
+            )
+            for name, parameter in saved.parameters.items()
+        }
+        return replace(saved, parameters=parameters)
+
+    def _measured(self, read: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
+        def measured_read(first: int, last: int) -> Any:
+            found = read(first, last)
+            self.bytes = max(self.bytes, anonymous())
+            return found
+
+        return measured_read
 
 
 def convert(folder: Path, groups: list[dict[str, torch.Size]], rank: int, ranks: int, answers: Any) -> None:
     """Measure one case in its own process."""
     torch.set_num_threads(1)
-    theirs = Identity.model_construct(engine="zero3", world_size=RANKS)
     ready = engine(groups, rank, ranks)
+    highest = Highest()
     before, began = anonymous(), time.perf_counter()
-    saved = Highest(ZeroState(folder, theirs))
-    size = fill(ready, saved)
+    saved = highest.watch(open_format_2(folder))
+    size = Filler(ready, saved, rank=rank, same_form=False).fill()
     took = time.perf_counter() - began
     moments = size * 2 // 3  # what the engine's optimizer has after it, and had not before
-    answers.put({"s": took, "bytes": size, "beyond": saved.bytes - before - moments})
+    answers.put({"s": took, "bytes": size, "beyond": highest.bytes - before - moments})
 
 
 def measured(folder: Path, groups: list[dict[str, torch.Size]], rank: int, ranks: int) -> dict[str, Any]:
@@ -145,10 +185,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))  # noqa: S108 (memory, on purpose)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    groups = sub_groups(shapes(options.width, options.layers))
-    count = sum(shape.numel() for group in groups for shape in group.values())
+    named = shapes(options.width, options.layers)
+    groups = sub_groups(named)
+    count = sum(shape.numel() for shape in named.values())
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        size = write(Path(scratch), groups)
+        size = write(Path(scratch), named)
         print(
             f"{count / 1e6:.0f} million parameters, {size / 1e9:.2f} GB in {RANKS} parts, {len(groups)} sub-groups"
         )

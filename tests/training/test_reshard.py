@@ -218,5 +218,5 @@ def test_an_optimizer_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     )
     refused = run(job)
     assert refused.outcome.status == "user_error"
-    assert "the optimizer's state `exp_avg_sq_row` is not one value per weight" in refused.outcome.message
+    assert "the optimizer's state `exp_avg_sq_col` is not one value per weight" in refused.outcome.message
     assert "the same number of GPUs" in (refused.outcome.hint or "")

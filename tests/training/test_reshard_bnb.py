@@ -15,7 +15,8 @@ from tests.training.test_reshard import LORA, assert_goes_on, trained
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is for Linux only")
 PAGED = (*LORA, "optim=paged_adamw_32bit")
-EIGHT_BITS = ("optim=adamw_bnb_8bit", "max_steps=6", "save_steps=3")
+EIGHT_BITS = ("optim=adamw_bnb_8bit", "tiny.intermediate_size=256", "max_steps=6", "save_steps=3")
+"""States of weights with fewer than 4096 elements, and of embeddings, have 32 bits."""
 
 
 @needs_compiler
