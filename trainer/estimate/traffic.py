@@ -21,8 +21,11 @@ from trainer.memory.resident import optimizer_of
 
 FULL = 4
 """Bytes of an fp32 value."""
-STAGING_BYTES_PER_S = 2.4e9
-"""Rate at which one process copies into memory: 512 MiB in 0.22 s (`bench/checkpoint.md`)."""
+STAGING_BYTES_PER_S = 8e9
+"""Rate at which one process copies its state into memory that it has used before: half of 1 GiB in 0.064 s
+(`bench/checkpoint.md`), because the processes of a node share its memory. A GPU's PCIe 4 connection has 25 GB/s."""
+LOADING_BYTES_PER_S = 1.7e9
+"""Rate at which one of eight processes fills its tensors from mapped files (`bench/reshard.md`)."""
 
 DISK_BYTES_PER_S = 0.15e9
 """Rate at which a node writes to its disk: 512 GiB (the tasks' `disk_size`) with 0.28 MiB/s per GiB, Google's balanced
@@ -151,12 +154,13 @@ def upload_s(run: StepInputs, rates: Rates) -> float:
 
 def restore_s(run: StepInputs, rates: Rates) -> float:
     """Return the seconds to download a whole checkpoint, as every node does, and to load it into memory."""
-    return checkpoint_bytes(run) / (rates.bucket_gbps * 1e9) + save_s(run)
+    loading = checkpoint_bytes(run) / run.layout.state_shards / LOADING_BYTES_PER_S
+    return checkpoint_bytes(run) / (rates.bucket_gbps * 1e9) + loading
 
 
 def load_s(run: StepInputs, rates: Rates) -> float:
     """Return the seconds from the start of a fresh node to its first step: set-up, model download and load, imports."""
     model = HALF * run.architecture.parameters if run.recipe.model_name_or_path else 0
     copies = 2 if run.layout.reference == "model" else 1
-    reading = copies * model / STAGING_BYTES_PER_S
+    reading = copies * model / LOADING_BYTES_PER_S
     return rates.start_s + model / (rates.hub_gbps * 1e9) + reading + rates.import_s
